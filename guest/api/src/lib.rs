@@ -1,0 +1,2 @@
+//! Docker API wire types.
+#![forbid(unsafe_code)]

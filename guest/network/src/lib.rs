@@ -1,0 +1,2 @@
+//! Networks.
+#![forbid(unsafe_code)]

@@ -1,0 +1,2 @@
+//! The contract between host and guest.
+#![forbid(unsafe_code)]

@@ -1,0 +1,2 @@
+//! OCI spec to process.
+#![forbid(unsafe_code)]

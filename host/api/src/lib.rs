@@ -1,0 +1,2 @@
+//! Control messages of the host daemon: types only.
+#![forbid(unsafe_code)]

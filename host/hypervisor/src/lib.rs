@@ -1,0 +1,2 @@
+//! Hypervisor back ends.
+#![forbid(unsafe_code)]

@@ -1,0 +1,2 @@
+//! User-space NAT.
+#![forbid(unsafe_code)]

@@ -1,0 +1,2 @@
+//! Machines.
+#![forbid(unsafe_code)]

@@ -1,0 +1,2 @@
+//! End-to-end scenarios.
+#![forbid(unsafe_code)]

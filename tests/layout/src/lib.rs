@@ -1,0 +1,2 @@
+//! Import rules.
+#![forbid(unsafe_code)]
