@@ -1,0 +1,207 @@
+//! What the two ends of a control session say to each other.
+//!
+//! Messages are plain data. On the wire each is a JSON object; fields that the reader does not know are ignored,
+//! so that a newer end may say more. What becomes of kinds the reader does not know is the session's business
+//! (see [`crate::session`]).
+
+use serde::{Deserialize, Serialize};
+
+/// The version of the contract. It changes only when an older end could misunderstand a newer one; new kinds of
+/// requests and new fields do not change it.
+pub const PROTOCOL_VERSION: u32 = 1;
+
+/// The first message of each end.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    /// The version of the contract the sender speaks, [`PROTOCOL_VERSION`] for this build.
+    pub version: u32,
+    /// What tells one boot of the guest from the next: the kernel's boot id. The host sends an empty string.
+    #[serde(default)]
+    pub boot_id: String,
+    /// The sender's program and its version, for logs, for example `guest-agent 0.1.0`.
+    #[serde(default)]
+    pub program: String,
+}
+
+impl Hello {
+    /// A greeting in the version of this build.
+    pub fn new(program: impl Into<String>, boot_id: impl Into<String>) -> Self {
+        Self { version: PROTOCOL_VERSION, boot_id: boot_id.into(), program: program.into() }
+    }
+}
+
+/// What the host asks of the guest. Each is answered once, with a [`Response`] or a [`Failure`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Request {
+    /// Set the guest's clock if it is off by more than a few tens of milliseconds. Answered by [`Response::Done`].
+    SetClock {
+        /// Nanoseconds since 1970-01-01 UTC at the moment of sending.
+        unix_nanos: i64,
+    },
+    /// Stop containers and engine, sync and unmount the data disk, switch the machine off. Answered at once by
+    /// [`Response::Done`]; the end of the machine is what completes it.
+    PowerOff,
+    /// Tell how the guest is. Answered by [`Response::Info`].
+    Info,
+}
+
+/// The answer to a [`Request`] that could be carried out.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Response {
+    /// It is done (or, for [`Request::PowerOff`], begun).
+    Done,
+    /// The answer to [`Request::Info`].
+    Info(GuestInfo),
+}
+
+/// How the guest is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestInfo {
+    /// Release of the running kernel, as `uname -r` prints it.
+    pub kernel: String,
+    /// Milliseconds since the guest's kernel started.
+    pub uptime_ms: u64,
+    /// Memory the guest's kernel manages.
+    pub memory_total_bytes: u64,
+    /// Memory that programs could still get without swapping (`MemAvailable`).
+    pub memory_available_bytes: u64,
+    /// Size of the data disk's file system; 0 when it is not mounted.
+    pub disk_total_bytes: u64,
+    /// What is used of it; 0 when it is not mounted.
+    pub disk_used_bytes: u64,
+    /// How the engine is.
+    pub engine: EngineState,
+}
+
+/// Whether the Docker API in the guest answers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum EngineState {
+    /// The engine's process has been, or is about to be, started.
+    Starting,
+    /// The API answers on [`crate::port::API`].
+    Ready,
+    /// The engine's process ended, or could not be started.
+    Failed {
+        /// Why, as a sentence for the user.
+        reason: String,
+        /// Milliseconds until the next attempt, counted from the moment of sending.
+        retry_in_ms: u64,
+    },
+}
+
+/// What the guest tells the host unasked. Notices have no answer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", content = "value", rename_all = "snake_case")]
+pub enum Notice {
+    /// The engine's state changed. Also sent once when a session is established.
+    Engine(EngineState),
+    /// Something that only the user can put right, for example a damaged data disk. The guest stays up, without
+    /// an engine, so that the host can read this.
+    Fault {
+        /// What is broken, in a few words: `data disk`.
+        what: String,
+        /// What happened and what to do, as a sentence for the user.
+        reason: String,
+    },
+    /// The guest has begun to switch itself off.
+    PoweringOff,
+}
+
+/// The answer to a request that could not be carried out.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[error("{message}")]
+pub struct Failure {
+    /// The family, for programs.
+    pub kind: FailureKind,
+    /// A sentence, for people.
+    #[serde(default)]
+    pub message: String,
+}
+
+impl Failure {
+    /// A failure with a sentence.
+    pub fn new(kind: FailureKind, message: impl Into<String>) -> Self {
+        Self { kind, message: message.into() }
+    }
+}
+
+/// Families of failures.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FailureKind {
+    /// The peer does not know this kind of request, or its answer is of a kind we do not know.
+    Unsupported,
+    /// Too many requests are open.
+    Busy,
+    /// No answer came before the deadline. The request may still be carried out.
+    Timeout,
+    /// The session ended before the answer came. The request may have been carried out.
+    Closed,
+    /// The peer tried and could not.
+    Failed,
+    /// A kind that a newer peer knows and we do not.
+    #[serde(other)]
+    Unknown,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn check<T>(message: T, json: &str)
+    where
+        T: Serialize + for<'de> Deserialize<'de> + PartialEq + std::fmt::Debug,
+    {
+        assert_eq!(serde_json::to_string(&message).unwrap(), json);
+        assert_eq!(serde_json::from_str::<T>(json).unwrap(), message);
+    }
+
+    /// The contract on the page: a change here is a change that old peers see.
+    #[test]
+    fn the_wire_form_is_fixed() {
+        check(
+            Hello::new("guest-agent 0.1.0", "b1"),
+            r#"{"version":1,"boot_id":"b1","program":"guest-agent 0.1.0"}"#,
+        );
+        check(Request::SetClock { unix_nanos: -5 }, r#"{"kind":"set_clock","unix_nanos":-5}"#);
+        check(Request::PowerOff, r#"{"kind":"power_off"}"#);
+        check(Request::Info, r#"{"kind":"info"}"#);
+        check(Response::Done, r#"{"kind":"done"}"#);
+        check(
+            Response::Info(GuestInfo {
+                kernel: "6.12".into(),
+                uptime_ms: 1,
+                memory_total_bytes: 2,
+                memory_available_bytes: 3,
+                disk_total_bytes: 4,
+                disk_used_bytes: 5,
+                engine: EngineState::Ready,
+            }),
+            r#"{"kind":"info","kernel":"6.12","uptime_ms":1,"memory_total_bytes":2,"memory_available_bytes":3,"disk_total_bytes":4,"disk_used_bytes":5,"engine":"ready"}"#,
+        );
+        check(Notice::Engine(EngineState::Starting), r#"{"kind":"engine","value":"starting"}"#);
+        check(
+            Notice::Engine(EngineState::Failed { reason: "r".into(), retry_in_ms: 200 }),
+            r#"{"kind":"engine","value":{"failed":{"reason":"r","retry_in_ms":200}}}"#,
+        );
+        check(
+            Notice::Fault { what: "data disk".into(), reason: "r".into() },
+            r#"{"kind":"fault","value":{"what":"data disk","reason":"r"}}"#,
+        );
+        check(Notice::PoweringOff, r#"{"kind":"powering_off"}"#);
+        check(Failure::new(FailureKind::Failed, "m"), r#"{"kind":"failed","message":"m"}"#);
+    }
+
+    #[test]
+    fn fields_of_a_newer_peer_are_ignored() {
+        let request: Request =
+            serde_json::from_str(r#"{"kind":"set_clock","unix_nanos":7,"zone":"UTC"}"#).unwrap();
+        assert_eq!(request, Request::SetClock { unix_nanos: 7 });
+        let failure: Failure = serde_json::from_str(r#"{"kind":"on_fire","message":"m"}"#).unwrap();
+        assert_eq!(failure.kind, FailureKind::Unknown);
+    }
+}
