@@ -1,0 +1,341 @@
+//! A container's control group: kill, freeze, count, remove.
+//!
+//! Works on the three layouts there are: v1 (a folder per hierarchy), hybrid (v1 plus a v2 tree beside it) and pure v2.
+//! Making the group and setting its limits is libcontainer's; this is what must also work without it, after its
+//! process was killed.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use thiserror::Error;
+
+/// How long killed processes may take to go away: one in an uninterruptible read from a slow disk needs seconds.
+const KILL_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a freeze may take.
+const FREEZE_TIMEOUT: Duration = Duration::from_secs(5);
+const POLL_INTERVAL: Duration = Duration::from_millis(2);
+
+/// Why a group could not be changed.
+#[derive(Debug, Error)]
+pub enum CgroupError {
+    /// Not absolute, or it climbs.
+    #[error("cgroup path {path} must be absolute and without `..`, and not the root")]
+    Path {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The file system refused.
+    #[error("cannot {verb} {path}")]
+    File {
+        /// What was tried.
+        verb: &'static str,
+        /// On which file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Something took too long.
+    #[error("the processes of cgroup {path} did not {what} within {seconds} s")]
+    Timeout {
+        /// Which group.
+        path: PathBuf,
+        /// What was waited for.
+        what: &'static str,
+        /// How long.
+        seconds: u64,
+    },
+    /// No hierarchy can freeze it.
+    #[error("cgroup {path} cannot be frozen: it is in no hierarchy with a freezer")]
+    NoFreezer {
+        /// Which group.
+        path: PathBuf,
+    },
+}
+
+fn failed(verb: &'static str, path: &Path) -> impl FnOnce(io::Error) -> CgroupError {
+    let path = path.to_owned();
+    move |source| CgroupError::File { verb, path, source }
+}
+
+/// The root of one hierarchy.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Hierarchy {
+    root: PathBuf,
+    /// Version 2.
+    unified: bool,
+}
+
+/// One group, in every hierarchy.
+#[derive(Debug, Clone)]
+pub struct Cgroup {
+    path: PathBuf,
+    folders: Vec<Hierarchy>,
+}
+
+impl Cgroup {
+    /// The group at an absolute path below the roots of all mounted hierarchies. It need not exist.
+    pub fn open(path: &Path) -> Result<Self, CgroupError> {
+        use std::path::Component;
+        let invalid = || CgroupError::Path { path: path.to_owned() };
+        let relative = path.strip_prefix("/").map_err(|_| invalid())?;
+        let plain = relative.components().all(|component| matches!(component, Component::Normal(_)));
+        if !plain || relative.as_os_str().is_empty() {
+            return Err(invalid());
+        }
+        let mounts = Path::new("/proc/self/mountinfo");
+        let table = fs::read_to_string(mounts).map_err(failed("read", mounts))?;
+        let folders = hierarchies(&table)
+            .into_iter()
+            .map(|hierarchy| Hierarchy { root: hierarchy.root.join(relative), ..hierarchy })
+            .collect();
+        Ok(Self { path: path.to_owned(), folders })
+    }
+
+    /// Whether any folder of it exists.
+    pub fn exists(&self) -> bool {
+        self.existing().next().is_some()
+    }
+
+    /// The v2 folder where v2 is the only version: the one a device filter must guard.
+    pub fn pure_unified(&self) -> Option<&Path> {
+        match self.folders.as_slice() {
+            [only] if only.unified => Some(&only.root),
+            _ => None,
+        }
+    }
+
+    fn existing(&self) -> impl Iterator<Item = &Hierarchy> {
+        self.folders.iter().filter(|folder| folder.root.is_dir())
+    }
+
+    /// Kills every process in it and below, and waits until they are gone. Idempotent.
+    pub fn kill(&self) -> Result<(), CgroupError> {
+        let deadline = Instant::now() + KILL_TIMEOUT;
+        loop {
+            let mut living = 0;
+            for folder in self.existing() {
+                living += kill_folder(folder)?;
+            }
+            if living == 0 {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                let seconds = KILL_TIMEOUT.as_secs();
+                return Err(CgroupError::Timeout {
+                    path: self.path.clone(),
+                    what: "end after SIGKILL",
+                    seconds,
+                });
+            }
+            sleep(POLL_INTERVAL);
+        }
+    }
+
+    /// Removes the empty group and the groups below it. Idempotent.
+    pub fn remove(&self) -> Result<(), CgroupError> {
+        let deadline = Instant::now() + KILL_TIMEOUT;
+        for folder in &self.folders {
+            for group in tree(&folder.root) {
+                loop {
+                    match fs::remove_dir(&group) {
+                        Ok(()) => break,
+                        Err(error) if error.kind() == io::ErrorKind::NotFound => break,
+                        // A process that has ended leaves its group only when it is reaped.
+                        Err(error)
+                            if error.kind() == io::ErrorKind::ResourceBusy && Instant::now() < deadline =>
+                        {
+                            sleep(POLL_INTERVAL);
+                        }
+                        Err(error) => return Err(failed("remove", &group)(error)),
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Freezes or thaws every process in it, and waits for that.
+    pub fn freeze(&self, frozen: bool) -> Result<(), CgroupError> {
+        let deadline = Instant::now() + FREEZE_TIMEOUT;
+        let folder = self
+            .existing()
+            .find(|folder| folder.root.join(freezer_file(folder)).exists())
+            .ok_or_else(|| CgroupError::NoFreezer { path: self.path.clone() })?;
+        let file = folder.root.join(freezer_file(folder));
+        let (word, events) = match (folder.unified, frozen) {
+            (true, true) => ("1", Some("frozen 1")),
+            (true, false) => ("0", Some("frozen 0")),
+            (false, true) => ("FROZEN", None),
+            (false, false) => ("THAWED", None),
+        };
+        loop {
+            fs::write(&file, word).map_err(failed("write", &file))?;
+            let reached = match events {
+                Some(line) => {
+                    let events = folder.root.join("cgroup.events");
+                    let text = fs::read_to_string(&events).map_err(failed("read", &events))?;
+                    text.lines().any(|found| found == line)
+                }
+                None => fs::read_to_string(&file).map_err(failed("read", &file))?.trim_end() == word,
+            };
+            if reached {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                if frozen {
+                    // Half frozen is worse than running.
+                    fs::write(&file, if folder.unified { "0" } else { "THAWED" })
+                        .map_err(failed("write", &file))?;
+                }
+                let what = if frozen { "freeze" } else { "thaw" };
+                let seconds = FREEZE_TIMEOUT.as_secs();
+                return Err(CgroupError::Timeout { path: self.path.clone(), what, seconds });
+            }
+            sleep(POLL_INTERVAL);
+        }
+    }
+
+    /// How many processes the kernel has killed in it for want of memory; 0 where nobody counts.
+    pub fn oom_kills(&self) -> u64 {
+        self.existing()
+            .flat_map(|folder| {
+                let name = if folder.unified { "memory.events" } else { "memory.oom_control" };
+                fs::read_to_string(folder.root.join(name)).ok()
+            })
+            .filter_map(|text| counter(&text, "oom_kill"))
+            .sum()
+    }
+}
+
+fn freezer_file(folder: &Hierarchy) -> &'static str {
+    if folder.unified { "cgroup.freeze" } else { "freezer.state" }
+}
+
+/// Kills what is in one folder; how many processes that were.
+fn kill_folder(folder: &Hierarchy) -> Result<usize, CgroupError> {
+    let pids: Vec<Pid> = tree(&folder.root).iter().flat_map(|group| processes(group)).collect();
+    if pids.is_empty() {
+        return Ok(0);
+    }
+    let kill_file = folder.root.join("cgroup.kill");
+    if folder.unified && kill_file.exists() {
+        return fs::write(&kill_file, "1").map(|()| pids.len()).map_err(failed("write", &kill_file));
+    }
+    for pid in &pids {
+        match kill_process(*pid, Signal::KILL) {
+            Ok(()) | Err(rustix::io::Errno::SRCH) => {}
+            Err(error) => return Err(failed("kill a process of", &folder.root)(error.into())),
+        }
+    }
+    let freezer = folder.root.join("freezer.state");
+    if freezer.exists() {
+        // A frozen process dies only when it is thawed.
+        fs::write(&freezer, "THAWED").map_err(failed("write", &freezer))?;
+    }
+    Ok(pids.len())
+}
+
+/// The processes of one group. A group that has gone has none.
+fn processes(group: &Path) -> Vec<Pid> {
+    let listed = fs::read_to_string(group.join("cgroup.procs")).unwrap_or_default();
+    // 0 stands for a process this namespace cannot name.
+    listed.lines().filter_map(|line| line.parse().ok().and_then(Pid::from_raw)).collect()
+}
+
+/// A group and all below it, deepest first. Empty when it does not exist.
+fn tree(root: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    let mut pending = vec![root.to_owned()];
+    while let Some(folder) = pending.pop() {
+        let Ok(entries) = fs::read_dir(&folder) else { continue };
+        let below = entries.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+        pending.extend(below.map(|entry| entry.path()));
+        found.push(folder);
+    }
+    found.reverse();
+    found
+}
+
+/// The value in a `name value` line.
+fn counter(text: &str, name: &str) -> Option<u64> {
+    text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.trim().parse().ok())
+}
+
+/// The mounted hierarchies of a mountinfo table.
+fn hierarchies(table: &str) -> Vec<Hierarchy> {
+    let mut found: Vec<Hierarchy> = Vec::new();
+    for line in table.lines() {
+        let Some((before, after)) = line.split_once(" - ") else { continue };
+        let unified = match after.split(' ').next() {
+            Some("cgroup") => false,
+            Some("cgroup2") => true,
+            _ => continue,
+        };
+        let mut fields = before.split(' ').skip(3);
+        // A mount of a part of a hierarchy (a container's own view of it) does not start at the root.
+        let (Some("/"), Some(point)) = (fields.next(), fields.next()) else { continue };
+        let hierarchy = Hierarchy { root: unescape(point), unified };
+        if !found.contains(&hierarchy) {
+            found.push(hierarchy);
+        }
+    }
+    found
+}
+
+/// Undoes mountinfo's octal escapes of space, tab, newline and backslash.
+fn unescape(field: &str) -> PathBuf {
+    let text = [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")];
+    PathBuf::from(text.iter().fold(field.to_owned(), |text, (escape, plain)| text.replace(escape, plain)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hierarchies_are_found_in_all_layouts() {
+        let hybrid = "22 1 0:5 / /proc rw - proc proc rw\n\
+            30 22 0:26 / /sys/fs/cgroup/cpu rw,relatime shared:9 - cgroup cgroup rw,cpu\n\
+            31 22 0:27 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n\
+            32 22 0:27 /part /other rw - cgroup2 cgroup2 rw\n";
+        let roots: Vec<_> =
+            hierarchies(hybrid).into_iter().map(|found| (found.root, found.unified)).collect();
+        assert_eq!(
+            roots,
+            [("/sys/fs/cgroup/cpu".into(), false), ("/sys/fs/cgroup/unified".into(), true)]
+                as [(PathBuf, bool); 2]
+        );
+        assert_eq!(hierarchies("31 22 0:27 / /a\\040b rw - cgroup2 cgroup2 rw")[0].root, Path::new("/a b"));
+        assert!(hierarchies("nonsense\n\n- \n").is_empty());
+    }
+
+    #[test]
+    fn paths_that_could_reach_other_groups_are_refused() {
+        for path in ["", "/", "relative", "/a/../b", "/..", "//"] {
+            assert!(Cgroup::open(Path::new(path)).is_err(), "{path}");
+        }
+        assert!(Cgroup::open(Path::new("/engine/abc")).is_ok());
+    }
+
+    #[test]
+    fn a_group_that_is_not_there_is_clean() {
+        let group = Cgroup::open(Path::new("/no-such-group-of-a-test/x")).unwrap();
+        group.kill().unwrap();
+        group.remove().unwrap();
+        assert!(!group.exists());
+        assert_eq!(group.oom_kills(), 0);
+        assert!(matches!(group.freeze(true), Err(CgroupError::NoFreezer { .. })));
+    }
+
+    #[test]
+    fn oom_kills_are_read_from_either_version() {
+        assert_eq!(counter("low 0\noom 3\noom_kill 2\noom_group_kill 0\n", "oom_kill"), Some(2));
+        assert_eq!(counter("oom_kill_disable 0\nunder_oom 0\noom_kill 1\n", "oom_kill"), Some(1));
+        assert_eq!(counter("", "oom_kill"), None);
+    }
+}

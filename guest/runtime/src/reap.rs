@@ -1,0 +1,151 @@
+//! Cleaning up after a shim that cannot do it itself.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use thiserror::Error;
+
+use crate::cgroup::{Cgroup, CgroupError};
+use crate::shim::record::{self, EXIT_FILE, RecordError, STATE_FILE, StateRecord};
+use crate::shim::{Exit, SOCKET_FILE};
+use crate::sys::{self, ProcessStamp};
+
+/// The runtime's own state, below a shim's folder.
+pub const RUNTIME_DIR: &str = "runtime";
+/// The bundle as handed to the runtime, below a shim's folder.
+pub const BUNDLE_DIR: &str = "bundle";
+
+/// How long a killed process may take to go.
+const END_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Why something was left behind.
+#[derive(Debug, Error)]
+pub enum ReapError {
+    /// A record could not be read.
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    /// The group could not be removed.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    /// A process could not be ended.
+    #[error("cannot end process {pid}")]
+    Process {
+        /// Which one.
+        pid: i32,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A file could not be removed.
+    #[error("cannot remove {path}")]
+    Remove {
+        /// Which one.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Ends a shim, its container and everything in it, and removes the cgroup, the runtime's state and the socket.
+///
+/// Idempotent, and right at any moment of a shim's life: before it wrote anything, half-way through creating, after it
+/// has gone. `exit.json` and logs stay; what `exit.json` says is returned. Blocks for some milliseconds usually, for
+/// [`END_TIMEOUT`] at worst.
+pub fn reap(dir: &Path) -> Result<Option<Exit>, ReapError> {
+    if let Some(state) = record::read::<StateRecord>(dir, STATE_FILE)? {
+        // The shim first, or it would go on making what is being removed.
+        end(&state.shim)?;
+        // Once the shim is gone its record is final: one written since the read names init.
+        let state = record::read::<StateRecord>(dir, STATE_FILE)?.unwrap_or(state);
+        release(&state)?;
+    }
+    remove_files(dir)?;
+    Ok(record::read(dir, EXIT_FILE)?)
+}
+
+/// Ends the container of a record and removes its cgroup.
+pub fn release(state: &StateRecord) -> Result<(), ReapError> {
+    if let Some(init) = &state.init {
+        signal(init)?;
+    }
+    let cgroup = Cgroup::open(&state.cgroup)?;
+    cgroup.kill()?;
+    cgroup.remove()?;
+    Ok(())
+}
+
+/// Removes what a shim leaves in its folder but for logs and `exit.json`.
+pub fn remove_files(dir: &Path) -> Result<(), ReapError> {
+    for name in [RUNTIME_DIR, BUNDLE_DIR] {
+        ignore_missing(&dir.join(name), |path| fs::remove_dir_all(path))?;
+    }
+    for name in [SOCKET_FILE, STATE_FILE] {
+        ignore_missing(&dir.join(name), |path| fs::remove_file(path))?;
+    }
+    Ok(())
+}
+
+fn ignore_missing(path: &Path, remove: impl FnOnce(&Path) -> io::Result<()>) -> Result<(), ReapError> {
+    match remove(path) {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => {
+            Err(ReapError::Remove { path: path.to_owned(), source })
+        }
+        _ => Ok(()),
+    }
+}
+
+fn signal(process: &ProcessStamp) -> Result<(), ReapError> {
+    let failed = |source| ReapError::Process { pid: process.pid, source };
+    if let Some(descriptor) = process.open().map_err(failed)? {
+        sys::kill(&descriptor).map_err(failed)?;
+    }
+    Ok(())
+}
+
+/// Kills a process and waits until it has ended.
+fn end(process: &ProcessStamp) -> Result<(), ReapError> {
+    let failed = |source| ReapError::Process { pid: process.pid, source };
+    let Some(descriptor) = process.open().map_err(failed)? else { return Ok(()) };
+    sys::kill(&descriptor).map_err(failed)?;
+    let timeout = Timespec { tv_sec: END_TIMEOUT.as_secs() as i64, tv_nsec: 0 };
+    match poll(&mut [PollFd::new(&descriptor, PollFlags::IN)], Some(&timeout)) {
+        Ok(0) => Err(failed(io::ErrorKind::TimedOut.into())),
+        Ok(_) => Ok(()),
+        Err(error) => Err(failed(error.into())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_empty_folder_is_reaped_and_keeps_its_logs() {
+        let dir = std::env::temp_dir().join(format!("reap-{}", std::process::id()));
+        fs::create_dir_all(dir.join(RUNTIME_DIR)).unwrap();
+        fs::write(dir.join("log"), "kept").unwrap();
+        let exit = Exit { code: 3, finished_at: jiff::Timestamp::UNIX_EPOCH, oom_killed: false };
+        record::write(&dir, EXIT_FILE, &exit).unwrap();
+        assert_eq!(reap(&dir).unwrap(), Some(exit.clone()));
+        assert_eq!(reap(&dir).unwrap(), Some(exit));
+        assert!(!dir.join(RUNTIME_DIR).exists() && dir.join("log").exists());
+        fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn a_record_of_dead_processes_is_no_obstacle() {
+        let dir = std::env::temp_dir().join(format!("reap-dead-{}", std::process::id()));
+        fs::create_dir_all(&dir).unwrap();
+        let gone = ProcessStamp { pid: 1, started: u64::MAX };
+        let cgroup = format!("/reap-test-{}", std::process::id()).into();
+        let state = StateRecord { container: "c".into(), shim: gone, init: Some(gone), cgroup };
+        record::write(&dir, STATE_FILE, &state).unwrap();
+        assert_eq!(reap(&dir).unwrap(), None);
+        assert!(!dir.join(STATE_FILE).exists());
+        fs::remove_dir_all(&dir).unwrap();
+    }
+}

@@ -1,0 +1,79 @@
+//! What the engine tells a shim before it starts: `DIR/shim.json`.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// The name of the [`ShimSpec`] in a shim's folder.
+pub const SPEC_FILE: &str = "shim.json";
+
+/// One container, as its shim sees it. Everything about the process itself is in the bundle's OCI spec.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShimSpec {
+    /// The container's full id.
+    pub container: String,
+    /// The folder holding `config.json`. Its `root.path` is a mounted root file system.
+    pub bundle: PathBuf,
+    /// Whether init gets a terminal. Must agree with `process.terminal` of the OCI spec, which the shim corrects if not.
+    #[serde(default)]
+    pub terminal: bool,
+    /// What init's standard input is.
+    #[serde(default)]
+    pub stdin: Stdin,
+    /// Where init's output is kept.
+    #[serde(default)]
+    pub log: Log,
+    /// The terminal's first size.
+    #[serde(default)]
+    pub console_size: Option<ConsoleSize>,
+}
+
+/// What a process's standard input is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Stdin {
+    /// `/dev/null` (with a terminal: the terminal, which nobody types on).
+    #[default]
+    None,
+    /// A pipe that stays open when a client leaves: Docker's OpenStdin.
+    Open,
+    /// A pipe that closes when the first attached client ends its input: Docker's StdinOnce.
+    Once,
+}
+
+/// Where init's output is kept.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Log {
+    /// The format, or nothing.
+    #[serde(default)]
+    pub driver: LogDriver,
+    /// The log file; rotated files are this name with `.1`, `.2`, … appended.
+    #[serde(default)]
+    pub path: PathBuf,
+    /// Rotate when the file would grow beyond this many bytes; `None` never rotates.
+    #[serde(default)]
+    pub max_size_bytes: Option<u64>,
+    /// How many files to keep, the current one included. At least 1; `None` means 1.
+    #[serde(default)]
+    pub max_files: Option<u32>,
+}
+
+/// The format of a log.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LogDriver {
+    /// Docker's `json-file`.
+    JsonFile,
+    /// Output that no client is attached to is lost.
+    #[default]
+    None,
+}
+
+/// A terminal's size in character cells.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConsoleSize {
+    /// Columns.
+    pub width: u16,
+    /// Rows.
+    pub height: u16,
+}

@@ -1,0 +1,125 @@
+//! The system calls nobody wraps safely, each as a small safe function. The only unsafe code of this crate.
+
+#![expect(unsafe_code, reason = "thin wrappers over system calls; each block says why it is sound")]
+
+pub mod bpf;
+pub mod exec;
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open};
+use serde::{Deserialize, Serialize};
+
+/// A process id that cannot be mistaken for a later process of the same number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessStamp {
+    /// The process id.
+    pub pid: i32,
+    /// When it started, in clock ticks since boot (`/proc/PID/stat`, field 22).
+    pub started: u64,
+}
+
+impl ProcessStamp {
+    /// The stamp of a living process.
+    pub fn of(pid: i32) -> io::Result<Self> {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+        let started = start_time(&stat).ok_or_else(|| {
+            io::Error::other(format!("/proc/{pid}/stat has no start time: {}", stat.trim_end()))
+        })?;
+        Ok(Self { pid, started })
+    }
+
+    /// The stamp of this process.
+    pub fn of_self() -> io::Result<Self> {
+        Self::of(rustix::process::getpid().as_raw_nonzero().get())
+    }
+
+    /// A descriptor of the process, or `None` when it is gone (a zombie of it still counts as there).
+    pub fn open(&self) -> io::Result<Option<OwnedFd>> {
+        let Some(pid) = Pid::from_raw(self.pid) else { return Ok(None) };
+        let descriptor = match pidfd_open(pid, PidfdFlags::empty()) {
+            Ok(descriptor) => descriptor,
+            Err(rustix::io::Errno::SRCH) => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
+        // The number may have been reused before the descriptor was opened; it cannot be after.
+        match Self::of(self.pid) {
+            Ok(now) if now == *self => Ok(Some(descriptor)),
+            _ => Ok(None),
+        }
+    }
+}
+
+/// Field 22 of a `stat` line. The name in field 2 may hold spaces and parentheses, so count from the last one.
+fn start_time(stat: &str) -> Option<u64> {
+    stat.rsplit_once(')')?.1.split_ascii_whitespace().nth(19)?.parse().ok()
+}
+
+/// Sends a signal by its number, real-time signals included, to the process behind a descriptor.
+///
+/// `Ok(false)` when the process has already ended.
+pub fn signal(process: impl AsFd, number: i32) -> io::Result<bool> {
+    // SAFETY: the call reads nothing but its integer arguments (the siginfo pointer is null, which asks for the default),
+    // and the descriptor is open for the length of the borrow.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            process.as_fd().as_raw_fd(),
+            number,
+            std::ptr::null::<libc::siginfo_t>(),
+            0,
+        )
+    };
+    if result == 0 {
+        return Ok(true);
+    }
+    match io::Error::last_os_error() {
+        error if error.raw_os_error() == Some(libc::ESRCH) => Ok(false),
+        error => Err(error),
+    }
+}
+
+/// SIGKILL.
+pub fn kill(process: impl AsFd) -> io::Result<bool> {
+    signal(process, Signal::KILL.as_raw())
+}
+
+/// Gives free heap pages back. A shim lives as long as its container and needs little after creating it.
+pub fn trim_heap() {
+    // SAFETY: malloc_trim has no preconditions; it only releases memory the allocator considers free.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_start_time_is_found_behind_any_name() {
+        let fields = "S 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 987 20";
+        assert_eq!(start_time(&format!("7 (a) b) c) {fields}")), Some(987));
+        assert_eq!(start_time("7 (short) S 1"), None);
+        assert_eq!(start_time(""), None);
+    }
+
+    #[test]
+    fn a_stamp_of_another_time_names_nobody() {
+        let mut stamp = ProcessStamp::of_self().unwrap();
+        assert!(stamp.open().unwrap().is_some());
+        stamp.started += 1;
+        assert!(stamp.open().unwrap().is_none());
+    }
+
+    #[test]
+    fn signals_reach_a_child_and_miss_a_dead_one() {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let descriptor = ProcessStamp::of(child.id() as i32).unwrap().open().unwrap().unwrap();
+        assert!(kill(&descriptor).unwrap());
+        child.wait().unwrap();
+        assert!(!kill(&descriptor).unwrap());
+    }
+}
