@@ -25,15 +25,11 @@ impl<'a> Elf<'a> {
         let names_index = number(bytes, 0x3e, 2)?;
         ensure!(entry_size >= 64 || count == 0, "section headers of {entry_size} bytes");
         let header = |index: usize| -> Result<(usize, usize, usize)> {
-            let at = index
-                .checked_mul(entry_size)
-                .and_then(|offset| offset.checked_add(table))
-                .filter(|at| *at < bytes.len())
-                .context("a section header lies past the end of the file")?;
-            let kind = number(bytes, at + 4, 4)?;
+            let at = index.checked_mul(entry_size).and_then(|offset| offset.checked_add(table));
+            let header = slice(bytes, at.context("a section header lies past the end of the file")?, 64)?;
             // SHT_NOBITS: takes no room in the file.
-            let size = if kind == 8 { 0 } else { number(bytes, at + 0x20, 8)? };
-            Ok((number(bytes, at, 4)?, number(bytes, at + 0x18, 8)?, size))
+            let size = if number(header, 4, 4)? == 8 { 0 } else { number(header, 0x20, 8)? };
+            Ok((number(header, 0, 4)?, number(header, 0x18, 8)?, size))
         };
         let mut sections = Vec::new();
         if count > 0 {

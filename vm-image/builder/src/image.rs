@@ -71,11 +71,11 @@ impl Recipe {
         let kernel = self.source.load(cache)?;
         let mut tree = self.root.tree.clone();
         let mut order = String::new();
-        for (path, content) in kernel.modules {
-            let path = format!("/lib/modules/{}/{path}", kernel.release);
-            tree.insert(&path, 0o644, Node::File(content))?;
-            order.push_str(&path);
-            order.push('\n');
+        for module in kernel.modules {
+            let path = format!("/lib/modules/{}/{}", kernel.release, module.path);
+            let mark = if module.optional { "-" } else { "" };
+            order.push_str(&format!("{mark}{path}\n"));
+            tree.insert(&path, 0o644, Node::File(module.content))?;
         }
         tree.insert("/etc/engine/modules", 0o644, Node::File(order.into_bytes()))?;
 

@@ -62,10 +62,21 @@ pub(crate) fn contents(text: &str) -> Result<Vec<Item>> {
     })
 }
 
-/// Reads the list of kernel modules: their names.
-pub(crate) fn modules(text: &str) -> Result<Vec<String>> {
+/// One line of `kernel/modules.list`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Module {
+    pub(crate) name: String,
+    /// Whether loading it may fail, because it serves hardware that not every machine has.
+    pub(crate) optional: bool,
+}
+
+/// Reads the list of kernel modules. A dash before a name makes it optional.
+pub(crate) fn modules(text: &str) -> Result<Vec<Module>> {
     lines(text, |words| match *words {
-        [name] => Ok(name.to_owned()),
+        [word] => {
+            let name = word.strip_prefix('-');
+            Ok(Module { name: name.unwrap_or(word).to_owned(), optional: name.is_some() })
+        }
         _ => bail!("`{}` is not one module name", words.join(" ")),
     })
 }
@@ -140,6 +151,8 @@ mod tests {
         let items = contents(include_str!("../../rootfs/contents.list")).unwrap();
         assert!(items.contains(&Item::Program { path: "/init".into(), name: "init".into() }));
         let modules = modules(include_str!("../../kernel/modules.list")).unwrap();
-        assert!(modules.contains(&"overlay".to_owned()));
+        for (name, optional) in [("overlay", false), ("ptp_kvm", true)] {
+            assert!(modules.contains(&Module { name: name.into(), optional }), "{name}");
+        }
     }
 }

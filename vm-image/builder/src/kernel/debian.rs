@@ -21,7 +21,7 @@ const FAMILY: Family = Family { prefix: "linux-image-6.12.", suffix: "-cloud-amd
 pub(crate) struct Package {
     path: PathBuf,
     digest: String,
-    modules: Vec<String>,
+    modules: Vec<list::Module>,
     modules_digest: String,
 }
 
@@ -78,8 +78,7 @@ impl Content {
 
     fn from_tar(mut stream: impl Read) -> Result<Self> {
         let (mut release, mut image, mut builtin, mut modules) = (None, None, None, BTreeMap::new());
-        let mut archive = tar::Archive::new(&mut stream);
-        for entry in archive.entries()? {
+        for entry in tar::Archive::new(&mut stream).entries()? {
             let mut entry = entry?;
             if !entry.header().entry_type().is_file() {
                 continue;
@@ -100,7 +99,6 @@ impl Content {
                 }
             }
         }
-        drop(archive);
         // dpkg-deb pads the archive; a reader that stops early would make it fail.
         std::io::copy(&mut stream, &mut std::io::sink())?;
         Ok(Self {

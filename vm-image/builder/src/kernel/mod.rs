@@ -9,6 +9,7 @@ use std::path::Path;
 use anyhow::Result;
 use clap::ValueEnum;
 
+use self::module::Module;
 use crate::cache::Cache;
 
 /// Which kernel an image gets.
@@ -43,8 +44,8 @@ pub(crate) struct Kernel {
     pub(crate) image: Vec<u8>,
     /// The uncompressed ELF file, which PVH boot takes, where the kernel has one.
     pub(crate) vmlinux: Option<Vec<u8>>,
-    /// Modules in load order: path below `/lib/modules/<release>` and content.
-    pub(crate) modules: Vec<(String, Vec<u8>)>,
+    /// Modules in load order.
+    pub(crate) modules: Vec<Module>,
 }
 
 impl Source {

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use anyhow::{Context, Result, bail};
 
 use crate::elf::Elf;
+use crate::list;
 
 const SIGNATURE_MARKER: &[u8] = b"~Module signature appended~\n";
 /// Size of `struct module_signature`, whose last field is the signature's length, big-endian.
@@ -16,10 +17,14 @@ pub(crate) struct Modules<'a> {
     builtin: BTreeSet<String>,
 }
 
-/// A module and what must be loaded before it.
-struct Module {
-    path: String,
-    content: Vec<u8>,
+/// A module, ready to load once those before it are.
+#[derive(Debug)]
+pub(crate) struct Module {
+    /// Path below `/lib/modules/<release>`, without a compression suffix.
+    pub(crate) path: String,
+    pub(crate) content: Vec<u8>,
+    /// Whether loading it may fail.
+    pub(crate) optional: bool,
 }
 
 impl<'a> Modules<'a> {
@@ -31,20 +36,23 @@ impl<'a> Modules<'a> {
         }
     }
 
-    /// The wanted modules and what they depend on, dependencies first, without their compression suffix.
+    /// The wanted modules and what they depend on, dependencies first.
     ///
     /// `read` returns the decompressed module at a path. The order depends only on the wanted names and the modules.
     pub(crate) fn in_load_order(
         &self,
-        wanted: &[String],
+        wanted: &[list::Module],
         read: impl Fn(&str) -> Result<Vec<u8>>,
-    ) -> Result<Vec<(String, Vec<u8>)>> {
+    ) -> Result<Vec<Module>> {
         let mut loaded = Vec::new();
         let mut state = BTreeMap::new();
-        for name in wanted {
+        for list::Module { name, optional } in wanted {
+            let before = loaded.len();
             self.visit(&normal(name), &read, &mut state, &mut loaded)?;
+            // What only an optional module needs is as optional as that.
+            loaded[before..].iter_mut().for_each(|module| module.optional = *optional);
         }
-        Ok(loaded.into_iter().map(|module| (module.path, module.content)).collect())
+        Ok(loaded)
     }
 
     fn visit(
@@ -80,7 +88,7 @@ impl<'a> Modules<'a> {
         state.insert(name.to_owned(), true);
         let path = path.strip_suffix(".xz").unwrap_or(path).to_owned();
         let content = without_signature(&content).to_vec();
-        loaded.push(Module { path, content });
+        loaded.push(Module { path, content, optional: false });
         Ok(())
     }
 }
@@ -162,10 +170,14 @@ mod tests {
 
     fn check(wanted: &[&str]) -> Result<Vec<String>> {
         let modules = Modules::new(PACKAGE.iter().map(|(path, _)| *path), "kernel/fs/ext4/ext4.ko\n");
-        let wanted: Vec<String> = wanted.iter().map(|name| (*name).to_owned()).collect();
+        let wanted = wanted.join(" # reason\n") + " # reason";
+        let wanted = list::modules(&wanted)?;
         let info = BTreeMap::from(PACKAGE);
         let loaded = modules.in_load_order(&wanted, |path| Ok(module(info[path])))?;
-        Ok(loaded.into_iter().map(|(path, _)| path).collect())
+        Ok(loaded
+            .into_iter()
+            .map(|module| if module.optional { "-".to_owned() + &module.path } else { module.path })
+            .collect())
     }
 
     #[test]
@@ -184,6 +196,14 @@ mod tests {
     fn a_builtin_module_needs_no_file_and_an_unknown_one_is_an_error() {
         assert!(check(&["ext4"]).unwrap().is_empty());
         assert_eq!(check(&["ext5"]).unwrap_err().to_string(), "the kernel has no module `ext5`");
+    }
+
+    #[test]
+    fn what_only_an_optional_module_needs_is_optional() {
+        let order = check(&["stp", "-bridge"]).unwrap();
+        assert_eq!(order, ["kernel/net/llc.ko", "kernel/net/stp.ko", "-kernel/net/bridge.ko"]);
+        let order = check(&["-stp"]).unwrap();
+        assert_eq!(order, ["-kernel/net/llc.ko", "-kernel/net/stp.ko"]);
     }
 
     #[test]
