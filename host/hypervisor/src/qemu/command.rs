@@ -1,0 +1,210 @@
+//! QEMU's command line, as a pure function of what the machine is.
+
+use std::ffi::OsString;
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+
+use crate::Accelerator;
+
+/// A machine as QEMU is told about it. Descriptors are numbers in QEMU's process.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Machine {
+    /// What executes instructions.
+    pub accelerator: Accelerator,
+    /// Number of processors.
+    pub cpus: u32,
+    /// Memory in MiB; shared with the device models through a memfd.
+    pub memory_mib: u32,
+    /// The kernel image.
+    pub kernel: PathBuf,
+    /// The initial root file system.
+    pub initramfs: PathBuf,
+    /// The kernel's command line.
+    pub cmdline: String,
+    /// The devices, in the order of their PCI slots.
+    pub devices: Vec<Device>,
+    /// Stream socket on which QEMU speaks its monitor protocol.
+    pub monitor: Option<RawFd>,
+}
+
+/// One device of a machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Device {
+    /// The serial console, on a stream socket.
+    Serial {
+        /// QEMU's end.
+        fd: RawFd,
+    },
+    /// Random numbers for the guest.
+    Rng,
+    /// A block device served over vhost-user.
+    VhostUserBlock {
+        /// QEMU's end of the vhost-user socket.
+        fd: RawFd,
+        /// Number of request queues.
+        queues: u16,
+        /// Entries per queue.
+        queue_size: u16,
+    },
+    /// A vsock device served over vhost-user.
+    VhostUserVsock {
+        /// QEMU's end of the vhost-user socket.
+        fd: RawFd,
+    },
+    /// A network card whose frames go over a stream socket (`u32` big-endian length before each).
+    Network {
+        /// QEMU's end of the frame socket.
+        fd: RawFd,
+        /// The card's address.
+        mac: [u8; 6],
+    },
+}
+
+/// Translation buffer of the software processor: QEMU's own default grows to 1 GiB.
+const TRANSLATION_MIB: u32 = 256;
+
+/// The arguments after the program's name.
+pub fn arguments(machine: &Machine) -> Vec<OsString> {
+    let mut line = CommandLine(Vec::new());
+    line.flag("-no-user-config").flag("-nodefaults").flag("-no-reboot");
+    line.option("-display", "none");
+    line.option("-machine", "q35,memory-backend=memory,smbus=off,sata=off,vmport=off");
+    line.option(
+        "-accel",
+        match machine.accelerator {
+            Accelerator::Kvm => "kvm".into(),
+            Accelerator::Tcg => format!("tcg,thread=multi,tb-size={TRANSLATION_MIB}"),
+        },
+    );
+    line.option("-cpu", "max");
+    line.option("-smp", machine.cpus.to_string());
+    line.option("-m", format!("{}M", machine.memory_mib));
+    line.option("-object", format!("memory-backend-memfd,id=memory,size={}M,share=on", machine.memory_mib));
+    line.flag("-kernel").flag(machine.kernel.as_os_str());
+    line.flag("-initrd").flag(machine.initramfs.as_os_str());
+    line.option("-append", machine.cmdline.as_str());
+    for (index, device) in machine.devices.iter().enumerate() {
+        line.device(index, device);
+    }
+    if let Some(fd) = machine.monitor {
+        line.option("-chardev", format!("socket,id=monitor,fd={fd}"));
+        line.option("-mon", "chardev=monitor,mode=control");
+    }
+    line.0
+}
+
+struct CommandLine(Vec<OsString>);
+
+impl CommandLine {
+    fn flag(&mut self, flag: impl Into<OsString>) -> &mut Self {
+        self.0.push(flag.into());
+        self
+    }
+
+    fn option(&mut self, name: &str, value: impl Into<OsString>) -> &mut Self {
+        self.flag(name).flag(value)
+    }
+
+    fn device(&mut self, index: usize, device: &Device) {
+        let id = format!("device{index}");
+        match device {
+            Device::Serial { fd } => {
+                self.option("-chardev", format!("socket,id={id},fd={fd}"));
+                self.option("-serial", format!("chardev:{id}"));
+            }
+            Device::Rng => {
+                self.option("-device", "virtio-rng-pci");
+            }
+            Device::VhostUserBlock { fd, queues, queue_size } => {
+                self.option("-chardev", format!("socket,id={id},fd={fd}"));
+                self.option(
+                    "-device",
+                    format!("vhost-user-blk-pci,chardev={id},num-queues={queues},queue-size={queue_size}"),
+                );
+            }
+            Device::VhostUserVsock { fd } => {
+                self.option("-chardev", format!("socket,id={id},fd={fd}"));
+                self.option("-device", format!("vhost-user-vsock-pci,chardev={id}"));
+            }
+            Device::Network { fd, mac } => {
+                let mac = mac.map(|byte| format!("{byte:02x}")).join(":");
+                self.option("-netdev", format!("stream,id={id},server=off,addr.type=fd,addr.str={fd}"));
+                // No boot ROM: nothing boots from the network, and the ROMs are a package of their own.
+                self.option("-device", format!("virtio-net-pci,netdev={id},mac={mac},romfile="));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn machine() -> Machine {
+        Machine {
+            accelerator: Accelerator::Tcg,
+            cpus: 2,
+            memory_mib: 1024,
+            kernel: "/images/a kernel".into(),
+            initramfs: "/images/root,fs".into(),
+            cmdline: "console=ttyS0 quiet".into(),
+            devices: vec![
+                Device::Serial { fd: 10 },
+                Device::Rng,
+                Device::VhostUserBlock { fd: 11, queues: 1, queue_size: 256 },
+                Device::Network { fd: 12, mac: [2, 0, 0, 0, 0, 0x1f] },
+                Device::VhostUserVsock { fd: 13 },
+            ],
+            monitor: Some(14),
+        }
+    }
+
+    #[test]
+    fn the_whole_command_line() {
+        let line: Vec<String> =
+            arguments(&machine()).into_iter().map(|argument| argument.into_string().unwrap()).collect();
+        let expected = [
+            "-no-user-config",
+            "-nodefaults",
+            "-no-reboot",
+            "-display none",
+            "-machine q35,memory-backend=memory,smbus=off,sata=off,vmport=off",
+            "-accel tcg,thread=multi,tb-size=256",
+            "-cpu max",
+            "-smp 2",
+            "-m 1024M",
+            "-object memory-backend-memfd,id=memory,size=1024M,share=on",
+            "-kernel /images/a kernel",
+            "-initrd /images/root,fs",
+            "-append console=ttyS0 quiet",
+            "-chardev socket,id=device0,fd=10",
+            "-serial chardev:device0",
+            "-device virtio-rng-pci",
+            "-chardev socket,id=device2,fd=11",
+            "-device vhost-user-blk-pci,chardev=device2,num-queues=1,queue-size=256",
+            "-netdev stream,id=device3,server=off,addr.type=fd,addr.str=12",
+            "-device virtio-net-pci,netdev=device3,mac=02:00:00:00:00:1f,romfile=",
+            "-chardev socket,id=device4,fd=13",
+            "-device vhost-user-vsock-pci,chardev=device4",
+            "-chardev socket,id=monitor,fd=14",
+            "-mon chardev=monitor,mode=control",
+        ];
+        assert_eq!(line.join(" "), expected.join(" "));
+    }
+
+    #[test]
+    fn paths_and_the_cmdline_stay_one_argument() {
+        let line = arguments(&machine());
+        for whole in ["/images/a kernel", "/images/root,fs", "console=ttyS0 quiet"] {
+            assert!(line.iter().any(|argument| argument == whole), "{whole}");
+        }
+    }
+
+    #[test]
+    fn kvm_replaces_the_software_processor() {
+        let line = arguments(&Machine { accelerator: Accelerator::Kvm, monitor: None, ..machine() });
+        let accel = line.iter().position(|argument| argument == "-accel").unwrap();
+        assert_eq!(line[accel + 1], "kvm");
+        assert!(!line.iter().any(|argument| argument == "-mon"));
+    }
+}
