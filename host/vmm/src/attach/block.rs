@@ -1,0 +1,35 @@
+//! The data disk: a locked raw file behind a block device.
+
+use std::error::Error;
+
+use host_devices::virtio::VirtioDevice;
+use host_devices::virtio::block::{Backend, Block};
+use host_hypervisor::qemu::Device;
+
+use super::{Attached, Context};
+use crate::disk;
+use crate::spec::DiskSpec;
+
+/// What the guest finds the disk by.
+const SERIAL: &str = "engine-data";
+
+pub(super) struct Attachment {
+    pub disk: DiskSpec,
+}
+
+impl super::Attachment for Attachment {
+    fn name(&self) -> &'static str {
+        "block"
+    }
+
+    fn attach(
+        self: Box<Self>,
+        context: &mut Context<'_>,
+    ) -> Result<Box<dyn Attached>, Box<dyn Error + Send + Sync>> {
+        let file = disk::open(&self.disk, context.called_off)?;
+        let device = Block::new(Backend { file, serial: SERIAL.into(), read_only: false })?;
+        let sizes = device.queue_sizes();
+        let (queues, queue_size) = (sizes.len() as u16, sizes.iter().copied().min().unwrap_or(1));
+        context.serve("block", device, |fd| Device::VhostUserBlock { fd, queues, queue_size })
+    }
+}

@@ -1,0 +1,48 @@
+//! The socket device: the guest's ports for the daemon's sockets, and the daemon's ports for the guest.
+
+use std::error::Error;
+use std::os::fd::OwnedFd;
+
+use guest_protocol::port;
+use host_devices::virtio::vsock::{Backend, Cid, Handle, Ports, Vsock};
+use host_hypervisor::qemu::Device;
+
+use super::{Attached, Context};
+use crate::machine::Signal;
+
+pub(super) struct Attachment;
+
+/// Opens connections to the guest, from any thread.
+#[derive(Clone)]
+pub(crate) struct Connector(Handle);
+
+impl Connector {
+    /// Connects a stream socket to a port of the guest; the socket is closed if that cannot be.
+    pub(crate) fn connect(&self, port: u32, stream: OwnedFd) {
+        if let Err(error) = self.0.connect(port, stream) {
+            tracing::warn!(port, %error, "cannot connect to the guest");
+        }
+    }
+}
+
+impl super::Attachment for Attachment {
+    fn name(&self) -> &'static str {
+        "vsock"
+    }
+
+    fn attach(
+        self: Box<Self>,
+        context: &mut Context<'_>,
+    ) -> Result<Box<dyn Attached>, Box<dyn Error + Send + Sync>> {
+        let signals = context.signals.clone();
+        let accepted = move |port, stream| {
+            // Without a driver the connection has nobody to serve it: dropping it closes it.
+            drop(signals.send(Signal::Accepted { port, stream }));
+        };
+        let ports = Ports::Only(vec![port::SESSION, port::LOG]);
+        let device =
+            Vsock::new(Cid(u64::from(port::GUEST_CID)), Backend { ports, accepted: Box::new(accepted) })?;
+        context.connector = Some(Connector(device.handle()));
+        context.serve("vsock", device, |fd| Device::VhostUserVsock { fd })
+    }
+}
