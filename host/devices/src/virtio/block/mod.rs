@@ -1,0 +1,175 @@
+//! The disk (virtio 1.3 §5.2) over a raw sparse file.
+//!
+//! Owns: requests, and the file's blocks. Does not own: the file's name, size or lock; the caller opens it, sizes it
+//! and keeps others away. The file's length when the device is made is the disk's capacity, in whole sectors.
+//!
+//! Data moves between the file and guest memory without a copy. What the guest discards becomes a hole in the file, so
+//! the host gets its space back. A flush is `fdatasync`; writes before it are in the page cache of the host only.
+//! A full host disk is an I/O error for the guest, a counter, and a line in the log now and then.
+//!
+//! All queues are served by the device's own thread (`block`), in turns. Files: `request` reads and carries out one
+//! request, `file` is the back end, `queue` the rings.
+
+mod file;
+mod queue;
+mod request;
+#[cfg(test)]
+mod tests;
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
+    VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
+};
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+
+pub use self::file::Backend;
+use self::queue::Queues;
+use self::request::{MAX_RANGE_SECTORS, MAX_RANGES};
+use crate::counter::Counter;
+use crate::virtio::device::{
+    DeviceError, DeviceKind, QueueResources, QueueState, VirtioDevice, read_config_bytes,
+};
+use crate::virtio::worker::Worker;
+
+/// Size of every queue. QEMU's own default, so that the segment limit below fits there too.
+const QUEUE_SIZE: u16 = 128;
+/// The most queues offered; QEMU or the guest may use fewer.
+const MAX_QUEUES: usize = 16;
+/// Data segments of one request: a chain is no longer than its queue, less the request's header and status.
+const MAX_SEGMENTS: u32 = QUEUE_SIZE as u32 - 2;
+
+/// What the device has done since it was made.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Requests to read, and the bytes read.
+    pub reads: Counter,
+    /// Bytes read.
+    pub read_bytes: Counter,
+    /// Requests to write.
+    pub writes: Counter,
+    /// Bytes written.
+    pub written_bytes: Counter,
+    /// Requests to flush.
+    pub flushes: Counter,
+    /// Requests to discard or write zeroes.
+    pub discards: Counter,
+    /// Requests that ended in an I/O error.
+    pub errors: Counter,
+    /// Those among the errors because the host's disk was full.
+    pub no_space: Counter,
+    /// Requests of a kind we do not do.
+    pub unsupported: Counter,
+    /// Chains that were no requests at all.
+    pub malformed: Counter,
+}
+
+/// The disk.
+pub struct Block {
+    read_only: bool,
+    config: Vec<u8>,
+    queue_sizes: Vec<u16>,
+    counters: Arc<Counters>,
+    worker: Worker<()>,
+}
+
+impl Block {
+    /// Makes a disk of `backend` with `queues` queues (1 to 16; others are brought into that range), and its thread.
+    pub fn new(backend: Backend, queues: usize) -> io::Result<Self> {
+        let queues = queues.clamp(1, MAX_QUEUES);
+        let counters = Arc::new(Counters::default());
+        let config = config_space(backend.sectors(), queues as u16);
+        let read_only = backend.read_only();
+        let shared = Arc::clone(&counters);
+        let worker = Worker::spawn(DeviceKind::Block, "block", queues, move |_registry| {
+            Queues::new(backend, queues, shared)
+        })?;
+        Ok(Self { read_only, config, queue_sizes: vec![QUEUE_SIZE; queues], counters, worker })
+    }
+
+    /// Makes a disk of an open file; see [`Backend::new`].
+    pub fn from_file(file: File, serial: &str, read_only: bool, queues: usize) -> io::Result<Self> {
+        Self::new(Backend::new(file, serial, read_only)?, queues)
+    }
+
+    /// What the device has done.
+    pub fn counters(&self) -> Arc<Counters> {
+        Arc::clone(&self.counters)
+    }
+}
+
+/// The configuration space (virtio 1.3 §5.2.4).
+fn config_space(sectors: u64, queues: u16) -> Vec<u8> {
+    let mut config = Vec::with_capacity(60);
+    config.extend(sectors.to_le_bytes()); // capacity
+    config.extend(0u32.to_le_bytes()); // size_max, not offered
+    config.extend(MAX_SEGMENTS.to_le_bytes()); // seg_max
+    config.extend([0; 4]); // geometry, not offered
+    config.extend(512u32.to_le_bytes()); // blk_size
+    config.extend([3, 0]); // physical blocks of 2³ sectors, aligned
+    config.extend(8u16.to_le_bytes()); // min_io_size in blocks
+    config.extend(0u32.to_le_bytes()); // opt_io_size
+    config.extend([0, 0]); // writeback (not offered), unused
+    config.extend(queues.to_le_bytes()); // num_queues
+    config.extend(MAX_RANGE_SECTORS.to_le_bytes()); // max_discard_sectors
+    config.extend((MAX_RANGES as u32).to_le_bytes()); // max_discard_seg
+    config.extend(8u32.to_le_bytes()); // discard_sector_alignment
+    config.extend(MAX_RANGE_SECTORS.to_le_bytes()); // max_write_zeroes_sectors
+    config.extend((MAX_RANGES as u32).to_le_bytes()); // max_write_zeroes_seg
+    config.extend([1, 0, 0, 0]); // write_zeroes_may_unmap, unused
+    config
+}
+
+impl VirtioDevice for Block {
+    fn kind(&self) -> DeviceKind {
+        DeviceKind::Block
+    }
+
+    fn features(&self) -> u64 {
+        let mut features = 1 << VIRTIO_F_VERSION_1
+            | 1 << VIRTIO_RING_F_INDIRECT_DESC
+            | 1 << VIRTIO_RING_F_EVENT_IDX
+            | 1 << VIRTIO_BLK_F_SEG_MAX
+            | 1 << VIRTIO_BLK_F_BLK_SIZE
+            | 1 << VIRTIO_BLK_F_TOPOLOGY
+            | 1 << VIRTIO_BLK_F_FLUSH
+            | 1 << VIRTIO_BLK_F_MQ;
+        features |= match self.read_only {
+            true => 1 << VIRTIO_BLK_F_RO,
+            false => 1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES,
+        };
+        features
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &self.queue_sizes
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        read_config_bytes(&self.config, offset, data);
+    }
+
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {
+        // Nothing in it is writable: the cache mode, the only candidate, is not offered.
+    }
+
+    fn ack_features(&mut self, features: u64) {
+        self.worker.ack_features(features);
+    }
+
+    fn start_queue(&mut self, index: usize, resources: QueueResources) -> Result<(), DeviceError> {
+        self.worker.start_queue(index, resources)
+    }
+
+    fn stop_queue(&mut self, index: usize) -> Option<QueueState> {
+        self.worker.stop_queue(index)
+    }
+
+    fn reset(&mut self) {
+        self.worker.reset();
+    }
+}

@@ -1,0 +1,176 @@
+//! The contract between a device model and whatever carries it to the guest.
+//!
+//! A transport (vhost-user today, virtio-mmio in the VM process next) owns feature negotiation, queue addresses and
+//! interrupts' wiring. A model owns features, configuration space and the work on its queues. They meet in
+//! [`VirtioDevice`]: the transport starts and stops one queue at a time, and both verbs may be repeated.
+//!
+//! ```text
+//!             ack_features          start_queue            stop_queue
+//!   Reset ───────────────▶ Negotiated ─────────▶ Running ─────────────▶ Negotiated (queue state handed back)
+//!     ▲                                             │
+//!     └───────────────── reset ◀────────────────────┘   (from every state)
+//! ```
+//!
+//! A model answers these calls from the transport's thread while its own thread works on the queues; when
+//! `stop_queue` returns, the model no longer touches that queue or its memory.
+
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+
+use virtio_queue::Queue;
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use vmm_sys_util::eventfd::EventFd;
+
+pub use virtio_queue::QueueState;
+
+/// Guest memory as models see it: a snapshot is taken per unit of work, so the transport may swap the map at any time.
+pub type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
+
+/// What a device is (virtio 1.3 §5), by its device id.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u32)]
+pub enum DeviceKind {
+    /// A disk (§5.2).
+    Block = 2,
+    /// A socket device (§5.10).
+    Vsock = 19,
+}
+
+impl DeviceKind {
+    /// The virtio device id, as a transport shows it to the driver.
+    pub fn id(self) -> u32 {
+        self as u32
+    }
+}
+
+impl fmt::Display for DeviceKind {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self {
+            Self::Block => "block",
+            Self::Vsock => "vsock",
+        })
+    }
+}
+
+/// How a model tells the driver that one queue's used ring has grown.
+///
+/// The transport decides what it becomes: an eventfd for QEMU, an interrupt status bit and an irqfd on virtio-mmio.
+pub trait Interrupt: Send + Sync {
+    /// Raises the interrupt of this queue. Does not block. Called only when the driver wants to hear of it.
+    fn signal_used(&self) -> io::Result<()>;
+}
+
+/// Everything a model needs to work on one queue.
+pub struct QueueResources {
+    /// Guest memory, in which the queue and its buffers lie.
+    pub memory: Memory,
+    /// The queue: sizes and addresses set and validated by the transport, marked ready, positions restored.
+    pub queue: Queue,
+    /// Becomes readable when the driver has made buffers available.
+    pub kick: EventFd,
+    /// Called by the model when it has used buffers.
+    pub interrupt: Arc<dyn Interrupt>,
+}
+
+/// Why a model refused a queue.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// The transport named a queue that this device does not have.
+    #[error("the {kind} device has {count} queues, not a queue {index}")]
+    NoSuchQueue {
+        /// The device asked.
+        kind: DeviceKind,
+        /// The index asked for.
+        index: usize,
+        /// How many queues there are.
+        count: usize,
+    },
+    /// The rings do not lie in guest memory, or the queue was not marked ready.
+    #[error("queue {index} of the {kind} device does not lie in guest memory")]
+    InvalidQueue {
+        /// The device asked.
+        kind: DeviceKind,
+        /// The index of the queue.
+        index: usize,
+    },
+    /// The device's thread could not watch the queue's kick.
+    #[error("cannot watch the kick of queue {index} of the {kind} device")]
+    Watch {
+        /// The device asked.
+        kind: DeviceKind,
+        /// The index of the queue.
+        index: usize,
+        /// What the operating system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The device's thread has ended.
+    #[error("the thread of the {kind} device has ended")]
+    Gone {
+        /// The device asked.
+        kind: DeviceKind,
+    },
+}
+
+/// A device model, without any knowledge of the transport that carries it.
+///
+/// All calls come from one thread at a time. None blocks for longer than the work on one descriptor chain takes.
+pub trait VirtioDevice: Send {
+    /// What the device is.
+    fn kind(&self) -> DeviceKind;
+
+    /// The features offered, `VIRTIO_F_VERSION_1` and ring features included.
+    fn features(&self) -> u64;
+
+    /// The largest size of each queue, one entry per queue; powers of two.
+    fn queue_sizes(&self) -> &[u16];
+
+    /// Reads configuration space. Bytes beyond its end read as zero.
+    fn read_config(&self, offset: u64, data: &mut [u8]);
+
+    /// Writes configuration space. What is not writable is ignored.
+    fn write_config(&mut self, offset: u64, data: &[u8]);
+
+    /// Tells which of the offered features the driver took. Comes before the first [`Self::start_queue`].
+    fn ack_features(&mut self, features: u64);
+
+    /// Starts work on a queue; buffers that are already available are served at once.
+    ///
+    /// A running queue is stopped first, so the call may be repeated with new resources.
+    fn start_queue(&mut self, index: usize, resources: QueueResources) -> Result<(), DeviceError>;
+
+    /// Stops work on a queue and hands back its state, from which it may be started again.
+    ///
+    /// `None` when the queue was not running or does not exist, so the call may be repeated.
+    fn stop_queue(&mut self, index: usize) -> Option<QueueState>;
+
+    /// Stops every queue and forgets everything the driver did: negotiated features, connections.
+    fn reset(&mut self);
+}
+
+/// Answers a read of configuration space that consists of `space`.
+pub(crate) fn read_config_bytes(space: &[u8], offset: u64, data: &mut [u8]) {
+    data.fill(0);
+    let start = usize::try_from(offset).unwrap_or(usize::MAX).min(space.len());
+    let count = data.len().min(space.len() - start);
+    data[..count].copy_from_slice(&space[start..start + count]);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn configuration_space_ends_in_zeroes() {
+        let check = |offset, expected: [u8; 4]| {
+            let mut data = [0xff; 4];
+            read_config_bytes(&[1, 2, 3, 4, 5], offset, &mut data);
+            assert_eq!(data, expected);
+        };
+        check(0, [1, 2, 3, 4]);
+        check(3, [4, 5, 0, 0]);
+        check(5, [0; 4]);
+        check(u64::MAX, [0; 4]);
+    }
+}

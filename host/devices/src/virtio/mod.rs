@@ -1,0 +1,12 @@
+//! Virtio device models and the transports that carry them (virtio 1.3).
+
+pub mod block;
+pub mod buffers;
+pub mod device;
+pub mod vhost_user;
+pub mod vsock;
+
+mod ring;
+mod worker;
+
+pub use device::{DeviceError, DeviceKind, Interrupt, Memory, QueueResources, QueueState, VirtioDevice};

@@ -1,0 +1,174 @@
+//! One running queue as a model sees it: take a chain, hand it back, tell the driver.
+//!
+//! Everything the driver can get wrong ends here as a count and one throttled log line. A ring whose own structure is
+//! broken (indexes that run away, rings outside of memory) stops until the driver sets it up again.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use tracing::warn;
+use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
+use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryLoadGuard, GuestMemoryMmap};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::throttle::Throttle;
+use crate::virtio::buffers::Buffers;
+use crate::virtio::device::{DeviceKind, Interrupt, Memory, QueueResources};
+
+/// One chain taken from a ring.
+pub(crate) struct Chain<'a> {
+    /// Names the chain when it is handed back.
+    pub head: u16,
+    /// What the driver wrote for us. Empty when the chain was malformed.
+    pub readable: Buffers<'a>,
+    /// Where we write for the driver. Empty when the chain was malformed.
+    pub writable: Buffers<'a>,
+}
+
+/// A running queue.
+pub(crate) struct Ring {
+    kind: DeviceKind,
+    index: usize,
+    queue: Queue,
+    memory: Memory,
+    kick: EventFd,
+    interrupt: Arc<dyn Interrupt>,
+    /// Chains handed back since the driver was last told.
+    used: u32,
+    broken: bool,
+    throttle: Throttle,
+}
+
+impl Ring {
+    pub fn new(kind: DeviceKind, index: usize, resources: QueueResources) -> Self {
+        let QueueResources { memory, queue, kick, interrupt } = resources;
+        Self {
+            kind,
+            index,
+            queue,
+            memory,
+            kick,
+            interrupt,
+            used: 0,
+            broken: false,
+            throttle: Throttle::default(),
+        }
+    }
+
+    /// Whether the rings lie in guest memory.
+    pub fn is_valid(&self) -> bool {
+        self.queue.is_valid(&*self.memory.memory())
+    }
+
+    /// A snapshot of guest memory for one batch of work.
+    pub fn memory(&self) -> GuestMemoryLoadGuard<GuestMemoryMmap> {
+        self.memory.memory()
+    }
+
+    pub fn kick(&self) -> &EventFd {
+        &self.kick
+    }
+
+    pub fn state(&self) -> QueueState {
+        self.queue.state()
+    }
+
+    /// Takes the next available chain.
+    pub fn take<'a>(&mut self, memory: &'a GuestMemoryMmap) -> Option<Chain<'a>> {
+        if self.broken {
+            return None;
+        }
+        let chain = match self.queue.iter(memory) {
+            Ok(mut chains) => chains.next()?,
+            Err(error) => {
+                self.fail(&error);
+                return None;
+            }
+        };
+        let head = chain.head_index();
+        let (readable, writable) = Buffers::of_chain(memory, chain).unwrap_or_else(|error| {
+            if let Some(suppressed) = self.throttle.admit(Instant::now()) {
+                warn!(device = %self.kind, queue = self.index, suppressed, %error, "malformed chain");
+            }
+            Default::default()
+        });
+        Some(Chain { head, readable, writable })
+    }
+
+    /// Gives back the last `count` chains taken, as if they had not been taken.
+    pub fn untake(&mut self, count: u16) {
+        self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(count));
+    }
+
+    /// Hands a chain back to the driver with `length` bytes written into it.
+    pub fn complete(&mut self, memory: &GuestMemoryMmap, head: u16, length: u32) {
+        match self.queue.add_used(memory, head, length) {
+            Ok(()) => self.used += 1,
+            Err(error) => self.fail(&error),
+        }
+    }
+
+    /// Tells the driver about chains handed back, if it wants to know.
+    pub fn flush(&mut self) {
+        if self.used == 0 {
+            return;
+        }
+        self.used = 0;
+        let memory = self.memory.memory();
+        let wanted = match self.queue.event_idx_enabled() {
+            true => self.queue.needs_notification(&*memory),
+            // The library leaves the driver's flag to us; the fence it needs is in the release store of the index.
+            false => {
+                std::sync::atomic::fence(Ordering::SeqCst);
+                memory
+                    .load::<u16>(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed)
+                    .map(|flags| u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+                    .map_err(virtio_queue::Error::GuestMemory)
+            }
+        };
+        match wanted {
+            Ok(false) => {}
+            Ok(true) => {
+                if let Err(error) = self.interrupt.signal_used()
+                    && let Some(suppressed) = self.throttle.admit(Instant::now())
+                {
+                    warn!(device = %self.kind, queue = self.index, suppressed, %error, "cannot interrupt the driver");
+                }
+            }
+            Err(error) => self.fail(&error),
+        }
+    }
+
+    /// Asks the driver to kick for new chains; `true` if some came meanwhile, which need no kick.
+    pub fn enable_kicks(&mut self) -> bool {
+        if self.broken {
+            return false;
+        }
+        match self.queue.enable_notification(&*self.memory.memory()) {
+            Ok(more) => more,
+            Err(error) => {
+                self.fail(&error);
+                false
+            }
+        }
+    }
+
+    /// Tells the driver that it need not kick for new chains.
+    pub fn disable_kicks(&mut self) {
+        if self.broken {
+            return;
+        }
+        if let Err(error) = self.queue.disable_notification(&*self.memory.memory()) {
+            self.fail(&error);
+        }
+    }
+
+    fn fail(&mut self, error: &virtio_queue::Error) {
+        if !self.broken {
+            self.broken = true;
+            warn!(device = %self.kind, queue = self.index, %error, "broken queue; stopped until it is set up again");
+        }
+    }
+}

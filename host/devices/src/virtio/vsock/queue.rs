@@ -1,0 +1,271 @@
+//! The work on the device's queues: packets in from the guest's transmit queue, packets out into its receive queue.
+//!
+//! Host sockets are read straight into guest buffers, several of them per system call, and written straight from them.
+//! Each pass is bounded, and the two queues take turns, so no guest and no stream can hold the thread.
+
+use std::time::Instant;
+
+use mio::event::Event;
+use vm_memory::GuestMemoryMmap;
+
+use super::Message;
+use super::connection::{Received, Verdict};
+use super::muxer::{Muxer, Turn};
+use super::packet::{HEADER_BYTES, Header};
+use crate::virtio::buffers::Buffers;
+use crate::virtio::ring::Ring;
+use crate::virtio::worker::{Model, Rings};
+
+/// Queue indexes (virtio 1.3 §5.10.2).
+const RECEIVE: usize = 0;
+const TRANSMIT: usize = 1;
+
+/// Packets taken from the guest before the other queue has its turn.
+const TRANSMIT_BUDGET: usize = 64;
+/// Packets given to the guest before the other queue has its turn.
+const RECEIVE_BUDGET: usize = 256;
+/// The most guest buffers filled by one read of a host socket. Linux offers buffers of just under 4 KiB.
+const BURST: usize = 16;
+
+/// The model, on the device's thread.
+pub(super) struct Queues {
+    pub muxer: Muxer,
+    transmit_kicked: bool,
+}
+
+/// A guest buffer that waits to be filled.
+struct Slot<'a> {
+    head: u16,
+    header: Buffers<'a>,
+    room: usize,
+}
+
+/// What came of one attempt to send.
+enum Sent {
+    /// So many guest buffers were used.
+    Buffers(usize),
+    /// The guest offers no buffer.
+    NoBuffer,
+}
+
+impl Queues {
+    pub fn new(muxer: Muxer) -> Self {
+        Self { muxer, transmit_kicked: false }
+    }
+
+    /// Takes packets from the guest; `true` when there may be more.
+    fn transmit(&mut self, ring: &mut Ring) -> bool {
+        let memory = ring.memory();
+        ring.disable_kicks();
+        for _ in 0..TRANSMIT_BUDGET {
+            match ring.take(&memory) {
+                Some(chain) => {
+                    self.muxer.counters().packets_from_guest.add(1);
+                    self.muxer.guest_packet(chain.readable);
+                    ring.complete(&memory, chain.head, 0);
+                }
+                None => {
+                    if !ring.enable_kicks() {
+                        return false;
+                    }
+                }
+            }
+        }
+        true
+    }
+
+    /// Gives packets to the guest; `true` when there may be more to give now.
+    fn receive(&mut self, ring: &mut Ring) -> bool {
+        let memory = ring.memory();
+        let mut budget = RECEIVE_BUDGET;
+        while let Some(turn) = self.muxer.turn() {
+            if budget == 0 {
+                return true;
+            }
+            let sent = match turn {
+                Turn::Reply => self.send_reply(ring, &memory),
+                Turn::Connection(slot) => self.send_for(slot, ring, &memory),
+            };
+            match sent {
+                // An empty turn (nothing was there to read after all) costs a system call, so it counts as well.
+                Sent::Buffers(count) => budget = budget.saturating_sub(count.max(1)),
+                Sent::NoBuffer => {
+                    if !ring.enable_kicks() {
+                        return false;
+                    }
+                    budget -= 1;
+                }
+            }
+        }
+        ring.disable_kicks();
+        false
+    }
+
+    fn send_reply(&mut self, ring: &mut Ring, memory: &GuestMemoryMmap) -> Sent {
+        let Some(slot) = self.take_slot(ring, memory) else { return Sent::NoBuffer };
+        match self.muxer.take_reply() {
+            Some(header) => self.fill(ring, memory, slot, header),
+            None => ring.untake(1),
+        }
+        Sent::Buffers(1)
+    }
+
+    /// One turn of a stream: its packets without data, then one burst of data.
+    fn send_for(&mut self, index: usize, ring: &mut Ring, memory: &GuestMemoryMmap) -> Sent {
+        let guest = self.muxer.guest();
+        let mut used = 0;
+        loop {
+            let Some(slot) = self.take_slot(ring, memory) else {
+                // The stream keeps its place at the front.
+                return Sent::NoBuffer;
+            };
+            let Some(header) =
+                self.muxer.connection(index).and_then(|connection| connection.next_control(guest))
+            else {
+                ring.untake(1);
+                break;
+            };
+            self.fill(ring, memory, slot, header);
+            used += 1;
+        }
+        let limit = self.muxer.connection(index).map_or(0, |connection| connection.readable_bytes());
+        if limit == 0 {
+            self.muxer.end_turn(index, Verdict::Keep);
+            return Sent::Buffers(used);
+        }
+        let (slots, mut space) = self.take_burst(ring, memory, limit);
+        if slots.is_empty() {
+            return Sent::NoBuffer;
+        }
+        let Some(connection) = self.muxer.connection(index) else {
+            ring.untake(slots.len() as u16);
+            return Sent::Buffers(used);
+        };
+        let (received, verdict) = connection.receive(&mut space);
+        let mut left = match received {
+            Received::Data(count) => count,
+            Received::Nothing => 0,
+        };
+        self.muxer.counters().bytes_to_guest.add(left as u64);
+        let mut unused = 0;
+        for slot in slots {
+            if left == 0 {
+                unused += 1;
+                continue;
+            }
+            let length = left.min(slot.room);
+            left -= length;
+            let Some(connection) = self.muxer.connection(index) else { continue };
+            let header = connection.data_header(guest, length as u32);
+            self.fill(ring, memory, slot, header);
+            used += 1;
+        }
+        ring.untake(unused);
+        self.muxer.end_turn(index, verdict);
+        Sent::Buffers(used)
+    }
+
+    /// Takes guest buffers for one read of at most `limit` bytes. The space is theirs without the headers.
+    fn take_burst<'a>(
+        &mut self,
+        ring: &mut Ring,
+        memory: &'a GuestMemoryMmap,
+        limit: usize,
+    ) -> (Vec<Slot<'a>>, Buffers<'a>) {
+        let mut slots = Vec::with_capacity(BURST);
+        let mut space = Buffers::default();
+        while slots.len() < BURST && space.len() < limit {
+            let Some(chain) = ring.take(memory) else { break };
+            let mut room = chain.writable;
+            let header = room.split_front(HEADER_BYTES);
+            if header.len() < HEADER_BYTES || room.is_empty() {
+                // Unusable. Behind others it would break the run that can be given back; its time comes.
+                if slots.is_empty() {
+                    self.muxer.counters().malformed.add(1);
+                    ring.complete(memory, chain.head, 0);
+                } else {
+                    ring.untake(1);
+                }
+                break;
+            }
+            room.truncate(limit - space.len());
+            space.append(&room);
+            slots.push(Slot { head: chain.head, header, room: room.len() });
+        }
+        (slots, space)
+    }
+
+    /// Takes one guest buffer that has room for a header. Unusable ones are handed back empty.
+    fn take_slot<'a>(&mut self, ring: &mut Ring, memory: &'a GuestMemoryMmap) -> Option<Slot<'a>> {
+        // A ring holds no more chains than this; a driver that adds as fast as we look gets no further.
+        for _ in 0..RECEIVE_BUDGET {
+            let mut chain = ring.take(memory)?;
+            let header = chain.writable.split_front(HEADER_BYTES);
+            if header.len() == HEADER_BYTES {
+                return Some(Slot { head: chain.head, header, room: chain.writable.len() });
+            }
+            self.muxer.counters().malformed.add(1);
+            ring.complete(memory, chain.head, 0);
+        }
+        None
+    }
+
+    /// Writes the header of a guest buffer whose data, if any, is already there, and hands it over.
+    fn fill(&mut self, ring: &mut Ring, memory: &GuestMemoryMmap, mut slot: Slot<'_>, header: Header) {
+        slot.header.copy_in(&header.to_bytes());
+        ring.complete(memory, slot.head, HEADER_BYTES as u32 + header.length);
+        self.muxer.counters().packets_to_guest.add(1);
+    }
+}
+
+impl Model for Queues {
+    type Message = Message;
+
+    fn ack_features(&mut self, _features: u64) {
+        // Nothing of what is offered changes how packets look.
+    }
+
+    fn kicked(&mut self, queue: usize) {
+        // A kick of the receive queue needs no note: `run` looks at that queue whenever something waits.
+        self.transmit_kicked |= queue == TRANSMIT;
+    }
+
+    fn event(&mut self, event: &Event) {
+        self.muxer.event(event);
+    }
+
+    fn message(&mut self, message: Message) {
+        match message {
+            Message::Connect { port, socket } => self.muxer.connect(port, socket, Instant::now()),
+        }
+    }
+
+    fn run(&mut self, rings: &mut Rings) -> bool {
+        if self.muxer.deadline().is_some() {
+            self.muxer.tick(Instant::now());
+        }
+        if self.transmit_kicked
+            && let Some(ring) = &mut rings[TRANSMIT]
+        {
+            self.transmit_kicked = self.transmit(ring);
+            ring.flush();
+        }
+        let mut more = false;
+        if self.muxer.has_output()
+            && let Some(ring) = &mut rings[RECEIVE]
+        {
+            more = self.receive(ring);
+            ring.flush();
+        }
+        more || (self.transmit_kicked && rings[TRANSMIT].is_some())
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        self.muxer.deadline()
+    }
+
+    fn reset(&mut self) {
+        self.muxer.reset();
+        self.transmit_kicked = false;
+    }
+}
