@@ -1,1 +1,151 @@
-fn main() {}
+//! `engine`: the command line. Parses, asks the daemon for a machine, speaks the Docker API, prints.
+//!
+//! It holds no state and touches no file of the machine. Names, flags, output and exit codes are Docker's wherever
+//! Docker has the command.
+#![forbid(unsafe_code)]
+
+mod arguments;
+mod containers;
+mod control;
+mod docker;
+mod lists;
+mod machine;
+mod output;
+mod progress;
+mod pull;
+mod run;
+mod session;
+mod signals;
+mod streams;
+mod system;
+mod template;
+mod terminal;
+
+use anyhow::{Context, Result};
+use arguments::{Cli, Command};
+use clap::{CommandFactory, Parser};
+use control::Refusal;
+use session::{Failed, Session};
+use std::process::ExitCode;
+
+/// Docker's exit code for a command line that is not understood.
+const USAGE: u8 = 125;
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            let failed = error.use_stderr();
+            // A closed pipe ends quietly.
+            let _ = error.print();
+            return if failed { ExitCode::from(USAGE) } else { ExitCode::SUCCESS };
+        }
+    };
+    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            output::note(&format!("error: cannot start the async runtime: {error}"));
+            return ExitCode::from(USAGE);
+        }
+    };
+    let result = runtime.block_on(execute(cli));
+    // A read of standard input may still be waiting; nobody waits for it.
+    runtime.shutdown_background();
+    match result {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => explain(&error),
+    }
+}
+
+/// Prints the chain of causes and the hint; the exit code that goes with it.
+fn explain(error: &anyhow::Error) -> ExitCode {
+    let (code, error) = match error.downcast_ref::<Failed>() {
+        Some(failed) => (failed.code, failed.inner()),
+        None => (1, error),
+    };
+    let broken_pipe = error.chain().any(|cause| {
+        cause
+            .downcast_ref::<std::io::Error>()
+            .is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
+    });
+    if broken_pipe {
+        return ExitCode::SUCCESS;
+    }
+    output::note(&format!("error: {error}"));
+    for cause in error.chain().skip(1) {
+        output::note(&format!("  caused by: {cause}"));
+    }
+    if let Some(Refusal { hint: Some(hint), .. }) = error.downcast_ref::<Refusal>() {
+        output::note(&format!("\nhint: {hint}"));
+    }
+    ExitCode::from(code)
+}
+
+async fn execute(cli: Cli) -> Result<u8> {
+    let session = Session::new(cli.host.as_deref())?;
+    let all = match &cli.command {
+        Command::Run(args) => return run::run(&session, args).await,
+        Command::Exec(args) => return containers::exec(&session.docker().await?, args).await,
+        Command::Machine(command) => return machine::machine(&session, command).await,
+        Command::Ps(args) => lists::ps(&session.docker().await?, args).await.map(|()| true),
+        Command::Images(args) => lists::images(&session.docker().await?, args).await.map(|()| true),
+        Command::Logs(args) => containers::logs(&session.docker().await?, args).await.map(|()| true),
+        Command::Start(args) => containers::start(&session.docker().await?, args).await,
+        Command::Stop(args) => containers::stop(&session.docker().await?, "stop", args).await,
+        Command::Restart(args) => containers::stop(&session.docker().await?, "restart", args).await,
+        Command::Kill(args) => containers::kill(&session.docker().await?, args).await,
+        Command::Wait(args) => containers::wait(&session.docker().await?, args).await,
+        Command::Rm(args) => containers::rm(&session.docker().await?, args).await,
+        Command::Pull(args) => {
+            let docker = session.docker().await?;
+            pull::pull(&docker, &args.image, args.platform.as_deref(), args.quiet).await?;
+            output::line(&args.image).map(|()| true).context("cannot write to standard output")
+        }
+        Command::Load(args) => {
+            pull::load(&session.docker().await?, args.input.as_deref(), args.quiet).await.map(|()| true)
+        }
+        Command::Tag(args) => system::tag(&session.docker().await?, args).await.map(|()| true),
+        Command::Rmi(args) => system::rmi(&session.docker().await?, args).await,
+        Command::Inspect(args) => system::inspect(&session.docker().await?, args).await,
+        Command::Events(args) => system::events(&session.docker().await?, args).await.map(|()| true),
+        Command::Version(args) => system::version(&session.docker().await?, args).await.map(|()| true),
+        Command::Info(args) => system::info(&session.docker().await?, args).await.map(|()| true),
+        Command::Env(args) => machine::env(&session, args).await.map(|()| true),
+        Command::Completion { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(*shell, &mut Cli::command(), "engine", &mut script);
+            output::text(&String::from_utf8(script)?)
+                .map(|()| true)
+                .context("cannot write to standard output")
+        }
+    }?;
+    Ok(u8::from(!all))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn what_follows_the_image_belongs_to_the_command() {
+        let cli =
+            Cli::try_parse_from(["engine", "run", "-it", "--rm", "debian", "sh", "-c", "exit 7"]).unwrap();
+        let Command::Run(args) = cli.command else { panic!("it is a run") };
+        assert!(args.interactive && args.tty && args.rm);
+        assert_eq!((args.image(), args.command().join(" ").as_str()), ("debian", "sh -c exit 7"));
+        let cli = Cli::try_parse_from(["engine", "exec", "web", "ls", "-l"]).unwrap();
+        let Command::Exec(args) = cli.command else { panic!("it is an exec") };
+        assert_eq!(
+            (args.container(), args.command()),
+            ("web", ["ls".to_owned(), "-l".to_owned()].as_slice())
+        );
+        let cli = Cli::try_parse_from(["engine", "run", "debian", "--rm"]).unwrap();
+        let Command::Run(args) = cli.command else { panic!("it is a run") };
+        assert!(!args.rm && args.command() == ["--rm"]);
+    }
+}

@@ -1,0 +1,364 @@
+//! The command line as it is typed. Names, short flags and defaults are Docker's where Docker has the command.
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
+
+/// Containers on your desktop.
+#[derive(Debug, Parser)]
+#[command(name = "engine", version, disable_version_flag = true, disable_help_subcommand = true)]
+#[command(after_help = "The first command that needs the machine boots it.")]
+pub(crate) struct Cli {
+    /// Talk to this Docker API socket (unix:///…) instead of the machine's
+    #[arg(short = 'H', long, global = true, env = "ENGINE_HOST", value_name = "SOCKET")]
+    pub(crate) host: Option<String>,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Create and run a new container from an image
+    #[command(disable_help_flag = true)]
+    Run(Box<crate::run::raw::RawRunArgs>),
+    /// Execute a command in a running container
+    Exec(ExecArgs),
+    /// List containers
+    #[command(visible_alias = "ls")]
+    Ps(PsArgs),
+    /// Fetch the logs of a container
+    Logs(LogsArgs),
+    /// Start one or more stopped containers
+    Start(ContainersArgs),
+    /// Stop one or more running containers
+    Stop(StopArgs),
+    /// Restart one or more containers
+    Restart(StopArgs),
+    /// Kill one or more running containers
+    Kill(KillArgs),
+    /// Block until containers stop, then print their exit codes
+    Wait(ContainersArgs),
+    /// Remove one or more containers
+    Rm(RmArgs),
+    /// List images
+    Images(ImagesArgs),
+    /// Download an image from a registry
+    Pull(PullArgs),
+    /// Load an image from a tar archive or standard input
+    Load(LoadArgs),
+    /// Create a tag TARGET that refers to SOURCE
+    Tag(TagArgs),
+    /// Remove one or more images
+    Rmi(RmiArgs),
+    /// Return low-level information on containers and images
+    Inspect(InspectArgs),
+    /// Get real time events from the engine
+    Events(EventsArgs),
+    /// Show the version information
+    Version(FormatArgs),
+    /// Display system-wide information
+    Info(FormatArgs),
+    /// The virtual machine that containers run in
+    #[command(subcommand)]
+    Machine(MachineCommand),
+    /// Print what to add to the shell's environment
+    Env(EnvArgs),
+    /// Print a completion script for a shell
+    Completion {
+        /// The shell
+        shell: Shell,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ExecArgs {
+    /// Detached mode: run command in the background
+    #[arg(short, long)]
+    pub(crate) detach: bool,
+    /// Set environment variables
+    #[arg(short, long = "env", value_name = "NAME[=VALUE]")]
+    pub(crate) env: Vec<String>,
+    /// Keep STDIN open even if not attached
+    #[arg(short, long)]
+    pub(crate) interactive: bool,
+    /// Give extended privileges to the command
+    #[arg(long)]
+    pub(crate) privileged: bool,
+    /// Allocate a pseudo-TTY
+    #[arg(short, long)]
+    pub(crate) tty: bool,
+    /// Username or UID (format: "<name|uid>[:<group|gid>]")
+    #[arg(short, long, default_value = "", hide_default_value = true)]
+    pub(crate) user: String,
+    /// Working directory inside the container
+    #[arg(short, long, default_value = "", hide_default_value = true)]
+    pub(crate) workdir: String,
+    /// The container, then the command and its arguments
+    #[arg(required = true, num_args = 2.., trailing_var_arg = true, allow_hyphen_values = true, value_names = ["CONTAINER", "COMMAND"])]
+    pub(crate) words: Vec<String>,
+}
+
+impl ExecArgs {
+    pub(crate) fn container(&self) -> &str {
+        self.words.first().map_or("", String::as_str)
+    }
+
+    pub(crate) fn command(&self) -> &[String] {
+        self.words.get(1..).unwrap_or_default()
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PsArgs {
+    /// Show all containers (default shows just running)
+    #[arg(short, long)]
+    pub(crate) all: bool,
+    /// Filter output based on conditions provided
+    #[arg(short, long, value_name = "KEY=VALUE")]
+    pub(crate) filter: Vec<String>,
+    /// `json`, `table TEMPLATE` or a template such as `{{.Names}}`
+    #[arg(long)]
+    pub(crate) format: Option<String>,
+    /// Show n last created containers (includes all states)
+    #[arg(short = 'n', long, value_name = "N")]
+    pub(crate) last: Option<u32>,
+    /// Show the latest created container (includes all states)
+    #[arg(short, long)]
+    pub(crate) latest: bool,
+    /// Don't truncate output
+    #[arg(long)]
+    pub(crate) no_trunc: bool,
+    /// Only display container IDs
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct LogsArgs {
+    /// Follow log output
+    #[arg(short, long)]
+    pub(crate) follow: bool,
+    /// Show logs since timestamp or relative (e.g. "42m" for 42 minutes)
+    #[arg(long)]
+    pub(crate) since: Option<String>,
+    /// Show logs before a timestamp or relative
+    #[arg(long)]
+    pub(crate) until: Option<String>,
+    /// Number of lines to show from the end of the logs
+    #[arg(short = 'n', long, default_value = "all")]
+    pub(crate) tail: String,
+    /// Show timestamps
+    #[arg(short, long)]
+    pub(crate) timestamps: bool,
+    /// The container
+    pub(crate) container: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ContainersArgs {
+    /// The containers
+    #[arg(required = true)]
+    pub(crate) containers: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct StopArgs {
+    /// Signal to send to the container
+    #[arg(short, long)]
+    pub(crate) signal: Option<String>,
+    /// Seconds to wait before killing the container
+    #[arg(short = 't', long, alias = "time", allow_hyphen_values = true, value_name = "SECONDS")]
+    pub(crate) timeout: Option<i64>,
+    /// The containers
+    #[arg(required = true)]
+    pub(crate) containers: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct KillArgs {
+    /// Signal to send to the container
+    #[arg(short, long)]
+    pub(crate) signal: Option<String>,
+    /// The containers
+    #[arg(required = true)]
+    pub(crate) containers: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RmArgs {
+    /// Force the removal of a running container (uses SIGKILL)
+    #[arg(short, long)]
+    pub(crate) force: bool,
+    /// Remove anonymous volumes associated with the container
+    #[arg(short, long)]
+    pub(crate) volumes: bool,
+    /// The containers
+    #[arg(required = true)]
+    pub(crate) containers: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ImagesArgs {
+    /// Show all images (default hides intermediate images)
+    #[arg(short, long)]
+    pub(crate) all: bool,
+    /// Show digests
+    #[arg(long)]
+    pub(crate) digests: bool,
+    /// Filter output based on conditions provided
+    #[arg(short, long, value_name = "KEY=VALUE")]
+    pub(crate) filter: Vec<String>,
+    /// `json`, `table TEMPLATE` or a template such as `{{.Repository}}`
+    #[arg(long)]
+    pub(crate) format: Option<String>,
+    /// Don't truncate output
+    #[arg(long)]
+    pub(crate) no_trunc: bool,
+    /// Only show image IDs
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    /// Only this repository, or this image
+    #[arg(value_name = "REPOSITORY[:TAG]")]
+    pub(crate) reference: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PullArgs {
+    /// Set platform
+    #[arg(long)]
+    pub(crate) platform: Option<String>,
+    /// Suppress verbose output
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    /// The image
+    #[arg(value_name = "NAME[:TAG|@DIGEST]")]
+    pub(crate) image: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct LoadArgs {
+    /// Read from tar archive file, instead of STDIN
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) input: Option<std::path::PathBuf>,
+    /// Suppress the load output
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct TagArgs {
+    /// The image
+    #[arg(value_name = "SOURCE_IMAGE[:TAG]")]
+    pub(crate) source: String,
+    /// Its new name
+    #[arg(value_name = "TARGET_IMAGE[:TAG]")]
+    pub(crate) target: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RmiArgs {
+    /// Force removal of the image
+    #[arg(short, long)]
+    pub(crate) force: bool,
+    /// Do not delete untagged parents
+    #[arg(long)]
+    pub(crate) no_prune: bool,
+    /// The images
+    #[arg(required = true)]
+    pub(crate) images: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct InspectArgs {
+    /// `json` or a template such as `{{.State.Status}}`
+    #[arg(short, long)]
+    pub(crate) format: Option<String>,
+    /// Only objects of this type
+    #[arg(long = "type", value_name = "TYPE")]
+    pub(crate) kind: Option<ObjectKind>,
+    /// Names or ids
+    #[arg(required = true)]
+    pub(crate) names: Vec<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ObjectKind {
+    Container,
+    Image,
+    Network,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct EventsArgs {
+    /// Filter output based on conditions provided
+    #[arg(short, long, value_name = "KEY=VALUE")]
+    pub(crate) filter: Vec<String>,
+    /// `json` or a template such as `{{.Action}}`
+    #[arg(long)]
+    pub(crate) format: Option<String>,
+    /// Show all events created since timestamp
+    #[arg(long)]
+    pub(crate) since: Option<String>,
+    /// Stream events until this timestamp
+    #[arg(long)]
+    pub(crate) until: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct FormatArgs {
+    /// `json` or a template such as `{{.ServerVersion}}`
+    #[arg(short, long)]
+    pub(crate) format: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct EnvArgs {
+    /// Print only the value for DOCKER_HOST
+    #[arg(long)]
+    pub(crate) socket: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum MachineCommand {
+    /// Boot the machine
+    Start,
+    /// Power the machine off; containers are stopped first
+    Stop,
+    /// Stop, then start
+    Restart,
+    /// Print `running`, `stopped`, `starting` or `stopping`
+    Status(FormatArgs),
+    /// Print what the machine is, what runs it, and why
+    Info(FormatArgs),
+    /// Print the machine's logs
+    Logs {
+        /// Keep printing what is appended
+        #[arg(short, long)]
+        follow: bool,
+        /// The guest agent's and the engine's log instead of the console
+        #[arg(long, conflicts_with_all = ["vmm", "daemon"])]
+        engine: bool,
+        /// The VM process's log instead of the console
+        #[arg(long, conflicts_with = "daemon")]
+        vmm: bool,
+        /// The host daemon's log instead of the console
+        #[arg(long)]
+        daemon: bool,
+    },
+    /// Open a root shell in the machine: a privileged container that shares its namespaces, its root at /host
+    Shell {
+        /// The image that brings the shell
+        #[arg(short, long, default_value = "debian")]
+        image: String,
+        /// The command instead of a shell
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        command: Vec<String>,
+    },
+    /// Delete the machine with its images, containers and volumes
+    Rm {
+        /// Do not ask
+        #[arg(short, long)]
+        force: bool,
+    },
+    /// Stop the machine and the host daemon
+    Shutdown,
+}

@@ -1,0 +1,191 @@
+//! `engine machine …` and `engine env`: conversations with the daemon.
+
+use crate::arguments::{EnvArgs, FormatArgs, MachineCommand};
+use crate::control::Daemon;
+use crate::output::{line, note, text};
+use crate::session::{Session, watch};
+use crate::template::Template;
+use anyhow::{Context, Result, bail};
+use host_api::{LogSource, MachineInfo, MachineState, Reply, Request};
+use std::io::{BufRead, IsTerminal};
+
+/// Carries out the command; the exit code for this process.
+pub(crate) async fn machine(session: &Session, command: &MachineCommand) -> Result<u8> {
+    match command {
+        MachineCommand::Start => watch(&session.daemon().await?, &Request::Start).await?,
+        // Without a daemon there is no machine: nothing has to be started to stop it.
+        MachineCommand::Stop if !Daemon::of_user()?.is_running().await => {}
+        MachineCommand::Stop => watch(&session.daemon().await?, &Request::Stop).await?,
+        MachineCommand::Restart => watch(&session.daemon().await?, &Request::Restart).await?,
+        MachineCommand::Status(args) => status(session, args).await?,
+        MachineCommand::Info(args) => info(session, args).await?,
+        MachineCommand::Logs { follow, engine, vmm, daemon } => {
+            let source = match (engine, vmm, daemon) {
+                (true, ..) => LogSource::Engine,
+                (_, true, _) => LogSource::Vmm,
+                (.., true) => LogSource::Daemon,
+                _ => LogSource::Console,
+            };
+            logs(session, source, *follow).await?;
+        }
+        MachineCommand::Shell { image, command } => {
+            let (args, create) = crate::run::machine_shell(image, command)?;
+            return crate::run::run_created(session, &args, &create).await;
+        }
+        MachineCommand::Rm { force } => {
+            if !*force && !confirmed("This deletes the machine with all its images, containers and volumes.")?
+            {
+                bail!("nothing was deleted");
+            }
+            watch(&session.daemon().await?, &Request::Remove).await?;
+        }
+        MachineCommand::Shutdown if !Daemon::of_user()?.is_running().await => {}
+        MachineCommand::Shutdown => watch(&session.daemon().await?, &Request::Shutdown).await?,
+    }
+    Ok(0)
+}
+
+fn confirmed(question: &str) -> Result<bool> {
+    if !std::io::stdin().is_terminal() {
+        bail!("{question} Repeat the command with --force to do so");
+    }
+    note(&format!("{question} Type `yes` to go on:"));
+    let mut answer = String::new();
+    std::io::stdin().lock().read_line(&mut answer)?;
+    Ok(answer.trim() == "yes")
+}
+
+async fn status(session: &Session, args: &FormatArgs) -> Result<()> {
+    let daemon = session.daemon().await?;
+    let Reply::Status(status) = daemon.ask(&Request::Status).await?.next().await? else {
+        bail!("the daemon answered something else than the status");
+    };
+    if let Some(format) = &args.format {
+        return Ok(line(&Template::parse(format)?.render(&serde_json::to_value(&status)?)?)?);
+    }
+    line(status.state.name())?;
+    if let MachineState::Stopped { reason: Some(reason) } = &status.state {
+        note(reason);
+    }
+    Ok(())
+}
+
+async fn info(session: &Session, args: &FormatArgs) -> Result<()> {
+    let daemon = session.daemon().await?;
+    let Reply::Info(info) = daemon.ask(&Request::Info).await?.next().await? else {
+        bail!("the daemon answered something else than the machine's figures");
+    };
+    match &args.format {
+        Some(format) => Ok(line(&Template::parse(format)?.render(&serde_json::to_value(&info)?)?)?),
+        None => Ok(text(&describe(&info))?),
+    }
+}
+
+fn describe(info: &MachineInfo) -> String {
+    let mib = |bytes: u64| format!("{} MiB", bytes >> 20);
+    let mut rows = vec![
+        ("Machine", info.status.machine.clone()),
+        ("State", info.status.state.name().to_owned()),
+        ("Back end", format!("{} ({})", info.backend.backend, info.backend.accelerator)),
+        ("Reason", info.backend.reason.clone()),
+        ("CPUs", info.cpus.to_string()),
+        ("Memory", format!("{} MiB", info.memory_mib)),
+        (
+            "Disk",
+            format!(
+                "{} ({} of {} used on the host)",
+                info.disk.display(),
+                mib(info.disk_allocated_bytes),
+                mib(info.disk_size_bytes)
+            ),
+        ),
+        (
+            "Image",
+            format!("{} ({})", info.image.display(), info.image_digest.as_deref().unwrap_or("not built yet")),
+        ),
+        ("Docker API", format!("unix://{}", info.docker_socket.display())),
+    ];
+    if let MachineState::Stopped { reason: Some(reason) } = &info.status.state {
+        rows.insert(2, ("Stopped because", reason.clone()));
+    }
+    if let Some(guest) = &info.guest {
+        let used = guest.memory_total_bytes.saturating_sub(guest.memory_available_bytes);
+        rows.push(("Kernel", guest.kernel.clone()));
+        rows.push(("Up for", format!("{} s", guest.uptime_s)));
+        rows.push(("Memory used", format!("{} of {}", mib(used), mib(guest.memory_total_bytes))));
+        rows.push((
+            "Disk used",
+            format!("{} of {}", mib(guest.disk_used_bytes), mib(guest.disk_total_bytes)),
+        ));
+    }
+    rows.iter().map(|(name, value)| format!("{:<16} {value}\n", format!("{name}:"))).collect()
+}
+
+async fn logs(session: &Session, source: LogSource, follow: bool) -> Result<()> {
+    let daemon = session.daemon().await?;
+    let mut replies = daemon.ask(&Request::Logs { source, follow }).await?;
+    while let Reply::Text { text: part } = replies.next().await? {
+        text(&part)?;
+    }
+    Ok(())
+}
+
+/// Prints what makes a shell, and the docker CLI in it, use this engine. The daemon is started, so that the socket is
+/// there for whoever connects next.
+pub(crate) async fn env(session: &Session, args: &EnvArgs) -> Result<()> {
+    let daemon = session.daemon().await?;
+    let socket = format!("unix://{}", daemon.home().docker_socket().display());
+    if args.socket {
+        return Ok(line(&socket)?);
+    }
+    let program = std::env::current_exe().context("cannot find the folder of this program")?;
+    let folder = program.parent().context("this program is in no folder")?;
+    line(&format!("export PATH={}:\"$PATH\"", quoted(&folder.display().to_string())))?;
+    line(&format!("export DOCKER_HOST={}", quoted(&socket)))?;
+    note("# To use it in this shell: eval \"$(engine env)\"");
+    Ok(())
+}
+
+/// For a POSIX shell.
+fn quoted(text: &str) -> String {
+    format!("'{}'", text.replace('\'', "'\\''"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use host_api::{BackendChoice, MachineStatus};
+
+    #[test]
+    fn info_tells_the_back_end_and_why() {
+        let info = MachineInfo {
+            status: MachineStatus {
+                machine: "default".into(),
+                state: MachineState::Stopped { reason: Some("it was killed".into()) },
+            },
+            backend: BackendChoice {
+                backend: "qemu".into(),
+                accelerator: "tcg".into(),
+                reason: "KVM emulates".into(),
+            },
+            cpus: 2,
+            memory_mib: 1024,
+            disk: "/d".into(),
+            disk_size_bytes: 64 << 30,
+            disk_allocated_bytes: 5 << 20,
+            image: "/i".into(),
+            image_digest: None,
+            docker_socket: "/s".into(),
+            guest: None,
+        };
+        let text = describe(&info);
+        for part in ["qemu (tcg)", "KVM emulates", "it was killed", "5 MiB of 65536 MiB", "unix:///s"] {
+            assert!(text.contains(part), "{part} in {text}");
+        }
+    }
+
+    #[test]
+    fn paths_are_quoted_for_the_shell() {
+        assert_eq!(quoted("/it's"), "'/it'\\''s'");
+    }
+}

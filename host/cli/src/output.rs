@@ -1,0 +1,123 @@
+//! Data goes to standard output, conversation to standard error.
+
+use std::io::{self, Write};
+
+/// One line of data.
+pub(crate) fn line(text: &str) -> io::Result<()> {
+    let mut stdout = io::stdout().lock();
+    stdout.write_all(text.as_bytes())?;
+    stdout.write_all(b"\n")?;
+    stdout.flush()
+}
+
+/// Data as it is.
+pub(crate) fn text(text: &str) -> io::Result<()> {
+    let mut stdout = io::stdout().lock();
+    stdout.write_all(text.as_bytes())?;
+    stdout.flush()
+}
+
+/// One line for the person. Nothing depends on it being read.
+#[expect(clippy::print_stderr, reason = "the one place for conversation")]
+pub(crate) fn note(text: &str) {
+    eprintln!("{text}");
+}
+
+/// Rows under headings, in columns three spaces apart, as the docker CLI prints them.
+pub(crate) fn table(headings: &[&str], rows: &[Vec<String>]) -> String {
+    let width = |column: usize| {
+        let cells = rows.iter().map(|row| row[column].chars().count());
+        cells.chain([headings[column].len()]).max().unwrap_or(0)
+    };
+    let widths: Vec<usize> = (0..headings.len()).map(width).collect();
+    let heading = headings.iter().map(|heading| (*heading).to_owned()).collect();
+    let mut text = String::new();
+    for row in std::iter::once(&heading).chain(rows) {
+        let mut line = String::new();
+        for (cell, width) in row.iter().zip(&widths) {
+            line += &format!("{cell:<width$}   ");
+        }
+        text += line.trim_end();
+        text.push('\n');
+    }
+    text
+}
+
+/// `5 minutes`, `About an hour`: how Docker tells ages.
+pub(crate) fn age(seconds: i64) -> String {
+    let (minutes, hours) = (seconds / 60, (seconds + 1800) / 3600);
+    match () {
+        () if seconds < 1 => "Less than a second".into(),
+        () if seconds == 1 => "1 second".into(),
+        () if seconds < 60 => format!("{seconds} seconds"),
+        () if minutes == 1 => "About a minute".into(),
+        () if minutes < 60 => format!("{minutes} minutes"),
+        () if hours <= 1 => "About an hour".into(),
+        () if hours < 48 => format!("{hours} hours"),
+        () if hours < 24 * 7 * 2 => format!("{} days", hours / 24),
+        () if hours < 24 * 30 * 2 => format!("{} weeks", hours / 24 / 7),
+        () if hours < 24 * 365 * 2 => format!("{} months", hours / 24 / 30),
+        () => format!("{} years", hours / 24 / 365),
+    }
+}
+
+/// `1.23MB`: four digits at most, powers of 1000, as Docker tells sizes of images.
+pub(crate) fn size(bytes: i64) -> String {
+    #[expect(clippy::cast_precision_loss, reason = "three digits are shown")]
+    let mut value = bytes as f64;
+    let mut units = ["B", "kB", "MB", "GB", "TB", "PB"].into_iter();
+    let mut unit = units.next().unwrap_or_default();
+    while value >= 1000.0 {
+        let Some(larger) = units.next() else { break };
+        value /= 1000.0;
+        unit = larger;
+    }
+    let decimals = match value {
+        value if value >= 100.0 => 0,
+        value if value >= 10.0 => 1,
+        _ => 2,
+    };
+    let text = format!("{value:.decimals$}");
+    let text = if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.') } else { &text };
+    format!("{text}{unit}")
+}
+
+/// The first twelve digits of an id.
+pub(crate) fn short_id(id: &str) -> &str {
+    let digits = id.strip_prefix("sha256:").unwrap_or(id);
+    digits.get(..12).unwrap_or(digits)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_are_three_spaces_apart() {
+        let rows = vec![vec!["a".into(), "long cell".into(), "x".into()]];
+        assert_eq!(table(&["ID", "B", "C"], &rows), "ID   B           C\na    long cell   x\n");
+    }
+
+    #[test]
+    fn ages_and_sizes_read_like_dockers() {
+        for (seconds, text) in [
+            (0, "Less than a second"),
+            (59, "59 seconds"),
+            (60, "About a minute"),
+            (3599, "59 minutes"),
+            (3600, "About an hour"),
+            (2 * 3600, "2 hours"),
+            (47 * 3600, "47 hours"),
+            (48 * 3600, "2 days"),
+            (400 * 24 * 3600, "13 months"),
+        ] {
+            assert_eq!(age(seconds), text, "{seconds}");
+        }
+        for (bytes, text) in
+            [(0, "0B"), (999, "999B"), (1_500, "1.5kB"), (77_800_000, "77.8MB"), (1_234_000_000, "1.23GB")]
+        {
+            assert_eq!(size(bytes), text);
+        }
+        assert_eq!(short_id("sha256:0123456789abcdef"), "0123456789ab");
+    }
+}

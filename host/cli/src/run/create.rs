@@ -1,0 +1,239 @@
+//! What `engine run` means: `RawRunArgs` → `ContainerCreate`. Pure; the environment is passed in.
+
+use super::raw::RawRunArgs;
+use anyhow::{Context, Result, bail};
+use guest_api::container::RestartPolicy;
+use guest_api::network::{EndpointSettings, NetworkingConfig};
+use guest_api::{ContainerConfig, ContainerCreate, HostConfig};
+use std::collections::BTreeMap;
+
+/// The create body for `args`. `environment` looks up the caller's own variables, for `-e NAME`.
+pub(crate) fn container_create(
+    args: &RawRunArgs,
+    environment: impl Fn(&str) -> Option<String>,
+) -> Result<ContainerCreate> {
+    if args.image().starts_with('-') {
+        bail!("unknown flag: {}", args.image());
+    }
+    let attach = !args.detach;
+    let mut env = Vec::new();
+    for file in &args.env_file {
+        let text = std::fs::read_to_string(file)
+            .with_context(|| format!("cannot read the environment file `{}`", file.display()))?;
+        env.extend(env_file(&text, &environment)?);
+    }
+    for variable in &args.env {
+        env.extend(env_variable(variable, &environment)?);
+    }
+    let config = ContainerConfig {
+        hostname: args.hostname.clone(),
+        user: args.user.clone(),
+        attach_stdin: attach && args.interactive,
+        attach_stdout: attach,
+        attach_stderr: attach,
+        tty: args.tty,
+        open_stdin: args.interactive,
+        stdin_once: attach && args.interactive,
+        env: Some(env),
+        cmd: (!args.command().is_empty()).then(|| args.command().to_vec()),
+        image: args.image().to_owned(),
+        working_dir: args.workdir.clone(),
+        entrypoint: args.entrypoint.as_ref().map(|program| vec![program.clone()]),
+        labels: args.label.iter().map(|label| key_value(label)).collect(),
+        stop_signal: args.stop_signal.clone().unwrap_or_default(),
+        stop_timeout: args.stop_timeout,
+        ..ContainerConfig::default()
+    };
+    let network = args.network.clone().unwrap_or_else(|| "default".into());
+    let host_config = HostConfig {
+        network_mode: network.clone(),
+        restart_policy: restart_policy(&args.restart)?,
+        auto_remove: args.rm,
+        cap_add: list(&args.cap_add),
+        cap_drop: list(&args.cap_drop),
+        dns: list(&args.dns),
+        extra_hosts: list(&args.add_host),
+        pid_mode: args.pid.clone().unwrap_or_default(),
+        privileged: args.privileged,
+        readonly_rootfs: args.read_only,
+        security_opt: list(&args.security_opt),
+        tmpfs: (!args.tmpfs.is_empty()).then(|| args.tmpfs.iter().map(|mount| path_options(mount)).collect()),
+        memory: args.memory.as_deref().map(memory_bytes).transpose()?.unwrap_or(0),
+        nano_cpus: args.cpus.as_deref().map(nano_cpus).transpose()?.unwrap_or(0),
+        pids_limit: args.pids_limit,
+        memory_swappiness: Some(-1),
+        ..HostConfig::default()
+    };
+    if args.rm && !host_config.restart_policy.name.is_empty() && host_config.restart_policy.name != "no" {
+        bail!("conflicting options: cannot specify both --restart and --rm");
+    }
+    let networking_config =
+        NetworkingConfig { endpoints_config: BTreeMap::from([(network, EndpointSettings::default())]) };
+    Ok(ContainerCreate { config, host_config, networking_config })
+}
+
+fn list(values: &[String]) -> Option<Vec<String>> {
+    (!values.is_empty()).then(|| values.to_vec())
+}
+
+fn key_value(text: &str) -> (String, String) {
+    let (key, value) = text.split_once('=').unwrap_or((text, ""));
+    (key.to_owned(), value.to_owned())
+}
+
+fn path_options(text: &str) -> (String, String) {
+    let (path, options) = text.split_once(':').unwrap_or((text, ""));
+    (path.to_owned(), options.to_owned())
+}
+
+/// `NAME=value` as it is; `NAME` alone takes the caller's value, and nothing when the caller has none.
+fn env_variable(text: &str, environment: impl Fn(&str) -> Option<String>) -> Result<Option<String>> {
+    match text.split_once('=') {
+        Some(("", _)) => bail!("invalid environment variable: {text}"),
+        Some(_) => Ok(Some(text.to_owned())),
+        None if text.is_empty() => bail!("invalid environment variable: it is empty"),
+        None => Ok(environment(text).map(|value| format!("{text}={value}"))),
+    }
+}
+
+/// One variable a line; blank lines and lines that begin with `#` do not count.
+fn env_file(text: &str, environment: impl Fn(&str) -> Option<String>) -> Result<Vec<String>> {
+    let mut variables = Vec::new();
+    for line in text.lines().map(str::trim_start) {
+        if !line.is_empty() && !line.starts_with('#') {
+            variables.extend(env_variable(line, &environment)?);
+        }
+    }
+    Ok(variables)
+}
+
+fn restart_policy(text: &str) -> Result<RestartPolicy> {
+    let (name, count) = match text.split_once(':') {
+        Some((name, count)) => {
+            let count = count.parse().ok().filter(|count| *count >= 0);
+            (
+                name,
+                count.with_context(|| {
+                    format!("invalid restart policy format: `{text}` has no valid retry count")
+                })?,
+            )
+        }
+        None => (text, 0),
+    };
+    match name {
+        "no" | "always" | "unless-stopped" if count > 0 => {
+            bail!("invalid restart policy: maximum retry count can only be used with `on-failure`")
+        }
+        "no" | "always" | "unless-stopped" | "on-failure" => {
+            Ok(RestartPolicy { name: name.to_owned(), maximum_retry_count: count })
+        }
+        _ => bail!(
+            "invalid restart policy: unknown policy `{name}`; use no, on-failure[:COUNT], always or unless-stopped"
+        ),
+    }
+}
+
+/// `512m`, `1g`, `1.5GiB`, `1024`: powers of 1024, as Docker reads sizes of memory.
+fn memory_bytes(text: &str) -> Result<i64> {
+    let invalid = || format!("invalid size: `{text}`: use a number with b, k, m or g");
+    let lower = text.trim().to_ascii_lowercase();
+    let digits = lower.trim_end_matches(|letter: char| letter.is_ascii_alphabetic());
+    let number: f64 =
+        digits.trim().parse().ok().filter(|number: &f64| *number >= 0.0).with_context(invalid)?;
+    let shift = match &lower[digits.len()..] {
+        "" | "b" => 0,
+        "k" | "kb" | "kib" => 10,
+        "m" | "mb" | "mib" => 20,
+        "g" | "gb" | "gib" => 30,
+        "t" | "tb" | "tib" => 40,
+        _ => bail!(invalid()),
+    };
+    let bytes = number * f64::from(2u32).powi(shift);
+    if bytes >= 9e18 {
+        bail!(invalid());
+    }
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "bounded above, and fractions of a byte do not count"
+    )]
+    Ok(bytes as i64)
+}
+
+fn nano_cpus(text: &str) -> Result<i64> {
+    let cpus: f64 = text
+        .parse()
+        .ok()
+        .filter(|cpus: &f64| (0.0..1e6).contains(cpus))
+        .with_context(|| format!("invalid number of CPUs: `{text}`"))?;
+    #[expect(clippy::cast_possible_truncation, reason = "bounded above; billionths are the unit")]
+    Ok((cpus * 1e9).round() as i64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn args(change: impl FnOnce(&mut RawRunArgs)) -> RawRunArgs {
+        let mut args =
+            RawRunArgs { words: vec!["debian".into()], restart: "no".into(), ..RawRunArgs::default() };
+        change(&mut args);
+        args
+    }
+
+    fn create(change: impl FnOnce(&mut RawRunArgs)) -> ContainerCreate {
+        container_create(&args(change), |name| (name == "HOME").then(|| "/home/ana".into())).unwrap()
+    }
+
+    #[test]
+    fn attaching_follows_detach_and_interactive() {
+        let config = create(|args| args.interactive = true).config;
+        assert!(config.attach_stdin && config.attach_stdout && config.stdin_once && config.open_stdin);
+        let config = create(|args| (args.interactive, args.detach) = (true, true)).config;
+        assert!(!config.attach_stdin && !config.attach_stdout && !config.stdin_once && config.open_stdin);
+    }
+
+    #[test]
+    fn a_variable_without_a_value_takes_the_callers() {
+        let env = create(|args| args.env = vec!["A=b=c".into(), "HOME".into(), "NOT_SET".into()]).config.env;
+        assert_eq!(env, Some(vec!["A=b=c".into(), "HOME=/home/ana".into()]));
+        assert!(container_create(&args(|args| args.env = vec!["=x".into()]), |_| None).is_err());
+    }
+
+    #[test]
+    fn environment_files_skip_comments() {
+        let variables = env_file("# note\n\nA=1\n  B= 2\nHOME\n", |_| Some("/h".into())).unwrap();
+        assert_eq!(variables, ["A=1", "B= 2", "HOME=/h"]);
+    }
+
+    #[test]
+    fn no_command_means_the_images() {
+        let config = create(|_| {}).config;
+        assert_eq!((config.cmd, config.entrypoint), (None, None));
+        let config = create(|args| args.entrypoint = Some(String::new())).config;
+        assert_eq!(config.entrypoint, Some(vec![String::new()]), "an empty entry point clears the image's");
+    }
+
+    #[test]
+    fn sizes_are_powers_of_1024() {
+        for (text, bytes) in
+            [("1024", 1024), ("512m", 512 << 20), ("1.5g", 3 << 29), ("2GiB", 2 << 30), ("1kb", 1024)]
+        {
+            assert_eq!(memory_bytes(text).unwrap(), bytes, "{text}");
+        }
+        for text in ["", "m", "-1", "1x", "1e30g", "nan"] {
+            assert!(memory_bytes(text).is_err(), "{text}");
+        }
+        assert_eq!(nano_cpus("1.5").unwrap(), 1_500_000_000);
+        assert!(nano_cpus("-1").is_err());
+    }
+
+    #[test]
+    fn restart_policies_are_checked() {
+        assert_eq!(restart_policy("on-failure:3").unwrap().maximum_retry_count, 3);
+        for text in ["sometimes", "always:2", "on-failure:x", "on-failure:-1"] {
+            assert!(restart_policy(text).is_err(), "{text}");
+        }
+        let both = args(|args| (args.rm, args.restart) = (true, "always".into()));
+        assert!(container_create(&both, |_| None).is_err());
+    }
+}

@@ -1,0 +1,185 @@
+//! `engine run`: create (pulling first when the image is missing), attach, wait, start, join the streams.
+
+pub(crate) mod create;
+pub(crate) mod raw;
+
+use crate::docker::{ApiError, Docker, Hijacked, encode};
+use crate::session::{Failed, Session};
+use crate::streams::{self, End, Input};
+use crate::{pull, signals, terminal};
+use anyhow::{Context, Result, anyhow, bail};
+use guest_api::{ContainerCreate, ContainerCreated, WaitResult};
+use http_body_util::BodyExt;
+use hyper::body::Incoming;
+use hyper::{Method, Response, StatusCode};
+use raw::{PullPolicy, RawRunArgs};
+use std::io::IsTerminal;
+
+/// Docker's exit code for "the engine could not".
+const ENGINE_FAILED: u8 = 125;
+
+/// Runs and returns the exit code for this process.
+pub(crate) async fn run(session: &Session, args: &RawRunArgs) -> Result<u8> {
+    let create = create::container_create(args, |name| std::env::var(name).ok())
+        .map_err(Failed::code(ENGINE_FAILED))?;
+    run_created(session, args, &create).await
+}
+
+/// The same for a body that was made elsewhere.
+pub(crate) async fn run_created(
+    session: &Session,
+    args: &RawRunArgs,
+    create: &ContainerCreate,
+) -> Result<u8> {
+    if args.tty && args.interactive && !args.detach && !std::io::stdin().is_terminal() {
+        bail!("the input device is not a TTY");
+    }
+    let docker = session.docker().await.map_err(Failed::code(ENGINE_FAILED))?;
+    let id = created(&docker, args, create).await.map_err(Failed::code(ENGINE_FAILED))?;
+    if args.detach {
+        start(&docker, &id).await?;
+        crate::output::line(&id)?;
+        return Ok(0);
+    }
+    attached(&docker, &id, args).await
+}
+
+async fn created(docker: &Docker, args: &RawRunArgs, create: &ContainerCreate) -> Result<String> {
+    if args.pull == PullPolicy::Always {
+        pull::pull(docker, args.image(), args.platform.as_deref(), args.quiet).await?;
+    }
+    let mut path = "/containers/create?".to_owned();
+    if let Some(name) = &args.name {
+        path += &format!("name={}&", encode(name));
+    }
+    if let Some(platform) = &args.platform {
+        path += &format!("platform={}", encode(platform));
+    }
+    let path = path.trim_end_matches(['?', '&']);
+    let created = match docker.post_json::<ContainerCreated>(path, create).await {
+        Err(error) if args.pull == PullPolicy::Missing && image_is_missing(&error) => {
+            if !args.quiet {
+                crate::output::note(&format!("Unable to find image '{}' locally", args.image()));
+            }
+            pull::pull(docker, args.image(), args.platform.as_deref(), args.quiet).await?;
+            docker.post_json(path, create).await?
+        }
+        result => result?,
+    };
+    for warning in &created.warnings {
+        crate::output::note(&format!("WARNING: {warning}"));
+    }
+    Ok(created.id)
+}
+
+fn image_is_missing(error: &anyhow::Error) -> bool {
+    error
+        .downcast_ref::<ApiError>()
+        .is_some_and(|error| error.status == StatusCode::NOT_FOUND && error.message.contains("No such image"))
+}
+
+async fn start(docker: &Docker, id: &str) -> Result<()> {
+    docker.post(&format!("/containers/{id}/start")).await.map_err(|error| {
+        let text = format!("{error:#}");
+        let code = if ["executable file not found", "no such file or directory"]
+            .iter()
+            .any(|part| text.contains(part))
+        {
+            127
+        } else if ["permission denied", "is a directory"].iter().any(|part| text.contains(part)) {
+            126
+        } else {
+            ENGINE_FAILED
+        };
+        Failed::code(code)(error)
+    })
+}
+
+async fn attached(docker: &Docker, id: &str, args: &RawRunArgs) -> Result<u8> {
+    let stdin = if args.interactive { "&stdin=1" } else { "" };
+    let hijacked =
+        docker.hijack(&format!("/containers/{id}/attach?stream=1&stdout=1&stderr=1{stdin}"), None).await;
+    let hijacked = hijacked.map_err(Failed::code(ENGINE_FAILED))?;
+    // Asked before the start, so that no exit is too quick to be seen.
+    let condition = if args.rm { "removed" } else { "next-exit" };
+    let path = format!("/containers/{id}/wait?condition={condition}");
+    let waiting = docker
+        .stream(Method::POST, &path, crate::docker::empty())
+        .await
+        .map_err(Failed::code(ENGINE_FAILED))?;
+    start(docker, id).await?;
+    let forwarding = (!args.tty).then(|| signals::forward(docker.clone(), id.to_owned()));
+    let end = join(docker, hijacked, &format!("/containers/{id}/resize"), args.interactive, args.tty).await;
+    if let Some(forwarding) = forwarding {
+        forwarding.abort();
+    }
+    match end? {
+        End::Detached => Ok(0),
+        End::Output => exit_code(waiting).await,
+    }
+}
+
+/// Joins the streams; with a terminal also raw mode and its size, told to `resize_path`.
+pub(crate) async fn join(
+    docker: &Docker,
+    hijacked: Hijacked,
+    resize_path: &str,
+    interactive: bool,
+    tty: bool,
+) -> Result<End> {
+    let on_terminal = interactive && tty && std::io::stdin().is_terminal();
+    let input = match (interactive, on_terminal) {
+        (false, _) => Input::None,
+        (true, false) => Input::Plain,
+        (true, true) => Input::Terminal,
+    };
+    let raw = on_terminal
+        .then(terminal::RawMode::enter)
+        .transpose()
+        .context("cannot put the terminal into raw mode")?;
+    let resizing = tty.then(|| signals::follow_size(docker.clone(), resize_path.to_owned()));
+    let end = streams::join(hijacked, input).await;
+    if let Some(resizing) = resizing {
+        resizing.abort();
+    }
+    drop(raw);
+    end
+}
+
+async fn exit_code(waiting: Response<Incoming>) -> Result<u8> {
+    let body = waiting
+        .into_body()
+        .collect()
+        .await
+        .context("lost the engine while waiting for the container")?
+        .to_bytes();
+    if body.iter().all(u8::is_ascii_whitespace) {
+        return Err(Failed::code(ENGINE_FAILED)(anyhow!("lost the engine while waiting for the container")));
+    }
+    let result: WaitResult = guest_api::decode(&body).context("the engine's answer is not understood")?;
+    match result.error {
+        Some(error) if !error.message.is_empty() => Err(Failed::code(ENGINE_FAILED)(anyhow!(error.message))),
+        // As a shell sees it: the low byte.
+        _ => Ok(u8::try_from(result.status_code & 0xff)?),
+    }
+}
+
+/// The create body of `engine machine shell`: in the machine's own namespaces, with its root at /host.
+pub(crate) fn machine_shell(image: &str, command: &[String]) -> Result<(RawRunArgs, ContainerCreate)> {
+    let terminal = std::io::stdin().is_terminal() && std::io::stdout().is_terminal();
+    let command = if command.is_empty() { vec!["sh".to_owned()] } else { command.to_vec() };
+    let args = RawRunArgs {
+        words: [vec![image.to_owned()], command].concat(),
+        interactive: true,
+        tty: terminal,
+        rm: true,
+        privileged: true,
+        network: Some("host".into()),
+        pid: Some("host".into()),
+        restart: "no".into(),
+        ..RawRunArgs::default()
+    };
+    let mut create = create::container_create(&args, |_| None)?;
+    create.host_config.binds = Some(vec!["/:/host".into()]);
+    Ok((args, create))
+}
