@@ -1,0 +1,144 @@
+//! `Settings`: what the user may change about the machine. Environment over file over default.
+
+use anyhow::{Context, Result, bail};
+use host_vmm::BackendChoice;
+use serde::Deserialize;
+use std::path::Path;
+
+/// The machine's size and how it is run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Settings {
+    pub(crate) cpus: u32,
+    pub(crate) memory_mib: u32,
+    pub(crate) disk_gib: u64,
+    pub(crate) backend: BackendChoice,
+}
+
+/// The settings file, `settings.toml` in the home folder.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SettingsFile {
+    /// Format version.
+    version: Option<u32>,
+    #[serde(default)]
+    machine: MachineSection,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct MachineSection {
+    cpus: Option<u32>,
+    memory_mib: Option<u32>,
+    disk_gib: Option<u64>,
+    backend: Option<String>,
+}
+
+/// What the host has, as far as the defaults depend on it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct HostSize {
+    pub(crate) cpus: u32,
+    pub(crate) memory_mib: u32,
+}
+
+impl HostSize {
+    pub(crate) fn read() -> Self {
+        let cpus =
+            std::thread::available_parallelism().map_or(1, |count| u32::try_from(count.get()).unwrap_or(1));
+        let info = rustix::system::sysinfo();
+        // The field widths differ between systems; the product fits in u64 on all of them.
+        let bytes = u64::try_from(info.totalram).unwrap_or(0).saturating_mul(u64::from(info.mem_unit));
+        Self { cpus, memory_mib: bytes >> 20 }
+    }
+}
+
+impl Settings {
+    /// Reads `file` if it is there and applies `ENGINE_MACHINE_*` from `environment` over it.
+    pub(crate) fn load(
+        file: &Path,
+        environment: impl Fn(&str) -> Option<String>,
+        host: HostSize,
+    ) -> Result<Self> {
+        let text = match std::fs::read_to_string(file) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
+            Err(error) => return Err(error).with_context(|| format!("cannot read `{}`", file.display())),
+        };
+        Self::resolve(&text, environment, host)
+            .with_context(|| format!("cannot use the settings in `{}`", file.display()))
+    }
+
+    fn resolve(text: &str, environment: impl Fn(&str) -> Option<String>, host: HostSize) -> Result<Self> {
+        let file: SettingsFile = toml::from_str(text)?;
+        if let Some(version @ (0 | 2..)) = file.version {
+            bail!("it has version {version}, and this program reads version 1");
+        }
+        let number = |name: &str, from_file: Option<u64>, default: u64| match environment(name) {
+            Some(value) => {
+                value.parse().with_context(|| format!("`{name}` is `{value}`, which is not a number"))
+            }
+            None => Ok(from_file.unwrap_or(default)),
+        };
+        let machine = file.machine;
+        let cpus = number("ENGINE_MACHINE_CPUS", machine.cpus.map(u64::from), host.cpus.clamp(1, 8).into())?;
+        let memory = (host.memory_mib / 4).clamp(1024, 8192);
+        let backend = match environment("ENGINE_MACHINE_BACKEND").or(machine.backend) {
+            Some(name) => backend_named(&name)?,
+            None => BackendChoice::Auto,
+        };
+        Ok(Self {
+            cpus: u32::try_from(cpus)
+                .ok()
+                .filter(|cpus| *cpus > 0)
+                .with_context(|| format!("{cpus} CPUs are not possible"))?,
+            memory_mib: u32::try_from(number("ENGINE_MACHINE_MEMORY_MIB", machine.memory_mib.map(u64::from), memory)?)
+                .context("that much memory is not possible")?,
+            disk_gib: number("ENGINE_MACHINE_DISK_GIB", machine.disk_gib, 64)?,
+            backend,
+        })
+    }
+}
+
+fn backend_named(name: &str) -> Result<BackendChoice> {
+    let value = serde_json::Value::String(name.to_owned());
+    serde_json::from_value(value).with_context(|| format!("there is no back end `{name}`: use auto, kvm or qemu"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HOST: HostSize = HostSize { cpus: 4, memory_mib: 16384 };
+
+    fn resolve(text: &str, environment: &[(&str, &str)]) -> Result<Settings> {
+        let find = |name: &str| {
+            environment.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned())
+        };
+        Settings::resolve(text, find, HOST)
+    }
+
+    #[test]
+    fn defaults_follow_the_host() {
+        let settings = resolve("", &[]).unwrap();
+        assert_eq!(
+            settings,
+            Settings { cpus: 4, memory_mib: 4096, disk_gib: 64, backend: BackendChoice::Auto }
+        );
+    }
+
+    #[test]
+    fn the_environment_wins_over_the_file() {
+        let file = "version = 1\n[machine]\ncpus = 3\nmemory_mib = 2000";
+        let settings = resolve(file, &[("ENGINE_MACHINE_CPUS", "1")]).unwrap();
+        assert_eq!((settings.cpus, settings.memory_mib), (1, 2000));
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        let error = |text, environment| format!("{:#}", resolve(text, environment).unwrap_err());
+        assert!(error("[machine]\ncpu = 3", &[]).contains("unknown field `cpu`"));
+        assert!(error("version = 2", &[]).contains("version 2"));
+        assert!(error("", &[("ENGINE_MACHINE_CPUS", "many")]).contains("`many`"));
+        assert!(error("", &[("ENGINE_MACHINE_CPUS", "0")]).contains("0 CPUs"));
+        assert!(error("", &[("ENGINE_MACHINE_BACKEND", "xen")]).contains("xen"));
+    }
+}

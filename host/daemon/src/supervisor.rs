@@ -1,0 +1,474 @@
+//! `Supervisor`: the only task that starts, stops or restarts the machine.
+//!
+//! Requests come in through a queue ([`Handle`]), the pure [`Lifecycle`] says what follows, and this task carries it
+//! out. Everyone else reads the state from a watch channel.
+
+use crate::bounded_log::BoundedLog;
+use crate::image::VmImage;
+use crate::lifecycle::{Action, Input, Lifecycle, Ticket};
+use crate::session::{self, Ask};
+use crate::settings::{HostSize, Settings};
+use crate::state_dir::StateDir;
+use crate::vmm_process::{Report, VmmProcess};
+use anyhow::{Context, Result};
+use guest_protocol::{EngineState, Failure, GuestInfo, Notice, port};
+use host_api::{BackendChoice, MachineState, MachineStatus};
+use host_vmm::control::{Command, Event, StopReason};
+use host_vmm::{DiskSpec, MachineSpec, NetworkSpec};
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use tokio::io::AsyncReadExt;
+use tokio::net::UnixStream;
+use tokio::sync::{mpsc, oneshot, watch};
+use tracing::{debug, info, warn};
+
+/// The one machine of this release.
+pub(crate) const MACHINE: &str = "default";
+/// Each of the guest's log files; the one before it is kept too.
+const ENGINE_LOG_BYTES_MAX: u64 = 4 << 20;
+/// Requests that may wait. Each holds a connection; more wait in the sockets' backlogs.
+const QUEUE_LENGTH_MAX: usize = 1024;
+/// How long the guest may take for its figures.
+const INFO_TIME_MAX: Duration = Duration::from_secs(5);
+
+/// Asks the supervisor. Cheap to clone.
+#[derive(Clone)]
+pub(crate) struct Handle {
+    requests: mpsc::Sender<Message>,
+    status: watch::Receiver<MachineStatus>,
+}
+
+enum Message {
+    Ensure(oneshot::Sender<Result<(), String>>),
+    Stop(oneshot::Sender<Result<(), String>>),
+    Remove(oneshot::Sender<Result<(), String>>),
+    Handover {
+        port: u32,
+        fd: OwnedFd,
+    },
+    GuestInfo(oneshot::Sender<Result<GuestInfo, Failure>>),
+    Backend(oneshot::Sender<Option<BackendChoice>>),
+    /// From the VM process of that generation.
+    Vmm(u64, Report),
+    /// From the guest of that generation.
+    Notice(u64, Notice),
+    SessionEnded(u64, String),
+}
+
+impl Handle {
+    /// Returns when the machine's API answers, or why it cannot.
+    pub(crate) async fn ensure(&self) -> Result<(), String> {
+        self.ask(Message::Ensure).await.and_then(|answer| answer)
+    }
+
+    /// Returns when there is no machine any more.
+    pub(crate) async fn stop(&self) -> Result<(), String> {
+        self.ask(Message::Stop).await.and_then(|answer| answer)
+    }
+
+    /// Deletes the stopped machine's files.
+    pub(crate) async fn remove(&self) -> Result<(), String> {
+        self.ask(Message::Remove).await.and_then(|answer| answer)
+    }
+
+    /// Hands a connected socket to the VM process, to be joined to `port` in the guest.
+    pub(crate) async fn hand_over(&self, port: u32, fd: OwnedFd) {
+        if self.requests.send(Message::Handover { port, fd }).await.is_err() {
+            debug!(port, "a connection was dropped: the daemon is ending");
+        }
+    }
+
+    /// The guest's own figures; `None` when it does not run or does not answer in time.
+    pub(crate) async fn guest_info(&self) -> Option<GuestInfo> {
+        let answer = tokio::time::timeout(INFO_TIME_MAX, self.ask(Message::GuestInfo)).await;
+        match answer {
+            Ok(Ok(Ok(guest))) => Some(guest),
+            Ok(Ok(Err(failure))) => {
+                debug!(%failure, "the guest gives no figures");
+                None
+            }
+            Ok(Err(_)) | Err(_) => None,
+        }
+    }
+
+    /// What runs the machine now.
+    pub(crate) async fn backend(&self) -> Option<BackendChoice> {
+        self.ask(Message::Backend).await.ok().flatten()
+    }
+
+    pub(crate) fn status(&self) -> watch::Receiver<MachineStatus> {
+        self.status.clone()
+    }
+
+    async fn ask<T>(&self, message: impl FnOnce(oneshot::Sender<T>) -> Message) -> Result<T, String> {
+        let ended = "the daemon is ending";
+        let (reply, answer) = oneshot::channel();
+        self.requests.send(message(reply)).await.map_err(|_| ended.to_owned())?;
+        answer.await.map_err(|_| ended.to_owned())
+    }
+}
+
+pub(crate) struct Supervisor {
+    state_dir: Arc<StateDir>,
+    /// The folder of our programs.
+    programs: PathBuf,
+    image_dir: PathBuf,
+    host: HostSize,
+    lifecycle: Lifecycle,
+    start: Instant,
+    tickets: HashMap<Ticket, oneshot::Sender<Result<(), String>>>,
+    next_ticket: u64,
+    /// Counts VM processes, so that the last words of an old one are not taken for the new one's.
+    generation: u64,
+    vmm: Option<VmmProcess>,
+    /// How the VM process said that it ended.
+    stop_reason: Option<StopReason>,
+    backend: Option<BackendChoice>,
+    session: Option<mpsc::Sender<Ask>>,
+    requests: mpsc::Receiver<Message>,
+    /// For the threads and tasks that report to this one.
+    reports: mpsc::Sender<Message>,
+    status: watch::Sender<MachineStatus>,
+}
+
+impl Supervisor {
+    pub(crate) fn new(state_dir: Arc<StateDir>, programs: PathBuf, image_dir: PathBuf) -> (Self, Handle) {
+        let (reports, requests) = mpsc::channel(QUEUE_LENGTH_MAX);
+        let state = MachineState::Stopped { reason: None };
+        let (status, watched) = watch::channel(MachineStatus { machine: MACHINE.into(), state });
+        let handle = Handle { requests: reports.clone(), status: watched };
+        let supervisor = Self {
+            state_dir,
+            programs,
+            image_dir,
+            host: HostSize::read(),
+            lifecycle: Lifecycle::new(),
+            start: Instant::now(),
+            tickets: HashMap::new(),
+            next_ticket: 0,
+            generation: 0,
+            vmm: None,
+            stop_reason: None,
+            backend: None,
+            session: None,
+            requests,
+            reports,
+            status,
+        };
+        (supervisor, handle)
+    }
+
+    /// Serves requests until the task is dropped.
+    pub(crate) async fn run(mut self) {
+        loop {
+            let deadline = self.lifecycle.deadline().map(|at| self.start + at);
+            let message = tokio::select! {
+                message = self.requests.recv() => message,
+                () = sleep_until(deadline) => {
+                    self.handle(Input::Deadline);
+                    continue;
+                }
+            };
+            let Some(message) = message else { return };
+            self.take(message);
+        }
+    }
+
+    fn take(&mut self, message: Message) {
+        match message {
+            Message::Ensure(reply) => {
+                let ticket = self.ticket(reply);
+                self.handle(Input::Ensure(ticket));
+            }
+            Message::Stop(reply) => {
+                let ticket = self.ticket(reply);
+                self.handle(Input::Stop(ticket));
+            }
+            Message::Remove(reply) => drop(reply.send(self.remove())),
+            Message::Handover { port, fd } => match &self.vmm {
+                Some(vmm) => vmm.send(Command::Connect { port }, Some(fd)),
+                None => debug!(port, "a connection was dropped: the machine is gone"),
+            },
+            Message::GuestInfo(reply) => match &self.session {
+                // A full queue drops the reply, which its asker takes for no answer.
+                Some(session) => drop(session.try_send(Ask::Info(reply))),
+                None => drop(reply),
+            },
+            Message::Backend(reply) => drop(reply.send(self.backend.clone())),
+            Message::Vmm(generation, report) if generation == self.generation => self.vmm_reported(report),
+            Message::Notice(generation, notice) if generation == self.generation => self.noticed(notice),
+            Message::SessionEnded(generation, why) if generation == self.generation => {
+                info!(%why, "the control session ended");
+                self.session = None;
+            }
+            Message::Vmm(..) | Message::Notice(..) | Message::SessionEnded(..) => {}
+        }
+    }
+
+    fn ticket(&mut self, reply: oneshot::Sender<Result<(), String>>) -> Ticket {
+        self.next_ticket += 1;
+        let ticket = Ticket(self.next_ticket);
+        self.tickets.insert(ticket, reply);
+        ticket
+    }
+
+    /// Feeds the lifecycle, carries out what follows, publishes the state.
+    fn handle(&mut self, input: Input) {
+        self.feed(input);
+        while let Some(action) = self.lifecycle.next_action() {
+            match action {
+                Action::Spawn => match self.spawn() {
+                    Ok(vmm) => self.vmm = Some(vmm),
+                    Err(error) => self.feed(Input::VmmExited(Some(format!("{error:#}")))),
+                },
+                Action::PowerOff => self.power_off(),
+                Action::Kill => {
+                    if let Some(vmm) = &self.vmm {
+                        warn!("the machine is ended by force");
+                        vmm.send(Command::Kill, None);
+                        vmm.kill();
+                    }
+                }
+                Action::Grant(ticket) => self.answer(ticket, Ok(())),
+                Action::Refuse(ticket, why) => self.answer(ticket, Err(why)),
+            }
+        }
+        let state = self.lifecycle.state();
+        self.status.send_if_modified(|status| {
+            let changed = status.state != state;
+            if changed {
+                info!(machine = MACHINE, state = state.name(), "machine state");
+                status.state = state;
+            }
+            changed
+        });
+    }
+
+    fn feed(&mut self, input: Input) {
+        let unix_s = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        self.lifecycle.handle(input, self.start.elapsed(), unix_s);
+    }
+
+    fn answer(&mut self, ticket: Ticket, answer: Result<(), String>) {
+        if let Some(reply) = self.tickets.remove(&ticket) {
+            // Whoever asked may have given up.
+            let _ = reply.send(answer);
+        }
+    }
+
+    fn spawn(&mut self) -> Result<VmmProcess> {
+        self.generation += 1;
+        self.stop_reason = None;
+        self.session = None;
+        let generation = self.generation;
+        let spec = self.spec()?;
+        let dir = self.state_dir.machine_dir(MACHINE)?;
+        let path = dir.join("vmm.log");
+        let log = File::options()
+            .create(true)
+            .truncate(true)
+            .write(true)
+            .mode(0o600)
+            .open(&path)
+            .with_context(|| format!("cannot write the log `{}`", path.display()))?;
+        let reports = self.reports.clone();
+        VmmProcess::spawn(&self.programs.join("engine-vmm"), spec, log, move |report| {
+            // The queue is closed only when the daemon ends, and with it the machine.
+            let _ = reports.blocking_send(Message::Vmm(generation, report));
+        })
+    }
+
+    /// What the settings and the image make of the machine now.
+    fn spec(&self) -> Result<MachineSpec> {
+        let image = VmImage::open(&self.image_dir)?;
+        let settings = self.settings()?;
+        let dir = self.state_dir.machine_dir(MACHINE)?;
+        Ok(MachineSpec {
+            cpus: settings.cpus,
+            memory_mib: settings.memory_mib,
+            kernel: image.kernel(),
+            initramfs: image.initramfs(),
+            cmdline: image.cmdline,
+            disk: DiskSpec { path: dir.join("disk.raw"), size_bytes: settings.disk_gib << 30 },
+            console_log: dir.join("console.log"),
+            backend: settings.backend,
+            network: NetworkSpec::Nat,
+            boot_timeout_seconds: u32::try_from(crate::lifecycle::BOOT_TIME_MAX.as_secs())?,
+        })
+    }
+
+    fn settings(&self) -> Result<Settings> {
+        Settings::load(&self.state_dir.home().settings(), |name| std::env::var(name).ok(), self.host)
+    }
+
+    fn power_off(&mut self) {
+        // The guest's own way first: it stops its containers. The VM process ends when the guest has, and the
+        // lifecycle's deadline is there for a guest that does not.
+        let asked = self.session.as_ref().is_some_and(|session| session.try_send(Ask::PowerOff).is_ok());
+        if !asked && let Some(vmm) = &self.vmm {
+            vmm.send(Command::Stop, None);
+        }
+    }
+
+    fn remove(&self) -> Result<(), String> {
+        let state = self.lifecycle.state();
+        if !matches!(state, MachineState::Stopped { .. }) {
+            return Err(format!("the machine `{MACHINE}` is {}: stop it first", state.name()));
+        }
+        let dir = self.state_dir.home().machine_dir(MACHINE);
+        match std::fs::remove_dir_all(&dir) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(format!("cannot delete `{}`: {error}", dir.display()))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn vmm_reported(&mut self, report: Report) {
+        match report {
+            Report::Event(Event::Stage { name }, _) => self.handle(Input::Stage(name)),
+            Report::Event(Event::Running { backend, reason, accelerator }, _) => {
+                info!(%backend, %accelerator, %reason, "the machine's processors run");
+                self.backend = Some(BackendChoice { backend, accelerator: accelerator.to_string(), reason });
+                self.handle(Input::Stage("booting the guest".into()));
+            }
+            Report::Event(Event::Accepted { port }, fds) => self.accepted(port, fds),
+            Report::Event(Event::Stopped { reason }, _) => self.stop_reason = Some(reason),
+            Report::Gone(status) => {
+                self.vmm = None;
+                self.session = None;
+                self.backend = None;
+                let reason = match self.stop_reason.take() {
+                    Some(StopReason::PoweredOff) => "the guest powered itself off".into(),
+                    Some(StopReason::Killed) => "the machine was killed".into(),
+                    Some(StopReason::Failed { message, console_tail }) => {
+                        with_console(message, &console_tail)
+                    }
+                    None => format!(
+                        "the VM process ended unexpectedly ({status}): see `engine machine logs --vmm`"
+                    ),
+                };
+                self.handle(Input::VmmExited(Some(reason)));
+            }
+        }
+    }
+
+    fn accepted(&mut self, port: u32, fds: Vec<OwnedFd>) {
+        let generation = self.generation;
+        let Some(stream) = fds.into_iter().next().and_then(|fd| into_stream(fd).ok()) else {
+            warn!(port, "the VM process reported a connection without a socket");
+            return;
+        };
+        match port {
+            port::SESSION if self.session.is_some() => warn!("a second control session was refused"),
+            port::SESSION => {
+                let (asks, queue) = mpsc::channel(16);
+                self.session = Some(asks);
+                let reports = self.reports.clone();
+                let notices = reports.clone();
+                tokio::spawn(async move {
+                    let why = session::drive(stream, queue, move |notice| {
+                        if notices.try_send(Message::Notice(generation, notice)).is_err() {
+                            warn!("a notice of the guest was lost: the daemon is overloaded");
+                        }
+                    })
+                    .await;
+                    let _ = reports.send(Message::SessionEnded(generation, why)).await;
+                });
+            }
+            port::LOG => {
+                let path = self.state_dir.home().machine_dir(MACHINE).join("engine.log");
+                tokio::spawn(async move {
+                    if let Err(error) = keep_log(stream, path).await {
+                        warn!(%error, "the guest's log is not kept");
+                    }
+                });
+            }
+            _ => warn!(port, "the guest connected to a port that nobody serves"),
+        }
+    }
+
+    fn noticed(&mut self, notice: Notice) {
+        match notice {
+            Notice::Engine(EngineState::Starting) => self.handle(Input::Stage("starting the engine".into())),
+            Notice::Engine(EngineState::Ready) => self.handle(Input::EngineReady),
+            Notice::Engine(EngineState::Failed { reason, retry_in_ms }) => {
+                warn!(%reason, retry_in_ms, "the engine in the guest failed");
+                self.handle(Input::Stage(format!("starting the engine again after: {reason}")));
+            }
+            Notice::Fault { what, reason } => {
+                warn!(%what, %reason, "the guest cannot go on");
+                self.handle(Input::Fault(reason));
+            }
+            Notice::PoweringOff => debug!("the guest is powering off"),
+        }
+    }
+}
+
+/// `message` with the console's last lines below it, few enough to read.
+fn with_console(message: String, console: &str) -> String {
+    let lines: Vec<&str> = console.lines().filter(|line| !line.trim().is_empty()).collect();
+    let last = &lines[lines.len().saturating_sub(8)..];
+    if last.is_empty() { message } else { format!("{message}; last console lines:\n  {}", last.join("\n  ")) }
+}
+
+fn into_stream(fd: OwnedFd) -> std::io::Result<UnixStream> {
+    let stream = std::os::unix::net::UnixStream::from(fd);
+    stream.set_nonblocking(true)?;
+    UnixStream::from_std(stream)
+}
+
+/// Writes what the guest logs into the bounded file at `path` until the stream ends.
+async fn keep_log(mut stream: UnixStream, path: PathBuf) -> std::io::Result<()> {
+    let mut log = BoundedLog::open(&path, ENGINE_LOG_BYTES_MAX)?;
+    let mut buffer = vec![0; 16 * 1024];
+    loop {
+        match stream.read(&mut buffer).await? {
+            0 => return Ok(()),
+            count => log.write_all(&buffer[..count])?,
+        }
+    }
+}
+
+async fn sleep_until(deadline: Option<Instant>) {
+    match deadline {
+        Some(at) => tokio::time::sleep_until(at.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_shows_the_consoles_last_lines() {
+        let console = (0..20).map(|number| format!("line {number}\n\n")).collect::<String>();
+        let text = with_console("the kernel panicked".into(), &console);
+        assert!(text.starts_with("the kernel panicked; last console lines:\n  line 12\n"), "{text}");
+        assert_eq!(with_console("x".into(), ""), "x");
+    }
+
+    #[tokio::test]
+    async fn without_an_image_every_caller_learns_how_to_get_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let home = host_api::Home::at(dir.path().to_path_buf()).unwrap();
+        let state_dir = Arc::new(StateDir::claim(home).unwrap().unwrap());
+        let (supervisor, handle) = Supervisor::new(state_dir, dir.path().into(), dir.path().join("none"));
+        tokio::spawn(supervisor.run());
+        for _ in 0..2 {
+            let why = handle.ensure().await.unwrap_err();
+            assert!(why.contains("installer/quickstart"), "{why}");
+        }
+        let state = handle.status().borrow().state.clone();
+        assert!(matches!(state, MachineState::Stopped { reason: Some(_) }));
+        handle.stop().await.unwrap();
+        handle.remove().await.unwrap();
+    }
+}
