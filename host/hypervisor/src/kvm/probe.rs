@@ -402,12 +402,18 @@ fn check_loop(vcpu: &mut VcpuFd) -> Result<(), Problem> {
             }
         }
         let spent = thread_time().saturating_sub(start);
-        if spent > LOOP_TIME_MAX {
+        if spent > LOOP_TIME_MAX || hopeless(rounds, spent) {
             return Err(Problem::Slow { rounds, spent });
         }
     }
     tracing::debug!(spent = ?thread_time().saturating_sub(start), "KVM runs guest code at full speed");
     Ok(())
+}
+
+/// Whether the whole loop would take several times as long as it may, judged once that can be told.
+fn hopeless(rounds: u32, spent: Duration) -> bool {
+    let rounds_in_limit = u128::from(LOOP_ROUNDS) * spent.as_micros() / LOOP_TIME_MAX.as_micros();
+    spent > LOOP_TIME_MAX / 4 && u128::from(rounds) * 4 < rounds_in_limit
 }
 
 /// Processor time of this thread, guest time included: a busy host does not make KVM look slow.
@@ -486,6 +492,13 @@ mod tests {
         if let Usability::Unusable { reason } = answer {
             assert!(!reason.is_empty() && !reason.ends_with('.'), "{reason}");
         }
+    }
+
+    #[test]
+    fn only_a_far_too_slow_loop_is_given_up_early() {
+        assert!(!hopeless(0, LOOP_TIME_MAX / 5));
+        assert!(hopeless(LOOP_ROUNDS / 20, LOOP_TIME_MAX / 3));
+        assert!(!hopeless(LOOP_ROUNDS / 4, LOOP_TIME_MAX / 3));
     }
 
     #[test]

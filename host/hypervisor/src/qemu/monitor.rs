@@ -1,12 +1,14 @@
 //! QEMU's monitor (QMP), as far as it is needed: when the machine is ready, and how it ended.
 //!
-//! One JSON object a line (QEMU's `docs/interop/qmp-spec`). QEMU greets once every device is connected; we answer with
-//! `qmp_capabilities`, after which it sends events.
+//! One JSON object a line (QEMU's `docs/interop/qmp-spec`). QEMU greets as soon as it has read its command line; we
+//! answer with `qmp_capabilities`, which it executes in its main loop: its answer says that every device is connected
+//! and the processors run. After that it sends events.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 
 /// QEMU's lines are some hundred bytes; its longest greeting is far below this.
 const LINE_BYTES_MAX: u64 = 64 * 1024;
@@ -30,10 +32,18 @@ pub struct Monitor {
     reader: BufReader<UnixStream>,
 }
 
+#[derive(Debug, PartialEq)]
+enum Line {
+    Greeting,
+    Event(MonitorEvent),
+}
+
 #[derive(Deserialize)]
-struct Line {
+struct RawLine {
     #[serde(rename = "QMP")]
-    greeting: Option<serde::de::IgnoredAny>,
+    greeting: Option<IgnoredAny>,
+    #[serde(rename = "return")]
+    answer: Option<IgnoredAny>,
     event: Option<String>,
     data: Option<Data>,
     error: Option<Failure>,
@@ -67,22 +77,24 @@ impl Monitor {
                     return None;
                 }
             }
-            let event = parse(&line);
-            if event == Some(MonitorEvent::Ready)
-                && let Err(error) = self.reader.get_mut().write_all(b"{\"execute\":\"qmp_capabilities\"}\n")
-            {
-                tracing::debug!(%error, "QEMU ended during the monitor's greeting");
+            match parse(&line) {
+                Some(Line::Greeting) => self.answer_greeting(),
+                Some(Line::Event(event)) => return Some(event),
+                None => {}
             }
-            if event.is_some() {
-                return event;
-            }
+        }
+    }
+
+    fn answer_greeting(&mut self) {
+        if let Err(error) = self.reader.get_mut().write_all(b"{\"execute\":\"qmp_capabilities\"}\n") {
+            tracing::debug!(%error, "QEMU ended during the monitor's greeting");
         }
     }
 }
 
-/// The event in one line, if it is one we care about.
-fn parse(line: &[u8]) -> Option<MonitorEvent> {
-    let line: Line = match serde_json::from_slice(line) {
+/// The meaning of one line, if it is one we care about.
+fn parse(line: &[u8]) -> Option<Line> {
+    let line: RawLine = match serde_json::from_slice(line) {
         Ok(line) => line,
         Err(error) => {
             tracing::warn!(%error, "QEMU's monitor sent something that is not understood");
@@ -93,17 +105,21 @@ fn parse(line: &[u8]) -> Option<MonitorEvent> {
         tracing::warn!(error = failure.desc, "QEMU's monitor refused a command");
     }
     if line.greeting.is_some() {
-        return Some(MonitorEvent::Ready);
+        return Some(Line::Greeting);
+    }
+    // The only command is the one that answers the greeting.
+    if line.answer.is_some() {
+        return Some(Line::Event(MonitorEvent::Ready));
     }
     if line.event.as_deref() != Some("SHUTDOWN") {
         return None;
     }
     let reason = line.data.and_then(|data| data.reason).unwrap_or_default();
-    Some(match reason.as_str() {
+    Some(Line::Event(match reason.as_str() {
         "guest-shutdown" => MonitorEvent::PoweredOff,
         "guest-reset" => MonitorEvent::Reset,
         _ => MonitorEvent::Ended(reason),
-    })
+    }))
 }
 
 #[cfg(test)]
@@ -112,21 +128,23 @@ mod tests {
 
     #[test]
     fn lines_of_qemu_7() {
-        let check =
-            |line: &str, event: Option<MonitorEvent>| assert_eq!(parse(line.as_bytes()), event, "{line}");
+        let check = |line: &str, meaning: Option<Line>| assert_eq!(parse(line.as_bytes()), meaning, "{line}");
         check(
             r#"{"QMP": {"version": {"qemu": {"micro": 22, "minor": 2, "major": 7}}, "capabilities": ["oob"]}}"#,
-            Some(MonitorEvent::Ready),
+            Some(Line::Greeting),
         );
-        check(r#"{"return": {}}"#, None);
+        check(r#"{"return": {}}"#, Some(Line::Event(MonitorEvent::Ready)));
         check(
-            r#"{"timestamp": {"seconds": 1, "microseconds": 2}, "event": "SHUTDOWN", "data": {"guest": true, "reason": "guest-shutdown"}}"#,
-            Some(MonitorEvent::PoweredOff),
+            r#"{"timestamp": {"seconds": 1}, "event": "SHUTDOWN", "data": {"guest": true, "reason": "guest-shutdown"}}"#,
+            Some(Line::Event(MonitorEvent::PoweredOff)),
         );
-        check(r#"{"event": "SHUTDOWN", "data": {"reason": "guest-reset"}}"#, Some(MonitorEvent::Reset));
+        check(
+            r#"{"event": "SHUTDOWN", "data": {"reason": "guest-reset"}}"#,
+            Some(Line::Event(MonitorEvent::Reset)),
+        );
         check(
             r#"{"event": "SHUTDOWN", "data": {"reason": "host-signal"}}"#,
-            Some(MonitorEvent::Ended("host-signal".into())),
+            Some(Line::Event(MonitorEvent::Ended("host-signal".into()))),
         );
         check(r#"{"event": "NIC_RX_FILTER_CHANGED", "data": {"name": "n"}}"#, None);
         check(r#"{"error": {"class": "GenericError", "desc": "no"}}"#, None);

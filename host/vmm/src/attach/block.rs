@@ -3,7 +3,7 @@
 use std::error::Error;
 
 use host_devices::virtio::VirtioDevice;
-use host_devices::virtio::block::{Backend, Block};
+use host_devices::virtio::block::Block;
 use host_hypervisor::qemu::Device;
 
 use super::{Attached, Context};
@@ -12,6 +12,9 @@ use crate::spec::DiskSpec;
 
 /// What the guest finds the disk by.
 const SERIAL: &str = "engine-data";
+
+/// One thread serves all of a disk's queues, so more of them would only take turns.
+const QUEUES: usize = 1;
 
 pub(super) struct Attachment {
     pub disk: DiskSpec,
@@ -27,7 +30,7 @@ impl super::Attachment for Attachment {
         context: &mut Context<'_>,
     ) -> Result<Box<dyn Attached>, Box<dyn Error + Send + Sync>> {
         let file = disk::open(&self.disk, context.called_off)?;
-        let device = Block::new(Backend { file, serial: SERIAL.into(), read_only: false })?;
+        let device = Block::from_file(file, SERIAL, false, QUEUES)?;
         let sizes = device.queue_sizes();
         let (queues, queue_size) = (sizes.len() as u16, sizes.iter().copied().min().unwrap_or(1));
         context.serve("block", device, |fd| Device::VhostUserBlock { fd, queues, queue_size })

@@ -94,7 +94,7 @@ impl Context<'_> {
 /// A device model of ours that QEMU uses over vhost-user.
 struct Served {
     name: &'static str,
-    server: vhost_user::Handle,
+    server: vhost_user::Server,
 }
 
 impl Attached for Served {

@@ -4,7 +4,7 @@ use std::error::Error;
 use std::os::fd::OwnedFd;
 
 use guest_protocol::port;
-use host_devices::virtio::vsock::{Backend, Cid, Handle, Ports, Vsock};
+use host_devices::virtio::vsock::{Backend, Cid, Handle, Vsock};
 use host_hypervisor::qemu::Device;
 
 use super::{Attached, Context};
@@ -39,7 +39,7 @@ impl super::Attachment for Attachment {
             // Without a driver the connection has nobody to serve it: dropping it closes it.
             drop(signals.send(Signal::Accepted { port, stream }));
         };
-        let ports = Ports::Only(vec![port::SESSION, port::LOG]);
+        let ports = [port::SESSION, port::LOG].into();
         let device =
             Vsock::new(Cid(u64::from(port::GUEST_CID)), Backend { ports, accepted: Box::new(accepted) })?;
         context.connector = Some(Connector(device.handle()));
