@@ -1,1 +1,187 @@
-fn main() {}
+//! `init`: PID 1 of the machine.
+//!
+//! It mounts, brings disk and network up, sets the clock from the host, keeps the engine running, collects orphans,
+//! and switches the machine off cleanly. It does not know what a container is: that is the engine's. It has no shell
+//! and takes no commands but those of the control session.
+//!
+//! The start is one straight recipe ([`prepare`], then [`bring_up`]); after it everything is a task of its own on one
+//! thread, and the main task waits for somebody to press the [`power::PowerSwitch`]. When PID 1 ends the kernel
+//! panics, so it never does: a failure or a panic in here is named on the console and the machine switched off.
+#![deny(unsafe_code)]
+
+mod backoff;
+mod clock;
+mod cmdline;
+mod disk;
+mod engine;
+mod limits;
+mod log;
+mod machine;
+mod modules;
+mod mounts;
+mod network;
+mod power;
+mod process;
+mod session;
+mod status;
+#[expect(unsafe_code, reason = "the one place for calls without a safe wrapper")]
+mod sys;
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use tokio::sync::{oneshot, watch};
+use tokio::task::{LocalSet, spawn_local};
+use tracing::{error, info, warn};
+
+use cmdline::Options;
+use log::Log;
+use power::PowerSwitch;
+use process::Processes;
+use status::{Fault, Publisher};
+
+/// How long the engine waits for the network before it is started without. It would only fail to pull.
+const NETWORK_TIMEOUT: Duration = Duration::from_secs(3);
+
+#[expect(
+    clippy::print_stderr,
+    reason = "outside of its machine this is an ordinary program with a usage error"
+)]
+fn main() -> ExitCode {
+    if std::process::id() != 1 {
+        eprintln!(
+            "error: this program is the first process of the engine's virtual machine and runs only there"
+        );
+        return ExitCode::from(125);
+    }
+    std::panic::set_hook(Box::new(|panic| {
+        log::on_console(&format!("init: a fault in the agent itself; switching off: {panic}"));
+        die();
+    }));
+    match run() {
+        Ok(()) => log::on_console("init: the kernel did not switch off"),
+        Err(error) => log::on_console(&format!("init: cannot go on; switching off: {error:#}")),
+    }
+    die();
+    ExitCode::FAILURE
+}
+
+/// Switches off in whatever state the machine is.
+fn die() {
+    if let Err(error) = power::cut() {
+        log::on_console(&format!("init: {error:#}"));
+    }
+}
+
+fn run() -> Result<()> {
+    let options = prepare()?;
+    let log = Log::install(options.debug);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    LocalSet::new().block_on(&runtime, supervise(options, log))
+}
+
+/// What needs no other task and no other process.
+fn prepare() -> Result<Options> {
+    mounts::leave_initramfs()?;
+    mounts::mount_all()?;
+    mounts::open_console()?;
+    let cmdline = std::fs::read_to_string("/proc/cmdline").context("cannot read the kernel command line")?;
+    Ok(Options::parse(&cmdline))
+}
+
+/// The life of the machine, from here to power-off.
+async fn supervise(options: Options, log: Log) -> Result<()> {
+    info!(uptime_ms = machine::uptime_ms(), ?options, "agent started");
+    let (power, mut pressed) = power::switch();
+    let status = Publisher::new();
+    let processes = Processes::default();
+    keep("collecting processes", processes.clone().collect());
+    keep("listening to signals", power::listen_to_signals(power.clone()));
+
+    let supervisor = engine::Supervisor {
+        processes: processes.clone(),
+        log: log.clone(),
+        status: status.clone(),
+        debug: options.debug,
+    };
+    let (stop, stopped) = oneshot::channel();
+    let mut up = spawn_local(bring_up(supervisor, power, stopped));
+    let mut is_up = true;
+    let reason = loop {
+        tokio::select! {
+            reason = pressed.recv() => break reason.unwrap_or_default(),
+            // Without an engine the machine stays, so that the host can read why.
+            ended = &mut up, if is_up => {
+                is_up = false;
+                ended.context("the start was cut off")??;
+            }
+        }
+    };
+    info!(reason, "switching off");
+    status.powering_off();
+    if is_up {
+        // Whoever waits for this has ended only if the engine has.
+        let _nothing_to_stop = stop.send(());
+        up.await.context("the engine's supervisor was cut off")??;
+    }
+    power::off(&processes, &log).await
+}
+
+/// Brings everything up, then keeps the engine running until `stop`. Ends early, without an engine, on a fault that
+/// the user has to look at.
+async fn bring_up(
+    supervisor: engine::Supervisor,
+    power: PowerSwitch,
+    mut stop: oneshot::Receiver<()>,
+) -> Result<()> {
+    for problem in limits::apply() {
+        warn!("{problem}");
+    }
+    let refused = mounts::set_up_cgroups()?;
+    if !refused.is_empty() {
+        warn!(?refused, "cgroup controllers that cannot be turned on");
+    }
+    modules::load();
+    info!(uptime_ms = machine::uptime_ms(), "modules loaded");
+
+    spawn_local(supervisor.log.clone().ship());
+    spawn_local(session::keep(supervisor.status.watch(), power.clone()));
+    keep("listening on the power port", power::listen_to_host(power));
+    let network_ready = watch::Sender::new(false);
+    let mut network = network_ready.subscribe();
+    keep("the network", network::run(network_ready));
+
+    let start = async {
+        disk::bring_up(&supervisor.processes).await?;
+        info!(uptime_ms = machine::uptime_ms(), "data disk ready");
+        // An error means that the network gave up, and has said why.
+        let ready = tokio::time::timeout(NETWORK_TIMEOUT, network.wait_for(|ready| *ready)).await;
+        if !matches!(ready, Ok(Ok(_))) {
+            warn!("starting the engine without a network");
+        }
+        Ok::<(), Fault>(())
+    };
+    let started = tokio::select! {
+        started = start => started,
+        // A tool at work on the disk ends with all other processes.
+        _ = &mut stop => return Ok(()),
+    };
+    match started {
+        Ok(()) => supervisor.run(stop).await,
+        Err(fault) => {
+            error!("{fault}");
+            supervisor.status.fault(fault);
+        }
+    }
+    Ok(())
+}
+
+/// Runs a task for as long as the machine does. Its failure is worth a line, not the machine.
+fn keep(what: &'static str, task: impl Future<Output = Result<()>> + 'static) {
+    spawn_local(async move {
+        if let Err(error) = task.await {
+            error!("{what} failed: {error:#}");
+        }
+    });
+}

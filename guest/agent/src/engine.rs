@@ -1,0 +1,252 @@
+//! The engine's process: started, watched, restarted.
+//!
+//! ```text
+//!   Starting ──byte on the ready pipe──▶ Ready
+//!      ▲  │                                │
+//!      │  └───────── it ended ─────────────┤
+//!      │                                   ▼
+//!      └────── after the back-off ────── Failed
+//!
+//!   any of them ──stop──▶ TERM, then KILL after STOP_TIMEOUT ──▶ return
+//! ```
+//!
+//! Containers do not end with the engine: each hangs on a shim, which PID 1 inherits and leaves alone. The next engine
+//! finds them again.
+
+use std::cell::RefCell;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::process::{Command, Stdio};
+use std::rc::Rc;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use command_fds::{CommandFdExt, FdMapping};
+use guest_protocol::EngineState;
+use rustix::process::Signal;
+use tokio::io::AsyncReadExt;
+use tokio::net::unix::pipe;
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+use tracing::{info, warn};
+
+use crate::backoff::Backoff;
+use crate::log::Log;
+use crate::process::{Child, Processes};
+use crate::status::Publisher;
+use crate::{machine, mounts, sys};
+
+const PROGRAM: &str = "/usr/bin/guest-engine";
+
+/// The pipe on which the engine says that it answers.
+const READY_FD: i32 = 3;
+
+#[rustfmt::skip]
+const ARGUMENTS: &[&str] = &[
+    "--vsock", "2375",
+    "--data-root", "/var/lib/engine",
+    "--run-root", "/run/engine",
+    "--bundled-images", "/usr/share/engine/images",
+    "--ready-fd", "3",
+    "--stop-containers-on-exit",
+    "--shim", "/usr/bin/shim",
+    "--insecure-registry", "host.docker.internal",
+    "--insecure-registry", "198.18.0.254",
+];
+
+/// The engine stops its containers when it is told to end; each may take the ten seconds that `docker stop` gives.
+const STOP_TIMEOUT: Duration = Duration::from_secs(11);
+
+/// An engine that lived this long was well: if it ends, the next one is started without much delay.
+const WELL_AFTER: Duration = Duration::from_secs(30);
+
+/// Lines of the engine's last words that are shown as the reason of its end.
+const LAST_WORDS_MAX: usize = 300;
+
+/// When to start the next engine. Pure: run times in, delays out.
+#[derive(Debug)]
+struct RestartPolicy {
+    backoff: Backoff,
+}
+
+impl RestartPolicy {
+    fn new() -> Self {
+        Self { backoff: Backoff::new(Duration::from_millis(200), Duration::from_secs(10)) }
+    }
+
+    /// The delay before the next start, after an engine that lived for `lived`.
+    fn ended(&mut self, lived: Duration) -> Duration {
+        if lived >= WELL_AFTER {
+            self.backoff.succeeded();
+        }
+        self.backoff.failed()
+    }
+}
+
+/// What the engine's process needs from the agent.
+#[derive(Clone, Debug)]
+pub struct Supervisor {
+    /// Starts it and learns of its end.
+    pub processes: Processes,
+    /// Takes what it prints.
+    pub log: Log,
+    /// Is told its state.
+    pub status: Publisher,
+    /// The engine explains itself at length.
+    pub debug: bool,
+}
+
+/// One engine.
+struct Running {
+    child: Child,
+    ready: pipe::Receiver,
+    /// The last line it printed.
+    last_words: Rc<RefCell<String>>,
+}
+
+impl Supervisor {
+    /// Keeps the engine running until `stop`; then ends it and returns.
+    pub async fn run(self, mut stop: oneshot::Receiver<()>) {
+        let mut policy = RestartPolicy::new();
+        loop {
+            self.status.engine(EngineState::Starting);
+            let began = Instant::now();
+            let reason = match self.start() {
+                Ok(running) => match self.watch(running, &mut stop).await {
+                    Some(reason) => reason,
+                    None => return,
+                },
+                Err(error) => format!("the engine could not be started: {error:#}"),
+            };
+            let delay = policy.ended(began.elapsed());
+            warn!(reason, retry_in = ?delay, "the engine is down");
+            let retry_in_ms = u64::try_from(delay.as_millis()).unwrap_or(u64::MAX);
+            self.status.engine(EngineState::Failed { reason, retry_in_ms });
+            tokio::select! {
+                () = tokio::time::sleep(delay) => {}
+                _ = &mut stop => return,
+            }
+        }
+    }
+
+    fn start(&self) -> Result<Running> {
+        let (ready, ready_writer) = io::pipe()?;
+        let (output, output_writer) = io::pipe()?;
+        let mut command = Command::new(PROGRAM);
+        command
+            .args(ARGUMENTS)
+            .env_clear()
+            .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+            .env("HOME", "/root")
+            .env("LANG", "C.UTF-8")
+            .stdin(Stdio::null())
+            .stdout(output_writer.try_clone()?)
+            .stderr(output_writer);
+        if self.debug {
+            command.env("RUST_LOG", "debug").env("RUST_BACKTRACE", "1");
+        }
+        let mapping = FdMapping { parent_fd: OwnedFd::from(ready_writer), child_fd: READY_FD };
+        command.fd_mappings(vec![mapping])?;
+        sys::start_in_cgroup(&mut command, mounts::open_engine_cgroup()?);
+        let child = self.processes.spawn(&mut command).with_context(|| format!("cannot run {PROGRAM}"))?;
+        info!(pid = child.pid.as_raw_nonzero(), uptime_ms = machine::uptime_ms(), "engine started");
+
+        let last_words = Rc::new(RefCell::new(String::new()));
+        let output = pipe::Receiver::from_owned_fd(OwnedFd::from(output))?;
+        let keep = {
+            let last_words = last_words.clone();
+            move |line: &[u8]| {
+                if !line.trim_ascii().is_empty() {
+                    *last_words.borrow_mut() = excerpt(line);
+                }
+            }
+        };
+        // Ends with the last process that has the engine's output, which may be a shim that outlives it.
+        tokio::task::spawn_local(self.log.clone().follow(output, keep));
+        let ready = pipe::Receiver::from_owned_fd(OwnedFd::from(ready))?;
+        Ok(Running { child, ready, last_words })
+    }
+
+    /// Watches one engine: `Some(reason)` when it ended by itself, `None` when it was stopped.
+    async fn watch(&self, mut running: Running, stop: &mut oneshot::Receiver<()>) -> Option<String> {
+        let mut byte = [0];
+        let mut awaiting = true;
+        loop {
+            tokio::select! {
+                biased;
+                exit = &mut running.child.exit => {
+                    // Its last words may still be in the pipe.
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                    let how = exit.map_or_else(|_| "is gone".to_owned(), |exit| exit.to_string());
+                    let words = running.last_words.borrow();
+                    return Some(match words.is_empty() {
+                        true => format!("the engine {how}"),
+                        false => format!("the engine {how}: {words}"),
+                    });
+                }
+                _ = &mut *stop => {
+                    self.stop(running).await;
+                    return None;
+                }
+                said = running.ready.read(&mut byte), if awaiting => {
+                    awaiting = false;
+                    // Closed without a byte: it is about to end, or forgot to say so.
+                    if matches!(said, Ok(1)) {
+                        info!(uptime_ms = machine::uptime_ms(), "engine ready");
+                        self.status.engine(EngineState::Ready);
+                    }
+                }
+            }
+        }
+    }
+
+    async fn stop(&self, mut running: Running) {
+        for (signal, limit) in [(Signal::TERM, STOP_TIMEOUT), (Signal::KILL, Duration::from_secs(1))] {
+            if let Err(error) = running.child.signal(signal) {
+                warn!(%error, ?signal, "cannot signal the engine");
+            }
+            match tokio::time::timeout(limit, &mut running.child.exit).await {
+                Ok(exit) => {
+                    let exit = exit.map(|exit| exit.to_string()).unwrap_or_default();
+                    return info!(exit, "engine stopped");
+                }
+                Err(_elapsed) => warn!(?signal, ?limit, "the engine does not end"),
+            }
+        }
+    }
+}
+
+/// A line for people: not too long, nothing that a terminal would act on.
+fn excerpt(line: &[u8]) -> String {
+    let text = String::from_utf8_lossy(line);
+    text.trim().chars().filter(|character| !character.is_control()).take(LAST_WORDS_MAX).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_engine_that_keeps_dying_is_started_ever_less_often() {
+        let mut policy = RestartPolicy::new();
+        let millis: Vec<_> = (0..8).map(|_| policy.ended(Duration::from_secs(1)).as_millis()).collect();
+        assert_eq!(millis, [200, 400, 800, 1600, 3200, 6400, 10_000, 10_000]);
+    }
+
+    #[test]
+    fn an_engine_that_was_well_is_started_again_at_once() {
+        let mut policy = RestartPolicy::new();
+        for _ in 0..5 {
+            policy.ended(Duration::ZERO);
+        }
+        assert_eq!(policy.ended(WELL_AFTER), Duration::from_millis(200));
+        assert_eq!(policy.ended(Duration::ZERO), Duration::from_millis(400));
+    }
+
+    #[test]
+    fn last_words_fit_a_sentence() {
+        assert_eq!(excerpt(b"  error: \x1b[31mno space\x1b[0m\r"), "error: [31mno space[0m");
+        assert_eq!(excerpt(&vec![b'x'; 1000]).len(), LAST_WORDS_MAX);
+        assert_eq!(excerpt(b"\xff"), "\u{fffd}");
+    }
+}

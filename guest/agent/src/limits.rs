@@ -1,0 +1,49 @@
+//! Resource limits and kernel settings of the machine, all in one place with their reasons.
+
+use std::fs;
+
+use rustix::process::{Resource, Rlimit};
+
+/// The name of the machine, as seen in prompts of privileged containers and in kernel logs.
+const HOSTNAME: &str = "engine";
+
+/// Open files of each process, inherited by the engine, its shims and containers: what Docker's service file sets.
+const OPEN_FILES: u64 = 1 << 20;
+
+/// Settings as paths below `/proc/sys`. What concerns forwarding and bridges is the engine's network's.
+const SETTINGS: &[(&str, &str)] = &[
+    // A broken kernel ends the machine at once instead of limping: its parent starts a new one.
+    ("kernel/panic", "-1"),
+    ("kernel/panic_on_oops", "1"),
+    // Databases fork to write snapshots; with strict accounting that fails although the copy is never touched.
+    ("vm/overcommit_memory", "1"),
+    // Elasticsearch and others refuse to start below this.
+    ("vm/max_map_count", "262144"),
+    // File watchers of many containers share the root user's budget.
+    ("fs/inotify/max_user_watches", "1048576"),
+    ("fs/inotify/max_user_instances", "8192"),
+    // Thousands of containers with threads.
+    ("kernel/pid_max", "4194304"),
+    ("kernel/threads-max", "1048576"),
+    // Each container may have a session keyring of its own.
+    ("kernel/keys/root_maxkeys", "1000000"),
+    ("kernel/keys/root_maxbytes", "25000000"),
+];
+
+/// Applies everything; what could not be applied comes back as sentences. None of it is worth not starting for.
+pub fn apply() -> Vec<String> {
+    let mut problems = Vec::new();
+    let open_files = Rlimit { current: Some(OPEN_FILES), maximum: Some(OPEN_FILES) };
+    if let Err(error) = rustix::process::setrlimit(Resource::Nofile, open_files) {
+        problems.push(format!("cannot allow {OPEN_FILES} open files: {error}"));
+    }
+    if let Err(error) = rustix::system::sethostname(HOSTNAME.as_bytes()) {
+        problems.push(format!("cannot set the host name: {error}"));
+    }
+    for (name, value) in SETTINGS {
+        if let Err(error) = fs::write(format!("/proc/sys/{name}"), value) {
+            problems.push(format!("cannot set {name} to {value}: {error}"));
+        }
+    }
+    problems
+}

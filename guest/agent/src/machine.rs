@@ -1,0 +1,80 @@
+//! What the agent knows about the machine it runs in.
+
+use std::fs;
+use std::time::Duration;
+
+use guest_protocol::{EngineState, GuestInfo};
+use rustix::time::ClockId;
+
+use crate::disk;
+
+/// The kernel's number for this boot; empty if it has none.
+pub fn boot_id() -> String {
+    fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
+}
+
+/// How long the kernel has been running.
+fn uptime() -> Duration {
+    let now = rustix::time::clock_gettime(ClockId::Boottime);
+    let seconds = u64::try_from(now.tv_sec).unwrap_or_default();
+    Duration::from_secs(seconds) + Duration::from_nanos(u64::try_from(now.tv_nsec).unwrap_or_default())
+}
+
+/// The same in milliseconds, for logs and messages.
+pub fn uptime_ms() -> u64 {
+    u64::try_from(uptime().as_millis()).unwrap_or(u64::MAX)
+}
+
+/// Everything the host may ask.
+pub fn gather(engine: EngineState) -> GuestInfo {
+    let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let (disk_total_bytes, disk_used_bytes) = disk_usage();
+    GuestInfo {
+        kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
+        uptime_ms: uptime_ms(),
+        memory_total_bytes: meminfo_bytes(&meminfo, "MemTotal"),
+        memory_available_bytes: meminfo_bytes(&meminfo, "MemAvailable"),
+        disk_total_bytes,
+        disk_used_bytes,
+        engine,
+    }
+}
+
+/// Size and use of the data disk, zeros when it is not mounted.
+fn disk_usage() -> (u64, u64) {
+    let mountinfo = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    if crate::mounts::mounted_below(&mountinfo, disk::DATA).is_empty() {
+        return (0, 0);
+    }
+    let Ok(usage) = rustix::fs::statvfs(disk::DATA) else { return (0, 0) };
+    let bytes = |blocks: u64| blocks.saturating_mul(usage.f_frsize);
+    (bytes(usage.f_blocks), bytes(usage.f_blocks.saturating_sub(usage.f_bfree)))
+}
+
+fn meminfo_bytes(meminfo: &str, name: &str) -> u64 {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+    let kibibytes = line.and_then(|line| line.trim().strip_suffix(" kB")?.trim().parse().ok());
+    kibibytes.map_or(0, |kibibytes: u64| kibibytes.saturating_mul(1024))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn meminfo_is_read_by_whole_names() {
+        let meminfo = "MemTotal:        1000 kB\nMemAvailable:     500 kB\nHugePages_Total:   3\n";
+        assert_eq!(meminfo_bytes(meminfo, "MemTotal"), 1_024_000);
+        assert_eq!(meminfo_bytes(meminfo, "MemAvailable"), 512_000);
+        assert_eq!(meminfo_bytes(meminfo, "Mem"), 0);
+        assert_eq!(meminfo_bytes(meminfo, "HugePages_Total"), 0);
+    }
+
+    #[test]
+    fn this_machine_can_be_described() {
+        let info = gather(EngineState::Ready);
+        assert!(info.memory_total_bytes >= info.memory_available_bytes && info.memory_available_bytes > 0);
+        assert!(!info.kernel.is_empty() && info.uptime_ms > 0);
+        assert_eq!(boot_id().len(), 36);
+    }
+}

@@ -1,0 +1,210 @@
+//! The agent's end of the control session: the socket and the clock around [`guest_protocol::Session`].
+//!
+//! One task connects, again and again, for as long as the machine runs. It answers the host's requests, all of which
+//! are quick, and passes on what changes in the [`Status`].
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use guest_protocol::{Failure, FailureKind, Hello, Request, Response, Role, Session, SessionEvent, port};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::sync::watch;
+use tokio::time::Instant;
+use tokio_vsock::{VsockAddr, VsockStream};
+use tracing::{debug, info, warn};
+
+use crate::backoff::Backoff;
+use crate::power::PowerSwitch;
+use crate::status::Status;
+use crate::{clock, machine};
+
+/// Keeps a session with the host, for ever.
+pub async fn keep(status: watch::Receiver<Status>, power: PowerSwitch) {
+    let mut backoff = Backoff::new(Duration::from_millis(20), Duration::from_secs(1));
+    let mut told = false;
+    loop {
+        match VsockStream::connect(VsockAddr::new(port::HOST_CID, port::SESSION)).await {
+            Ok(stream) => {
+                backoff.succeeded();
+                told = false;
+                let ended = drive(stream, status.clone(), &power).await;
+                warn!("the session with the host ended: {:#}", ended.err().unwrap_or_else(unexpected));
+            }
+            // Once is enough: the machine may run for long without a daemon that wants to talk.
+            Err(error) if !told => {
+                told = true;
+                info!(%error, "the host does not take the session yet");
+            }
+            Err(error) => debug!(%error, "the host does not take the session"),
+        }
+        tokio::time::sleep(backoff.failed()).await;
+    }
+}
+
+fn unexpected() -> anyhow::Error {
+    anyhow::anyhow!("for no reason")
+}
+
+/// Drives one session over one stream until it ends, which is always an error.
+async fn drive<S>(stream: S, mut status: watch::Receiver<Status>, power: &PowerSwitch) -> Result<()>
+where
+    S: AsyncRead + AsyncWrite,
+{
+    let (mut reader, mut writer) = tokio::io::split(stream);
+    let began = Instant::now();
+    let hello = Hello::new(concat!("guest-agent ", env!("CARGO_PKG_VERSION")), machine::boot_id());
+    let mut session = Session::new(Role::Guest, hello, Duration::ZERO);
+    let mut told: Option<Status> = None;
+    let mut established = false;
+    let mut output = Vec::new();
+    let mut input = [0; 4096];
+    loop {
+        while let Some(event) = session.next_event() {
+            match event {
+                SessionEvent::Established { hello } => {
+                    info!(host = hello.program, "session with the host established");
+                    established = true;
+                }
+                SessionEvent::Request { id, request } => {
+                    let engine = || status.borrow().engine.clone();
+                    session.respond(id, answer(request, engine, power))?;
+                }
+                // The host has nothing to tell unasked, and we ask nothing.
+                SessionEvent::Notice(_) | SessionEvent::Response { .. } => {}
+            }
+        }
+        if established {
+            let news = status.borrow_and_update().clone();
+            for notice in news.news(told.as_ref()) {
+                session.notify(notice)?;
+            }
+            told = Some(news);
+        }
+        output.extend(session.take_output());
+        let deadline = session.next_deadline().context("the session has ended")?;
+        // All of these may be dropped when another comes first. Bytes are taken before time passes.
+        tokio::select! {
+            biased;
+            length = reader.read(&mut input) => match length? {
+                0 => bail!("the host hung up"),
+                length => {
+                    if let Err(error) = session.receive(&input[..length], began.elapsed()) {
+                        // It may never have seen our hello, which tells it what is wrong.
+                        output.extend(session.take_output());
+                        let _gone = writer.write_all(&output).await;
+                        return Err(error.into());
+                    }
+                }
+            },
+            length = writer.write(&output), if !output.is_empty() => drop(output.drain(..length?)),
+            changed = status.changed(), if established => changed.context("the agent is ending")?,
+            () = tokio::time::sleep_until(began + deadline) => session.tick(began.elapsed())?,
+        }
+    }
+}
+
+fn answer(
+    request: Request,
+    engine: impl FnOnce() -> guest_protocol::EngineState,
+    power: &PowerSwitch,
+) -> Result<Response, Failure> {
+    match request {
+        Request::SetClock { unix_nanos } => match clock::follow(unix_nanos) {
+            Ok(step) => {
+                if let Some(step) = step {
+                    info!(off_by = ?step, "clock set from the host");
+                }
+                Ok(Response::Done)
+            }
+            Err(error) => Err(Failure::new(FailureKind::Failed, format!("cannot set the clock: {error}"))),
+        },
+        Request::PowerOff => {
+            power.press("the host asks for it");
+            Ok(Response::Done)
+        }
+        Request::Info => Ok(Response::Info(machine::gather(engine()))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{power, status};
+    use guest_protocol::{EngineState, Notice};
+    use tokio::io::DuplexStream;
+
+    /// The host's end, driven just as far as a test wants.
+    struct Host {
+        session: Session,
+        stream: DuplexStream,
+    }
+
+    impl Host {
+        fn new(stream: DuplexStream, version: u32) -> Self {
+            let hello = Hello { version, ..Hello::new("engined test", "") };
+            Self { session: Session::new(Role::Host, hello, Duration::ZERO), stream }
+        }
+
+        async fn next_event(&mut self) -> Result<SessionEvent> {
+            loop {
+                self.stream.write_all(&self.session.take_output()).await?;
+                if let Some(event) = self.session.next_event() {
+                    return Ok(event);
+                }
+                let mut input = [0; 100];
+                match self.stream.read(&mut input).await? {
+                    0 => bail!("the agent hung up"),
+                    length => self.session.receive(&input[..length], Duration::ZERO)?,
+                }
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn the_host_learns_the_state_asks_and_switches_off() {
+        let (near, far) = tokio::io::duplex(64);
+        let publisher = status::Publisher::new();
+        let (switch, mut pressed) = power::switch();
+        let watch = publisher.watch();
+        let agent = tokio::spawn(async move { drive(near, watch, &switch).await });
+        let mut host = Host::new(far, guest_protocol::PROTOCOL_VERSION);
+
+        assert!(matches!(host.next_event().await.unwrap(), SessionEvent::Established { .. }));
+        let notice = host.next_event().await.unwrap();
+        assert_eq!(notice, SessionEvent::Notice(Notice::Engine(EngineState::Starting)));
+        publisher.engine(EngineState::Ready);
+        let notice = host.next_event().await.unwrap();
+        assert_eq!(notice, SessionEvent::Notice(Notice::Engine(EngineState::Ready)));
+
+        let id = host.session.request(Request::Info, Duration::ZERO).unwrap();
+        let SessionEvent::Response { id: answered, result: Ok(Response::Info(info)) } =
+            host.next_event().await.unwrap()
+        else {
+            panic!("no info")
+        };
+        assert_eq!((answered, info.engine), (id, EngineState::Ready));
+
+        host.session.request(Request::PowerOff, Duration::ZERO).unwrap();
+        let done = host.next_event().await.unwrap();
+        assert!(matches!(done, SessionEvent::Response { result: Ok(Response::Done), .. }), "{done:?}");
+        assert_eq!(pressed.recv().await.as_deref(), Some("the host asks for it"));
+
+        drop(host);
+        let ended = agent.await.unwrap().unwrap_err().to_string();
+        assert!(ended.contains("hung up") || ended.contains("roken pipe"), "{ended}");
+    }
+
+    #[tokio::test]
+    async fn a_host_of_another_version_still_gets_our_hello() {
+        let (near, far) = tokio::io::duplex(64);
+        let publisher = status::Publisher::new();
+        let watch = publisher.watch();
+        let (switch, _pressed) = power::switch();
+        let agent = tokio::spawn(async move { drive(near, watch, &switch).await });
+        let mut host = Host::new(far, 99);
+        let error = host.next_event().await.unwrap_err().to_string();
+        assert!(error.contains("speaks version 1"), "{error}");
+        let error = agent.await.unwrap().unwrap_err().to_string();
+        assert!(error.contains("speaks version 99"), "{error}");
+    }
+}

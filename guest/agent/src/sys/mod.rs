@@ -1,0 +1,37 @@
+//! The few calls for which no safe wrapper exists. All `unsafe` of the agent is here.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+use rustix::process::Signal;
+
+/// Sends a signal to every process of the machine but this one. No process at all is no error.
+pub fn signal_all(signal: Signal) -> io::Result<()> {
+    // SAFETY: kill takes two integers and touches no memory of ours. As PID 1, -1 means everyone else.
+    let result = unsafe { libc::kill(-1, signal.as_raw()) };
+    match result {
+        0 => Ok(()),
+        _ => match io::Error::last_os_error() {
+            error if error.raw_os_error() == Some(libc::ESRCH) => Ok(()),
+            error => Err(error),
+        },
+    }
+}
+
+/// Makes the command's process join a cgroup before it runs the program, so that nothing it starts is outside.
+///
+/// `procs` is the cgroup's `cgroup.procs`, open for writing. The process also leads a session of its own, so that
+/// no signal meant for the console reaches it.
+pub fn start_in_cgroup(command: &mut Command, procs: File) {
+    let enter = move || {
+        // "0" is the writer itself.
+        (&procs).write_all(b"0")?;
+        rustix::process::setsid()?;
+        Ok(())
+    };
+    // SAFETY: the closure runs in the forked child and makes only the system calls write and setsid; it allocates
+    // nothing and takes no lock. `procs` is owned by the closure and close-on-exec.
+    unsafe { command.pre_exec(enter) };
+}
