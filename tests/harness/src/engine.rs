@@ -1,0 +1,336 @@
+//! `Engine`: a private engine for one test program, in either stage.
+
+use crate::command::{Finished, Running, Timed, run, wait_until};
+use crate::image::{Layer, TestImage};
+use crate::processes::Processes;
+use crate::registry::Registry;
+use crate::world::{ADDRESS, World};
+use anyhow::{Context, Result, bail};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Mutex;
+use std::time::Duration;
+use tempfile::TempDir;
+
+/// How long an engine may take to answer, in the slowest stage.
+const START_TIME_MAX: Duration = Duration::from_secs(200);
+const END_TIME_MAX: Duration = Duration::from_secs(60);
+/// The image every scenario can count on.
+pub const IMAGE: &str = "busybox:test";
+
+/// Where the engine runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stage {
+    /// `guest-engine --native` in namespaces of its own.
+    Native,
+    /// In the VM, on QEMU.
+    Qemu,
+}
+
+impl Stage {
+    /// The stage named by `ENGINE_TEST_STAGE`.
+    pub fn from_environment() -> Result<Self> {
+        match std::env::var("ENGINE_TEST_STAGE").as_deref() {
+            Ok("native") => Ok(Self::Native),
+            Ok("qemu") => Ok(Self::Qemu),
+            Ok(other) => bail!("ENGINE_TEST_STAGE is `{other}`: use native or qemu"),
+            Err(_) => bail!("ENGINE_TEST_STAGE is not set: run `tests/run native` or `tests/run qemu`"),
+        }
+    }
+}
+
+/// A private engine with its home, its registry and its clients.
+pub struct Engine {
+    pub stage: Stage,
+    programs: PathBuf,
+    home: TempDir,
+    /// The natively run engine's process.
+    native: Mutex<Option<Child>>,
+    registry: Registry,
+    /// The rest of the world, which lives as long as the engine.
+    _world: Option<World>,
+}
+
+impl Engine {
+    /// Starts one with [`IMAGE`] loaded. In the native stage call [`crate::enter_private_namespaces`] first.
+    pub fn start(stage: Stage) -> Result<Self> {
+        let engine = Self::prepare(stage)?;
+        engine.boot()?;
+        engine.load(&TestImage::busybox()?, IMAGE)?;
+        Ok(engine)
+    }
+
+    /// Everything but the engine itself.
+    pub fn prepare(stage: Stage) -> Result<Self> {
+        let home = tempfile::Builder::new().prefix("engine-").tempdir()?;
+        let world = (stage == Stage::Native).then(World::create).transpose()?;
+        let registry = match &world {
+            Some(world) => Registry::start_at(ADDRESS, |program| world.enter(program))?,
+            None => Registry::start()?,
+        };
+        let engine =
+            Self { stage, programs: programs()?, home, native: Mutex::new(None), registry, _world: world };
+        if stage == Stage::Native {
+            let bundled = engine.path("bundled");
+            std::fs::create_dir(&bundled)?;
+            let hello = std::fs::read(engine.program("hello")).context("`hello` is not built")?;
+            let image = TestImage::new(vec![Layer::program("hello", &hello)?])
+                .with_config(serde_json::json!({ "Cmd": ["/hello"] }));
+            std::fs::write(bundled.join("hello.tar"), image.archive("hello:latest")?)?;
+        }
+        Ok(engine)
+    }
+
+    /// Starts the engine, or the machine with the engine in it, and waits until it answers.
+    pub fn boot(&self) -> Result<()> {
+        match self.stage {
+            Stage::Native => self.boot_native(),
+            Stage::Qemu => self.engine(["machine", "start"])?.ok().map(drop),
+        }
+    }
+
+    fn boot_native(&self) -> Result<()> {
+        let log = std::fs::File::options().create(true).append(true).open(self.path("guest-engine.log"))?;
+        let mut child = Command::new(self.program("guest-engine"))
+            .arg("--native")
+            .arg("--socket")
+            .arg(self.docker_socket())
+            .arg("--data-root")
+            .arg(self.path("data"))
+            .arg("--bundled-images")
+            .arg(self.path("bundled"))
+            .args(["--insecure-registry", &self.registry_name()])
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()
+            .context("cannot start `guest-engine`")?;
+        wait_until("the engine answers", START_TIME_MAX, || {
+            if let Some(status) = child.try_wait()? {
+                bail!("the engine ended at once: {status}\n{}", self.logs());
+            }
+            Ok(self.engine(["version"])?.ok().ok())
+        })?;
+        *self.lock() = Some(child);
+        Ok(())
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Option<Child>> {
+        self.native.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// Loads `image` under `tag`.
+    pub fn load(&self, image: &TestImage, tag: &str) -> Result<()> {
+        let archive = image.archive(tag)?;
+        Timed::new(self.command(["load"])).input(archive).run()?.ok().map(drop)
+    }
+
+    pub fn registry(&self) -> &Registry {
+        &self.registry
+    }
+
+    /// What the registry is called inside the engine.
+    pub fn registry_name(&self) -> String {
+        match self.stage {
+            Stage::Native => self.registry.address().to_string(),
+            Stage::Qemu => format!("host.docker.internal:{}", self.registry.port()),
+        }
+    }
+
+    /// The address at which a container reaches the registry's host.
+    pub fn outside_address(&self) -> &'static str {
+        match self.stage {
+            Stage::Native => "203.0.113.1",
+            Stage::Qemu => "198.18.0.254",
+        }
+    }
+
+    pub fn home(&self) -> &Path {
+        self.home.path()
+    }
+
+    /// A path in the temporary home.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.home.path().join(name)
+    }
+
+    pub fn docker_socket(&self) -> PathBuf {
+        self.path("engine.sock")
+    }
+
+    /// One of our programs.
+    pub fn program(&self, name: &str) -> PathBuf {
+        self.programs.join(name)
+    }
+
+    /// An `engine` command, ready to run.
+    pub fn command<I: AsRef<std::ffi::OsStr>>(&self, arguments: impl IntoIterator<Item = I>) -> Command {
+        let mut command = Command::new(self.program("engine"));
+        self.environment(&mut command);
+        command.args(arguments);
+        command
+    }
+
+    /// Points `command` at this engine.
+    pub fn environment(&self, command: &mut Command) {
+        command
+            .env("ENGINE_HOME", self.home.path())
+            .env("ENGINE_MACHINE_MEMORY_MIB", "1536")
+            .env("ENGINE_MACHINE_CPUS", "2")
+            .env("ENGINE_MACHINE_DISK_GIB", "16")
+            .env_remove("ENGINE_IMAGE")
+            .env_remove("DOCKER_CONTEXT")
+            .env("DOCKER_CONFIG", self.path("docker"))
+            .env("DOCKER_HOST", format!("unix://{}", self.docker_socket().display()));
+        if self.stage == Stage::Native {
+            command.env("ENGINE_HOST", format!("unix://{}", self.docker_socket().display()));
+        } else {
+            command.env_remove("ENGINE_HOST");
+        }
+    }
+
+    /// Runs `engine` with these arguments.
+    pub fn engine<I: AsRef<std::ffi::OsStr>>(
+        &self,
+        arguments: impl IntoIterator<Item = I>,
+    ) -> Result<Finished> {
+        run(self.command(arguments))
+    }
+
+    /// The same with something on standard input.
+    pub fn engine_with_input<I: AsRef<std::ffi::OsStr>>(
+        &self,
+        arguments: impl IntoIterator<Item = I>,
+        input: impl Into<Vec<u8>>,
+    ) -> Result<Finished> {
+        Timed::new(self.command(arguments)).input(input).run()
+    }
+
+    /// Starts `engine` with these arguments in the background.
+    pub fn spawn<I: AsRef<std::ffi::OsStr>>(
+        &self,
+        arguments: impl IntoIterator<Item = I>,
+    ) -> Result<Running> {
+        Timed::new(self.command(arguments)).spawn()
+    }
+
+    /// The stock docker CLI on this engine's socket; `None` when this computer has none.
+    pub fn docker<I: AsRef<std::ffi::OsStr>>(
+        &self,
+        arguments: impl IntoIterator<Item = I>,
+    ) -> Option<Command> {
+        let found = std::env::split_paths(&std::env::var_os("PATH")?)
+            .map(|dir| dir.join("docker"))
+            .find(|path| path.is_file())?;
+        let mut command = Command::new(found);
+        self.environment(&mut command);
+        command.args(arguments);
+        Some(command)
+    }
+
+    /// The processes that run for this engine.
+    pub fn processes(&self) -> Processes {
+        Processes::of(self.home.path())
+    }
+
+    /// Ends the natively run engine, cleanly or by force. Containers go on.
+    pub fn end_native(&self, force: bool) -> Result<()> {
+        let mut native = self.lock();
+        let mut child = native.take().context("the engine does not run")?;
+        if force {
+            child.kill()?;
+            child.wait()?;
+            return Ok(());
+        }
+        let pid = rustix::process::Pid::from_child(&child);
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM)?;
+        let ended = wait_until("the engine ends after SIGTERM", END_TIME_MAX, || Ok(child.try_wait()?));
+        if ended.is_err() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        let status = ended?;
+        if !status.success() {
+            bail!("the engine ended with {status} after SIGTERM");
+        }
+        Ok(())
+    }
+
+    /// Removes all containers, ends everything and reports what should not be left.
+    pub fn finish(&self) -> Result<()> {
+        let result = self.clean_up();
+        if result.is_err() {
+            self.processes().kill_all();
+        }
+        result
+    }
+
+    fn clean_up(&self) -> Result<()> {
+        let containers = self.engine(["ps", "-aq"])?.ok()?;
+        if !containers.is_empty() {
+            self.engine(["rm", "-f"].into_iter().chain(containers.lines()))?.ok()?;
+        }
+        match self.stage {
+            Stage::Native => {
+                self.end_native(false)?;
+                self.expect_no_mounts()?;
+            }
+            Stage::Qemu => {
+                self.engine(["machine", "shutdown"])?.ok()?;
+            }
+        }
+        self.processes().expect_none(END_TIME_MAX)
+    }
+
+    fn expect_no_mounts(&self) -> Result<()> {
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
+        let below = self.home.path().display().to_string();
+        let left: Vec<&str> = mounts.lines().filter(|line| line.contains(&below)).collect();
+        if !left.is_empty() {
+            bail!("mounts are left: {left:#?}");
+        }
+        Ok(())
+    }
+
+    /// The last lines of every log, for failures.
+    pub fn logs(&self) -> String {
+        let logs = [
+            "guest-engine.log",
+            "run/engined.log",
+            "machines/default/vmm.log",
+            "machines/default/engine.log",
+            "machines/default/console.log",
+        ];
+        let mut text = String::new();
+        for name in logs {
+            if let Ok(bytes) = std::fs::read(self.path(name)) {
+                let log = String::from_utf8_lossy(&bytes).into_owned();
+                let lines: Vec<&str> = log.lines().collect();
+                text += &format!("--- {name} (last of {} lines)\n", lines.len());
+                text += &lines[lines.len().saturating_sub(40)..].join("\n");
+                text.push('\n');
+            }
+        }
+        text
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.lock().take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        self.processes().kill_all();
+    }
+}
+
+/// The folder of our programs: one above the test program's own (`release/deps/e2e-…`), or its own.
+fn programs() -> Result<PathBuf> {
+    let own = std::env::current_exe()?;
+    let found = own.ancestors().skip(1).take(2).find(|dir| dir.join("engine").is_file());
+    match found {
+        Some(dir) => Ok(dir.to_path_buf()),
+        None => bail!("the programs are not built beside `{}`: run installer/build", own.display()),
+    }
+}
