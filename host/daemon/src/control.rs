@@ -232,7 +232,7 @@ async fn would_choose(wanted: host_vmm::BackendChoice) -> Result<BackendChoice, 
     match chosen {
         Ok(chosen) => Ok(BackendChoice {
             backend: chosen.name.to_owned(),
-            accelerator: chosen.accelerator.to_string(),
+            accelerator: chosen.accelerator.name().to_owned(),
             reason: chosen.reason,
         }),
         Err(error) => Err(format!("no back end can run the machine: {error}").into()),

@@ -81,7 +81,7 @@ pub(crate) async fn drive(
         tokio::select! {
             read = reader.read(&mut buffer) => match read {
                 Ok(0) => {
-                    session.disconnected();
+                    session.disconnect();
                     return "the guest closed the control session".into();
                 }
                 Ok(count) => if let Err(error) = session.receive(&buffer[..count], start.elapsed()) {

@@ -37,7 +37,7 @@ struct MachineSection {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct HostSize {
     pub(crate) cpus: u32,
-    pub(crate) memory_mib: u32,
+    pub(crate) memory_mib: u64,
 }
 
 impl HostSize {
@@ -45,8 +45,7 @@ impl HostSize {
         let cpus =
             std::thread::available_parallelism().map_or(1, |count| u32::try_from(count.get()).unwrap_or(1));
         let info = rustix::system::sysinfo();
-        // The field widths differ between systems; the product fits in u64 on all of them.
-        let bytes = u64::try_from(info.totalram).unwrap_or(0).saturating_mul(u64::from(info.mem_unit));
+        let bytes = info.totalram.saturating_mul(u64::from(info.mem_unit));
         Self { cpus, memory_mib: bytes >> 20 }
     }
 }
@@ -90,8 +89,12 @@ impl Settings {
                 .ok()
                 .filter(|cpus| *cpus > 0)
                 .with_context(|| format!("{cpus} CPUs are not possible"))?,
-            memory_mib: u32::try_from(number("ENGINE_MACHINE_MEMORY_MIB", machine.memory_mib.map(u64::from), memory)?)
-                .context("that much memory is not possible")?,
+            memory_mib: u32::try_from(number(
+                "ENGINE_MACHINE_MEMORY_MIB",
+                machine.memory_mib.map(u64::from),
+                memory,
+            )?)
+            .context("that much memory is not possible")?,
             disk_gib: number("ENGINE_MACHINE_DISK_GIB", machine.disk_gib, 64)?,
             backend,
         })
@@ -100,7 +103,8 @@ impl Settings {
 
 fn backend_named(name: &str) -> Result<BackendChoice> {
     let value = serde_json::Value::String(name.to_owned());
-    serde_json::from_value(value).with_context(|| format!("there is no back end `{name}`: use auto, kvm or qemu"))
+    serde_json::from_value(value)
+        .with_context(|| format!("there is no back end `{name}`: use auto, kvm or qemu"))
 }
 
 #[cfg(test)]

@@ -334,8 +334,9 @@ impl Supervisor {
         match report {
             Report::Event(Event::Stage { name }, _) => self.handle(Input::Stage(name)),
             Report::Event(Event::Running { backend, reason, accelerator }, _) => {
-                info!(%backend, %accelerator, %reason, "the machine's processors run");
-                self.backend = Some(BackendChoice { backend, accelerator: accelerator.to_string(), reason });
+                info!(%backend, accelerator = accelerator.name(), %reason, "the machine's processors run");
+                self.backend =
+                    Some(BackendChoice { backend, accelerator: accelerator.name().to_owned(), reason });
                 self.handle(Input::Stage("booting the guest".into()));
             }
             Report::Event(Event::Accepted { port }, fds) => self.accepted(port, fds),
