@@ -7,8 +7,10 @@ use rustix::process::{Resource, Rlimit};
 /// The name of the machine, as seen in prompts of privileged containers and in kernel logs.
 const HOSTNAME: &str = "engine";
 
-/// Open files of each process, inherited by the engine, its shims and containers: what Docker's service file sets.
-const OPEN_FILES: u64 = 1 << 20;
+/// Limits of each process, inherited by the engine, its shims and containers: what Docker's service file sets. The
+/// kernel's own numbers of processes and signals follow the machine's memory and are meant for users who share it.
+const LIMITS: &[(Resource, Option<u64>)] =
+    &[(Resource::Nofile, Some(1 << 20)), (Resource::Nproc, None), (Resource::Sigpending, None)];
 
 /// Settings as paths below `/proc/sys`. What concerns forwarding and bridges is the engine's network's.
 const SETTINGS: &[(&str, &str)] = &[
@@ -33,9 +35,11 @@ const SETTINGS: &[(&str, &str)] = &[
 /// Applies everything; what could not be applied comes back as sentences. None of it is worth not starting for.
 pub fn apply() -> Vec<String> {
     let mut problems = Vec::new();
-    let open_files = Rlimit { current: Some(OPEN_FILES), maximum: Some(OPEN_FILES) };
-    if let Err(error) = rustix::process::setrlimit(Resource::Nofile, open_files) {
-        problems.push(format!("cannot allow {OPEN_FILES} open files: {error}"));
+    for (resource, limit) in LIMITS {
+        let both = Rlimit { current: *limit, maximum: *limit };
+        if let Err(error) = rustix::process::setrlimit(*resource, both) {
+            problems.push(format!("cannot set the limit {resource:?} to {limit:?}: {error}"));
+        }
     }
     if let Err(error) = rustix::system::sethostname(HOSTNAME.as_bytes()) {
         problems.push(format!("cannot set the host name: {error}"));

@@ -32,11 +32,12 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use tokio::sync::{oneshot, watch};
-use tokio::task::{LocalSet, spawn_local};
+use tokio::task::{LocalSet, spawn_blocking, spawn_local};
 use tracing::{error, info, warn};
 
 use cmdline::Options;
 use log::Log;
+use modules::Modules;
 use power::PowerSwitch;
 use process::Processes;
 use status::{Fault, Publisher};
@@ -142,8 +143,9 @@ async fn bring_up(
     if !refused.is_empty() {
         warn!(?refused, "cgroup controllers that cannot be turned on");
     }
-    modules::load();
-    info!(uptime_ms = machine::uptime_ms(), "modules loaded");
+    let (devices, rest) = Modules::of_this_image();
+    devices.load();
+    let rest = spawn_blocking(|| rest.load());
 
     spawn_local(supervisor.log.clone().ship());
     spawn_local(session::keep(supervisor.status.watch(), power.clone()));
@@ -153,17 +155,21 @@ async fn bring_up(
     keep("the network", network::run(network_ready));
 
     let start = async {
-        disk::bring_up(&supervisor.processes).await?;
+        if let Err(fault) = disk::bring_up(&supervisor.processes).await {
+            return Ok(Err(fault));
+        }
         info!(uptime_ms = machine::uptime_ms(), "data disk ready");
+        rest.await.context("loading modules was cut off")?;
+        info!(uptime_ms = machine::uptime_ms(), "modules loaded");
         // An error means that the network gave up, and has said why.
         let ready = tokio::time::timeout(NETWORK_TIMEOUT, network.wait_for(|ready| *ready)).await;
         if !matches!(ready, Ok(Ok(_))) {
             warn!("starting the engine without a network");
         }
-        Ok::<(), Fault>(())
+        anyhow::Ok(Ok::<(), Fault>(()))
     };
     let started = tokio::select! {
-        started = start => started,
+        started = start => started?,
         // A tool at work on the disk ends with all other processes.
         _ = &mut stop => return Ok(()),
     };

@@ -1,11 +1,13 @@
-//! Kernel modules, loaded in the order that the image's builder worked out.
+//! Kernel modules, loaded in the order that the image's builder worked out: one path a line, each after what it
+//! depends on.
 //!
-//! The list is one path a line. A path that begins with `-` is optional: a kernel may have it built in, or the
-//! hardware may be missing; any failure to load it is normal.
+//! Loading is most of the time between the kernel's start and the engine's, so it is done in two parts: what drives
+//! the machine's own devices first, and the rest while disk and network are brought up.
 
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use rustix::io::Errno;
 use tracing::{debug, warn};
@@ -13,44 +15,52 @@ use tracing::{debug, warn};
 /// Where the builder puts the list.
 const LIST: &str = "/etc/engine/modules";
 
+/// Module paths in the order of loading.
 #[derive(Debug, PartialEq, Eq)]
-struct Module {
-    path: PathBuf,
-    optional: bool,
-}
+pub struct Modules(Vec<PathBuf>);
 
-/// Loads every module of the list. What cannot be loaded is logged: whether the machine can do without shows when
-/// the thing it serves (disk, network, vsock) is missing.
-pub fn load() {
-    let list = match fs::read_to_string(LIST) {
-        Ok(list) => list,
-        // A kernel that has everything built in comes without a list.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return,
-        Err(error) => return warn!(list = LIST, %error, "cannot read the list of kernel modules"),
-    };
-    for module in parse(&list) {
-        let began = std::time::Instant::now();
-        let result = load_one(&module.path);
-        debug!(module = %module.path.display(), took = ?began.elapsed(), "module");
-        match (result, module.optional) {
-            (Ok(()), _) => {}
-            (Err(error), true) => {
-                debug!(module = %module.path.display(), %error, "optional module not loaded")
+impl Modules {
+    /// The modules of this image, in two parts to be loaded one after the other: up to the last driver of a device
+    /// that the machine cannot start without, and the rest.
+    pub fn of_this_image() -> (Self, Self) {
+        match fs::read_to_string(LIST) {
+            Ok(list) => split(parse(&list)),
+            // A kernel that has everything built in comes without a list.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => (Self(Vec::new()), Self(Vec::new())),
+            Err(error) => {
+                warn!(list = LIST, %error, "cannot read the list of kernel modules");
+                (Self(Vec::new()), Self(Vec::new()))
             }
-            (Err(error), false) => warn!(module = %module.path.display(), %error, "module not loaded"),
         }
+    }
+
+    /// Loads all of them; blocks. What cannot be loaded is logged: whether the machine can do without shows when the
+    /// thing it serves (disk, network, vsock) is missing.
+    pub fn load(self) {
+        let began = Instant::now();
+        for path in &self.0 {
+            if let Err(error) = load_one(path) {
+                warn!(module = %path.display(), %error, "kernel module not loaded");
+            }
+        }
+        debug!(count = self.0.len(), took = ?began.elapsed(), "kernel modules loaded");
     }
 }
 
-fn parse(list: &str) -> Vec<Module> {
+fn parse(list: &str) -> Vec<PathBuf> {
     let lines = list.lines().map(|line| line.split('#').next().unwrap_or_default().trim());
-    lines
-        .filter(|line| !line.is_empty())
-        .map(|line| match line.strip_prefix('-') {
-            Some(path) => Module { path: path.trim().into(), optional: true },
-            None => Module { path: line.into(), optional: false },
-        })
-        .collect()
+    lines.filter(|line| !line.is_empty()).map(PathBuf::from).collect()
+}
+
+fn split(mut modules: Vec<PathBuf>) -> (Modules, Modules) {
+    let drives_a_device = |path: &PathBuf| {
+        let name = path.file_stem().unwrap_or_default().to_string_lossy().replace('-', "_");
+        ["virtio_blk", "virtio_net", "virtio_mmio", "virtio_pci", "vmw_vsock_virtio_transport"]
+            .contains(&name.as_str())
+    };
+    let devices = modules.iter().rposition(drives_a_device).map_or(0, |last| last + 1);
+    let rest = modules.split_off(devices);
+    (Modules(modules), Modules(rest))
 }
 
 fn load_one(path: &Path) -> io::Result<()> {
@@ -65,16 +75,23 @@ fn load_one(path: &Path) -> io::Result<()> {
 mod tests {
     use super::*;
 
+    #[track_caller]
+    fn check(list: &str, devices: &[&str], rest: &[&str]) {
+        let modules = |paths: &[&str]| Modules(paths.iter().map(PathBuf::from).collect());
+        assert_eq!(split(parse(list)), (modules(devices), modules(rest)));
+    }
+
     #[test]
-    fn the_list_has_paths_comments_and_optional_lines() {
-        let list = "# order matters\n/lib/modules/6/a.ko\n\n  - /lib/modules/6/b.ko # hardware\r\n/lib/modules/6/c.ko\n";
-        let module = |path: &str, optional| Module { path: path.into(), optional };
-        let expected = [
-            module("/lib/modules/6/a.ko", false),
-            module("/lib/modules/6/b.ko", true),
-            module("/lib/modules/6/c.ko", false),
-        ];
-        assert_eq!(parse(list), expected);
+    fn devices_come_first_with_what_they_depend_on_and_the_order_stays() {
+        check("", &[], &[]);
+        check("# nothing\n\n", &[], &[]);
+        check(
+            "/m/failover.ko\n/m/virtio_net.ko # the network\r\n\n/m/overlay.ko\n/m/veth.ko\n",
+            &["/m/failover.ko", "/m/virtio_net.ko"],
+            &["/m/overlay.ko", "/m/veth.ko"],
+        );
+        check("/m/overlay.ko\n/m/virtio-blk.ko", &["/m/overlay.ko", "/m/virtio-blk.ko"], &[]);
+        check("/m/overlay.ko", &[], &["/m/overlay.ko"]);
     }
 
     #[test]

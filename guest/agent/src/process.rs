@@ -11,6 +11,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::process::{Command, Stdio};
 use std::rc::Rc;
+use std::time::Instant;
 
 use anyhow::{Context, Result};
 use rustix::io::Errno;
@@ -105,6 +106,7 @@ impl Processes {
     ///
     /// Not safe to drop: the tool would run on.
     pub async fn run(&self, program: &str, arguments: &[&str]) -> Result<Outcome> {
+        let began = Instant::now();
         let (reader, writer) = io::pipe()?;
         let child = {
             let mut command = Command::new(program);
@@ -121,7 +123,7 @@ impl Processes {
         }
         let exit = child.exit.await.with_context(|| format!("lost track of {program}"))?;
         let output = String::from_utf8_lossy(&output).trim().to_owned();
-        debug!(program, ?arguments, %exit, output, "tool");
+        debug!(program, ?arguments, %exit, took = ?began.elapsed(), output, "tool");
         Ok(Outcome { exit, output })
     }
 

@@ -55,7 +55,9 @@ const GROW_MIN: u64 = 16 << 20;
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Plan {
     Format,
-    Check {
+    Mount {
+        /// Check the file system first.
+        check: bool,
         /// Grow the file system after mounting it.
         grow: bool,
     },
@@ -66,10 +68,12 @@ enum Plan {
 fn plan(content: &Content, disk_bytes: u64) -> Plan {
     match content {
         Content::Blank | Content::HalfFormatted => Plan::Format,
-        Content::Ours { size_bytes } if *size_bytes > disk_bytes => Plan::Refuse(format!(
+        Content::Ours { size_bytes, .. } if *size_bytes > disk_bytes => Plan::Refuse(format!(
             "the disk has {disk_bytes} bytes but its file system needs {size_bytes}: part of it is missing. {REMEDY}"
         )),
-        Content::Ours { size_bytes } => Plan::Check { grow: disk_bytes - size_bytes >= GROW_MIN },
+        Content::Ours { size_bytes, clean } => {
+            Plan::Mount { check: !clean, grow: disk_bytes - size_bytes >= GROW_MIN }
+        }
         Content::OtherName(name) => Plan::Refuse(format!(
             "the disk holds the file system `{name}` instead of `{LABEL}`. It was not touched. {REMEDY}"
         )),
@@ -103,14 +107,26 @@ pub async fn bring_up(processes: &Processes) -> Result<(), Fault> {
                      the machine again"
                 ))
             })?;
+            mount(&disk).map_err(|error| fault(unmountable(&error)))?;
             false
         }
-        Plan::Check { grow } => {
-            check(processes, &disk).await?;
+        Plan::Mount { check, grow } => {
+            if check {
+                self::check(processes, &disk).await?;
+            }
+            match mount(&disk) {
+                Ok(()) => {}
+                // Its super block claims too much: a check may find a good copy of it.
+                Err(error) if !check => {
+                    warn!("cannot mount the data disk as it is: {error:#}");
+                    self::check(processes, &disk).await?;
+                    mount(&disk).map_err(|error| fault(unmountable(&error)))?;
+                }
+                Err(error) => return Err(fault(unmountable(&error))),
+            }
             grow
         }
     };
-    mount(&disk).map_err(|error| fault(format!("the disk could not be mounted ({error:#}). {REMEDY}")))?;
     if grow {
         // With the file system mounted: the kernel grows it in place, journalled, in well under a second. A disk
         // that stays smaller than it could be is no reason not to start.
@@ -121,6 +137,10 @@ pub async fn bring_up(processes: &Processes) -> Result<(), Fault> {
         }
     }
     Ok(())
+}
+
+fn unmountable(error: &anyhow::Error) -> String {
+    format!("the disk could not be mounted ({error:#}). {REMEDY}")
 }
 
 /// Unmounts everything at and below [`DATA`]. Returns what stayed busy and was detached instead.
@@ -265,12 +285,14 @@ mod tests {
     #[test]
     fn the_decision_table() {
         let gib = 1 << 30;
-        let ours = |size_bytes| Content::Ours { size_bytes };
+        let ours = |size_bytes| Content::Ours { size_bytes, clean: true };
+        let unclean = Content::Ours { size_bytes: gib, clean: false };
         assert_eq!(plan(&Content::Blank, gib), Plan::Format);
         assert_eq!(plan(&Content::HalfFormatted, gib), Plan::Format);
-        assert_eq!(plan(&ours(gib), gib), Plan::Check { grow: false });
-        assert_eq!(plan(&ours(gib - 4096), gib), Plan::Check { grow: false });
-        assert_eq!(plan(&ours(gib), 2 * gib), Plan::Check { grow: true });
+        assert_eq!(plan(&ours(gib), gib), Plan::Mount { check: false, grow: false });
+        assert_eq!(plan(&ours(gib - 4096), gib), Plan::Mount { check: false, grow: false });
+        assert_eq!(plan(&ours(gib), 2 * gib), Plan::Mount { check: false, grow: true });
+        assert_eq!(plan(&unclean, 2 * gib), Plan::Mount { check: true, grow: true });
         for content in [ours(gib + 1), Content::OtherName("rootfs".into()), Content::Unknown] {
             let Plan::Refuse(reason) = plan(&content, gib) else { panic!("{content:?} was not refused") };
             assert!(reason.contains("engine machine rm"), "says what to do: {reason}");

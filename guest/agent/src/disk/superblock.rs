@@ -28,6 +28,8 @@ pub enum Content {
     Ours {
         /// The size that the file system believes the disk to have at least.
         size_bytes: u64,
+        /// It was unmounted properly and no error has been seen since its last check: `e2fsck -p` would end at once.
+        clean: bool,
     },
     /// A file system of the right kind that is not ours.
     OtherName(String),
@@ -64,12 +66,17 @@ pub fn identify(head: &[u8], tail: &[u8]) -> Content {
     if label != LABEL.as_bytes() {
         return Content::OtherName(String::from_utf8_lossy(label).escape_default().to_string());
     }
+    const INCOMPAT_NEEDS_RECOVERY: u64 = 0x4;
     const INCOMPAT_64BIT: u64 = 0x80;
-    let high = if number(0x60) & INCOMPAT_64BIT != 0 { number(0x150) } else { 0 };
+    const STATE_VALID: u64 = 0x1;
+    let (features, state) = (number(0x60), number(0x3A) & 0xFFFF);
+    let high = if features & INCOMPAT_64BIT != 0 { number(0x150) } else { 0 };
+    // Any other bit of the state tells of errors or orphans.
+    let clean = state == STATE_VALID && features & INCOMPAT_NEEDS_RECOVERY == 0;
     let blocks = high << 32 | number(0x4);
     // 1 KiB << n, up to 64 KiB; more is no file system of this kind.
     match number(0x18) {
-        shift @ 0..=6 => Content::Ours { size_bytes: blocks.saturating_mul(1024 << shift) },
+        shift @ 0..=6 => Content::Ours { size_bytes: blocks.saturating_mul(1024 << shift), clean },
         _ => Content::Unknown,
     }
 }
@@ -91,8 +98,11 @@ mod tests {
         block[0x4..0x8].copy_from_slice(&1000_u32.to_le_bytes());
         block[0x18..0x1C].copy_from_slice(&2_u32.to_le_bytes());
         block[0x38..0x3A].copy_from_slice(&[0x53, 0xEF]);
+        block[0x3A] = 1;
         block[0x78..0x78 + label.len()].copy_from_slice(label);
     }
+
+    const OURS: Content = Content::Ours { size_bytes: 4_096_000, clean: true };
 
     #[track_caller]
     fn check(edit: impl FnOnce(&mut [u8]), expected: &Content) {
@@ -104,7 +114,7 @@ mod tests {
         check(|_| {}, &Content::Blank);
         check(|head| head[0] = 1, &Content::Unknown);
         check(|head| head[HEAD_LENGTH - 1] = 1, &Content::Unknown);
-        check(|head| superblock(head, b"engine-data"), &Content::Ours { size_bytes: 4_096_000 });
+        check(|head| superblock(head, b"engine-data"), &OURS);
         check(|head| superblock(head, b"rootfs"), &Content::OtherName("rootfs".into()));
         check(|head| superblock(head, b"engine-data-copy"), &Content::OtherName("engine-data-copy".into()));
         check(|head| superblock(head, b"\x1b[2J"), &Content::OtherName("\\u{1b}[2J".into()));
@@ -113,7 +123,14 @@ mod tests {
             head[SUPERBLOCK + 0x60] = 0x80;
             head[SUPERBLOCK + 0x150] = 1;
         };
-        check(huge, &Content::Ours { size_bytes: ((1 << 32) + 1000) * 4096 });
+        check(huge, &Content::Ours { size_bytes: ((1 << 32) + 1000) * 4096, clean: true });
+        for (offset, value) in [(0x3A, 0), (0x3A, 3), (0x3A, 5), (0x60, 4)] {
+            let unclean = |head: &mut [u8]| {
+                superblock(head, b"engine-data");
+                head[SUPERBLOCK + offset] = value;
+            };
+            check(unclean, &Content::Ours { size_bytes: 4_096_000, clean: false });
+        }
         let damaged = |head: &mut [u8]| {
             superblock(head, b"engine-data");
             head[SUPERBLOCK + 0x18] = 200;
@@ -133,7 +150,7 @@ mod tests {
                 superblock(head, b"engine-data");
                 head[SUPERBLOCK + offset] = 1;
             });
-            assert_eq!(identify(&mounted, &tail), Content::Ours { size_bytes: 4_096_000 });
+            assert_eq!(identify(&mounted, &tail), OURS);
         }
         assert_eq!(identify(&head(|_| {}), &[7; TAIL_LENGTH]), Content::Unknown);
     }
@@ -158,6 +175,6 @@ mod tests {
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         let bytes = bytes.unwrap();
         let content = identify(&bytes[..HEAD_LENGTH], &bytes[bytes.len() - TAIL_LENGTH..]);
-        assert_eq!(content, Content::Ours { size_bytes: 32 << 20 });
+        assert_eq!(content, Content::Ours { size_bytes: 32 << 20, clean: true });
     }
 }
