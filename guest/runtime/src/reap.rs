@@ -80,13 +80,17 @@ pub fn release(state: &StateRecord) -> Result<(), ReapError> {
 
 /// Removes what a shim leaves in its folder but for logs and `exit.json`.
 pub fn remove_files(dir: &Path) -> Result<(), ReapError> {
+    ignore_missing(&dir.join(SOCKET_FILE), |path| fs::remove_file(path))?;
+    remove_runtime(dir)
+}
+
+/// Removes what creating a container leaves in a shim's folder.
+pub fn remove_runtime(dir: &Path) -> Result<(), ReapError> {
     for name in [RUNTIME_DIR, BUNDLE_DIR] {
         ignore_missing(&dir.join(name), |path| fs::remove_dir_all(path))?;
     }
-    for name in [SOCKET_FILE, STATE_FILE] {
-        ignore_missing(&dir.join(name), |path| fs::remove_file(path))?;
-    }
-    Ok(())
+    // Last: as long as it is there, there may be something to remove.
+    ignore_missing(&dir.join(STATE_FILE), |path| fs::remove_file(path))
 }
 
 fn ignore_missing(path: &Path, remove: impl FnOnce(&Path) -> io::Result<()>) -> Result<(), ReapError> {

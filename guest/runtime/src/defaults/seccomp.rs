@@ -466,7 +466,13 @@ fn rule(
     syscall
 }
 
-fn argument(index: usize, op: LinuxSeccompOperator, value: u64, value_two: Option<u64>) -> LinuxSeccompArg {
+/// A test of one argument of a call.
+pub fn argument(
+    index: usize,
+    op: LinuxSeccompOperator,
+    value: u64,
+    value_two: Option<u64>,
+) -> LinuxSeccompArg {
     let builder = LinuxSeccompArgBuilder::default().index(index).op(op).value(value);
     let builder = match value_two {
         Some(value_two) => builder.value_two(value_two),

@@ -1,0 +1,570 @@
+//! libcontainer, and what it needs corrected before it gets a spec.
+//!
+//! The spec goes through a copy of the bundle (`DIR/bundle/config.json`), in which
+//!
+//! - capabilities, limits and the out-of-memory score are what this process can grant, for otherwise the start fails;
+//! - `noNewPrivileges: false` is left out, for libcontainer takes its mere presence as a reason to install the seccomp
+//!   filter after the right to do so is gone;
+//! - the two values of a masked seccomp comparison are exchanged, for libcontainer 0.7 hands them to libseccomp in the
+//!   wrong order, and `clone` would be refused to everyone.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+
+use guest_runtime::cgroup::{Cgroup, CgroupError};
+use guest_runtime::defaults;
+use guest_runtime::device_filter::{self, DeviceFilterError};
+use guest_runtime::reap::{self, BUNDLE_DIR, RUNTIME_DIR, ReapError};
+use guest_runtime::shim::record::{self, RecordError, STATE_FILE, StateRecord};
+use guest_runtime::shim::{ConsoleSize, ErrorKind, ShimSpec, Stdin, socket};
+use guest_runtime::sys::{self, ProcessStamp};
+use libcontainer::container::Container;
+use libcontainer::container::builder::ContainerBuilder;
+use libcontainer::error::LibcontainerError;
+use libcontainer::syscall::syscall::SyscallType;
+use oci_spec::runtime::{
+    Capabilities, Capability, LinuxNamespaceType, LinuxSeccomp, LinuxSeccompOperator, Process, Spec,
+};
+use rustix::fs::{Gid, Uid, fchown};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
+use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer};
+use rustix::termios::tcsetwinsize;
+use thiserror::Error;
+
+use crate::program::{Confinement, Failure, Outcome, Program, window};
+use crate::trace::{self, Events};
+
+/// Room in an output pipe: fewer and larger reads under load. The kernel's default is 64 KiB.
+const PIPE_LEN: usize = 256 * 1024;
+const CONSOLE_SOCKET: &str = "console.sock";
+
+/// Why the runtime could not do something.
+#[derive(Debug, Error)]
+pub enum RuntimeError {
+    #[error("{message}")]
+    Program { kind: ErrorKind, message: String },
+    #[error("cannot {step}: {reason}")]
+    Runtime { step: &'static str, reason: String },
+    #[error("cannot {step}")]
+    Setup {
+        step: &'static str,
+        #[source]
+        source: io::Error,
+    },
+    #[error("invalid config.json: {reason}")]
+    Spec { reason: String },
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    #[error(transparent)]
+    Devices(#[from] DeviceFilterError),
+    #[error(transparent)]
+    Reap(#[from] ReapError),
+}
+
+impl RuntimeError {
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Program { kind, .. } => *kind,
+            _ => ErrorKind::Other,
+        }
+    }
+}
+
+impl From<Failure> for RuntimeError {
+    fn from(failure: Failure) -> Self {
+        Self::Program { kind: failure.kind, message: failure.message }
+    }
+}
+
+fn setup(step: &'static str) -> impl FnOnce(io::Error) -> RuntimeError {
+    move |source| RuntimeError::Setup { step, source }
+}
+
+/// The shim's ends of a process's standard streams. With a terminal all are its master.
+#[derive(Debug, Default)]
+pub struct Streams {
+    pub stdin: Option<OwnedFd>,
+    pub outputs: [Option<OwnedFd>; 2],
+    pub terminal: Option<OwnedFd>,
+}
+
+/// A process that has just been made.
+pub struct Made {
+    pub pid: i32,
+    pub streams: Streams,
+    pub outcome: Outcome,
+}
+
+/// What a process is given.
+pub struct Wanted {
+    pub terminal: bool,
+    pub stdin: Stdin,
+    pub size: Option<ConsoleSize>,
+}
+
+/// The container of one shim.
+pub struct Runtime {
+    dir: PathBuf,
+    id: String,
+    bundle: PathBuf,
+    grantable: Capabilities,
+    events: Events,
+    created: Option<Created>,
+    made_execs: u64,
+}
+
+struct Created {
+    container: Container,
+    cgroup: Cgroup,
+    record: StateRecord,
+    seccomp: Option<LinuxSeccomp>,
+    private_pids: bool,
+}
+
+impl Runtime {
+    pub fn new(dir: &Path, spec: &ShimSpec, events: Events) -> io::Result<Self> {
+        Ok(Self {
+            dir: dir.to_owned(),
+            id: spec.container.clone(),
+            bundle: spec.bundle.clone(),
+            grantable: defaults::grantable()?,
+            events,
+            created: None,
+            made_execs: 0,
+        })
+    }
+
+    /// Makes the container. After a failure nothing of it is left.
+    pub fn create(&mut self, wanted: &Wanted) -> Result<Made, RuntimeError> {
+        let mut spec = self.load_spec()?;
+        let process = spec.process().clone().ok_or_else(|| invalid("it has no process"))?;
+        let score = process.oom_score_adj();
+        spec.set_process(Some(self.correct(process, wanted.terminal)?));
+        let linux = spec.linux().as_ref().ok_or_else(|| invalid("it has no linux section"))?;
+        let cgroup_path =
+            linux.cgroups_path().clone().ok_or_else(|| invalid("it has no linux.cgroupsPath"))?;
+        let cgroup = Cgroup::open(&cgroup_path)?;
+        if cgroup.exists() {
+            return Err(invalid(&format!("cgroup {} exists already", cgroup_path.display())));
+        }
+        let namespaces = linux.namespaces().iter().flatten();
+        let private_pids =
+            namespaces.into_iter().any(|one| one.typ() == LinuxNamespaceType::Pid && one.path().is_none());
+        let devices = linux.resources().as_ref().and_then(|resources| resources.devices().clone());
+        let seccomp = linux.seccomp().clone();
+        self.write_bundle(&spec)?;
+        let shim = ProcessStamp::of_self().map_err(setup("read this process's start time"))?;
+        let mut record = StateRecord { container: self.id.clone(), shim, init: None, cgroup: cgroup_path };
+        record::write(&self.dir, STATE_FILE, &record)?;
+
+        let before = fs::read_to_string("/proc/self/oom_score_adj").map_err(setup("read the oom score"))?;
+        let made = self.build_init(&spec, wanted).and_then(|(container, made)| {
+            record.init = Some(ProcessStamp::of(made.pid).map_err(setup("read init's start time"))?);
+            record::write(&self.dir, STATE_FILE, &record)?;
+            if let (Some(folder), Some(rules)) = (cgroup.pure_unified(), &devices) {
+                let rules: Vec<_> =
+                    rules.iter().cloned().chain(defaults::device_rules().split_off(1)).collect();
+                device_filter::attach(folder, &rules)?;
+            }
+            Ok((container, made))
+        });
+        if score.is_some() {
+            // libcontainer gave the container's score to its parent, us, for the child to inherit.
+            fs::write("/proc/self/oom_score_adj", before.trim()).map_err(setup("restore the oom score"))?;
+        }
+        match made {
+            Ok((container, made)) => {
+                self.created = Some(Created { container, cgroup, record, seccomp, private_pids });
+                sys::trim_heap();
+                Ok(made)
+            }
+            Err(error) => {
+                // What failed first is what the user must read.
+                if let Err(left) = reap::release(&record).and_then(|()| reap::remove_runtime(&self.dir)) {
+                    crate::report(&left);
+                }
+                Err(error)
+            }
+        }
+    }
+
+    fn load_spec(&self) -> Result<Spec, RuntimeError> {
+        let path = self.bundle.join("config.json");
+        let mut spec = Spec::load(&path).map_err(|error| RuntimeError::Runtime {
+            step: "read the container's config.json",
+            reason: format!("{}: {}", path.display(), trace::chain(&error)),
+        })?;
+        spec.canonicalize_rootfs(&self.bundle).map_err(|error| RuntimeError::Runtime {
+            step: "find the root file system",
+            reason: trace::chain(&error),
+        })?;
+        if let Some(mut linux) = spec.linux().clone()
+            && let Some(seccomp) = linux.seccomp().clone()
+        {
+            linux.set_seccomp(Some(exchange_masks(seccomp)));
+            spec.set_linux(Some(linux));
+        }
+        Ok(spec)
+    }
+
+    /// A process as libcontainer can start it.
+    fn correct(&self, mut process: Process, terminal: bool) -> Result<Process, RuntimeError> {
+        if process.args().iter().flatten().next().is_none() {
+            return Err(RuntimeError::Program {
+                kind: ErrorKind::Other,
+                message: "no command specified".to_owned(),
+            });
+        }
+        process.set_terminal(Some(terminal));
+        if process.no_new_privileges() == Some(false) {
+            process.set_no_new_privileges(None);
+        }
+        // Without any, libcontainer would leave all of ours.
+        let mut capabilities =
+            process.capabilities().clone().unwrap_or_else(|| defaults::sets(&Capabilities::new()));
+        defaults::clamp_capabilities(&mut capabilities, &self.grantable);
+        process.set_capabilities(Some(capabilities));
+        if let Some(mut limits) = process.rlimits().clone() {
+            defaults::clamp_rlimits(&mut limits, &self.grantable);
+            process.set_rlimits(Some(limits));
+        }
+        if let Some(wanted) = process.oom_score_adj() {
+            let score = defaults::clamp_oom_score_adjust(wanted, &self.grantable)
+                .map_err(setup("read the oom score"))?;
+            process.set_oom_score_adj(score);
+        }
+        Ok(process)
+    }
+
+    fn write_bundle(&self, spec: &Spec) -> Result<(), RuntimeError> {
+        for name in [BUNDLE_DIR, RUNTIME_DIR] {
+            fs::create_dir_all(self.dir.join(name)).map_err(setup("make the runtime's folders"))?;
+        }
+        Ok(record::write(&self.dir.join(BUNDLE_DIR), "config.json", spec)?)
+    }
+
+    fn build_init(&mut self, spec: &Spec, wanted: &Wanted) -> Result<(Container, Made), RuntimeError> {
+        let user = spec.process().as_ref().map(|process| process.user().uid()).unwrap_or_default();
+        let (program, outcome) =
+            Program::new(wanted.size, None).map_err(setup("make a pipe for the program's outcome"))?;
+        let (builder, wiring) = self.wire(program, wanted, user)?;
+        self.events.clear();
+        let built = builder
+            .as_init(self.dir.join(BUNDLE_DIR))
+            .with_systemd(false)
+            .with_detach(true)
+            .build()
+            .map_err(|error| self.explain("create the container", &error, &outcome))?;
+        let pid = built.pid().map(|pid| pid.as_raw()).ok_or_else(|| RuntimeError::Runtime {
+            step: "create the container",
+            reason: "the runtime did not say its process id".to_owned(),
+        })?;
+        // From here on init exists; the caller's clean-up kills it if this fails.
+        let streams = wiring.take(user, wanted.size)?;
+        Ok((built, Made { pid, streams, outcome }))
+    }
+
+    /// Lets init execute its program, and waits until it has.
+    pub fn start(&mut self, outcome: Outcome) -> Result<(), RuntimeError> {
+        let created = self.created.as_mut().ok_or_else(not_created)?;
+        self.events.clear();
+        created.container.start().map_err(|error| RuntimeError::Runtime {
+            step: "start the container",
+            reason: trace::chain(&error),
+        })?;
+        outcome.wait().map_or(Ok(()), |failure| Err(failure.into()))
+    }
+
+    /// Makes and starts another process.
+    pub fn exec(&mut self, process: &Process, wanted: &Wanted) -> Result<Made, RuntimeError> {
+        let mut process = self.correct(process.clone(), wanted.terminal)?;
+        let user = process.user().uid();
+        let created = self.created.as_ref().ok_or_else(not_created)?;
+        let confinement = created.seccomp.clone().map(|seccomp| {
+            let granted = process.capabilities().clone().unwrap_or_default();
+            process.set_capabilities(Some(with_sys_admin(granted.clone())));
+            Confinement { seccomp, capabilities: granted }
+        });
+        self.made_execs += 1;
+        let name = format!("process-{}.json", self.made_execs);
+        let runtime = self.dir.join(RUNTIME_DIR);
+        record::write(&runtime, &name, &process)?;
+        let made = self.build_exec(&runtime.join(&name), wanted, user, confinement);
+        fs::remove_file(runtime.join(&name)).map_err(setup("remove the process's description"))?;
+        sys::trim_heap();
+        made
+    }
+
+    fn build_exec(
+        &mut self,
+        description: &Path,
+        wanted: &Wanted,
+        user: u32,
+        confinement: Option<Confinement>,
+    ) -> Result<Made, RuntimeError> {
+        let (program, outcome) =
+            Program::new(wanted.size, confinement).map_err(setup("make a pipe for the program's outcome"))?;
+        let (builder, wiring) = self.wire(program, wanted, user)?;
+        self.events.clear();
+        let pid = builder
+            .as_tenant()
+            .with_process(Some(description))
+            .with_detach(true)
+            .build()
+            .map_err(|error| self.explain("run the process", &error, &outcome))?;
+        let streams = wiring.take(user, wanted.size)?;
+        Ok(Made { pid: pid.as_raw(), streams, outcome })
+    }
+
+    /// A builder with the container's ends of the streams, and ours.
+    fn wire(
+        &self,
+        program: Program,
+        wanted: &Wanted,
+        user: u32,
+    ) -> Result<(ContainerBuilder, Wiring), RuntimeError> {
+        let runtime = self.dir.join(RUNTIME_DIR);
+        let builder = ContainerBuilder::new(self.id.clone(), SyscallType::default())
+            .validate_id()
+            .and_then(|builder| builder.with_root_path(&runtime))
+            .map_err(|error| RuntimeError::Runtime {
+                step: "prepare the runtime",
+                reason: trace::chain(&error),
+            })?
+            .with_executor(program);
+        if wanted.terminal {
+            let path = runtime.join(CONSOLE_SOCKET);
+            let listener =
+                socket::bind(&runtime, CONSOLE_SOCKET).map_err(setup("listen for the terminal"))?;
+            let console = ConsoleSocket { listener, path: path.clone() };
+            return Ok((builder.with_console_socket(Some(path)), Wiring::Terminal(console)));
+        }
+        let pipes = Pipes::new(wanted.stdin, user).map_err(setup("make the process's pipes"))?;
+        let Pipes { stdin, stdout, stderr, streams } = pipes;
+        let builder = builder.with_stdin(stdin).with_stdout(stdout).with_stderr(stderr);
+        Ok((builder, Wiring::Pipes(streams)))
+    }
+
+    /// An error of libcontainer with what its children said.
+    fn explain(&mut self, step: &'static str, error: &LibcontainerError, outcome: &Outcome) -> RuntimeError {
+        if let Some(failure) = outcome.said() {
+            return failure.into();
+        }
+        let reason = match self.events.cause() {
+            Some(cause) => format!("{} ({cause})", trace::chain(error)),
+            None => trace::chain(error),
+        };
+        RuntimeError::Runtime { step, reason }
+    }
+
+    /// Freezes or thaws.
+    pub fn freeze(&self, frozen: bool) -> Result<(), RuntimeError> {
+        Ok(self.created.as_ref().ok_or_else(not_created)?.cgroup.freeze(frozen)?)
+    }
+
+    /// Whether a process of the container was killed for want of memory.
+    pub fn oom_killed(&self) -> bool {
+        self.created.as_ref().is_some_and(|created| created.cgroup.oom_kills() > 0)
+    }
+
+    /// Whether the end of init is, by the kernel's doing, the end of all.
+    pub fn private_pids(&self) -> bool {
+        self.created.as_ref().is_none_or(|created| created.private_pids)
+    }
+
+    /// Kills everything in the container.
+    pub fn kill_all(&self) -> Result<(), RuntimeError> {
+        match &self.created {
+            Some(created) => Ok(created.cgroup.kill()?),
+            None => Ok(()),
+        }
+    }
+
+    /// Removes the cgroup and the runtime's state. Nothing of the container may be running.
+    pub fn delete(&mut self) -> Result<(), RuntimeError> {
+        if let Some(created) = &self.created {
+            reap::release(&created.record)?;
+        }
+        reap::remove_files(&self.dir)?;
+        self.created = None;
+        Ok(())
+    }
+}
+
+fn invalid(reason: &str) -> RuntimeError {
+    RuntimeError::Spec { reason: reason.to_owned() }
+}
+
+fn not_created() -> RuntimeError {
+    invalid("the container has not been created")
+}
+
+/// Adds CAP_SYS_ADMIN to what a process starts with, but not to what its program can ever regain.
+fn with_sys_admin(
+    mut capabilities: oci_spec::runtime::LinuxCapabilities,
+) -> oci_spec::runtime::LinuxCapabilities {
+    let add = |set: &Option<Capabilities>| {
+        let mut set = set.clone().unwrap_or_default();
+        set.insert(Capability::SysAdmin);
+        Some(set)
+    };
+    let effective = add(capabilities.effective());
+    let permitted = add(capabilities.permitted());
+    capabilities.set_effective(effective).set_permitted(permitted);
+    capabilities
+}
+
+/// See the module's documentation.
+fn exchange_masks(mut seccomp: LinuxSeccomp) -> LinuxSeccomp {
+    let syscalls = seccomp.syscalls().clone().map(|mut syscalls| {
+        for syscall in &mut syscalls {
+            let Some(mut arguments) = syscall.args().clone() else { continue };
+            for argument in &mut arguments {
+                if argument.op() == LinuxSeccompOperator::ScmpCmpMaskedEq {
+                    let (mask, value) = (argument.value(), argument.value_two().unwrap_or(0));
+                    let index = argument.index();
+                    *argument = defaults::seccomp::argument(index, argument.op(), value, Some(mask));
+                }
+            }
+            syscall.set_args(Some(arguments));
+        }
+        syscalls
+    });
+    seccomp.set_syscalls(syscalls);
+    seccomp
+}
+
+/// Both ends of a process's pipes.
+struct Pipes {
+    stdin: OwnedFd,
+    stdout: OwnedFd,
+    stderr: OwnedFd,
+    streams: Streams,
+}
+
+impl Pipes {
+    fn new(stdin: Stdin, user: u32) -> io::Result<Self> {
+        let (their_stdin, our_stdin) = match stdin {
+            Stdin::None => (OwnedFd::from(File::open("/dev/null")?), None),
+            Stdin::Open | Stdin::Once => {
+                let (reader, writer) = pipe(user)?;
+                (reader, Some(writer))
+            }
+        };
+        let (our_stdout, stdout) = pipe(user)?;
+        let (our_stderr, stderr) = pipe(user)?;
+        for end in our_stdin.iter().chain([&our_stdout, &our_stderr]) {
+            rustix::io::ioctl_fionbio(end, true)?;
+        }
+        let streams =
+            Streams { stdin: our_stdin, outputs: [Some(our_stdout), Some(our_stderr)], terminal: None };
+        Ok(Self { stdin: their_stdin, stdout, stderr, streams })
+    }
+}
+
+/// A pipe that a process of this user may open again through `/dev/stdout`.
+fn pipe(user: u32) -> io::Result<(OwnedFd, OwnedFd)> {
+    let (reader, writer) = pipe_with(PipeFlags::CLOEXEC)?;
+    // The default size is enough to work; a user with many pipes may be refused a larger one.
+    let _ = fcntl_setpipe_size(&writer, PIPE_LEN);
+    give(&writer, user)?;
+    Ok((reader, writer))
+}
+
+fn give(descriptor: impl AsFd, user: u32) -> io::Result<()> {
+    if user != 0 {
+        fchown(descriptor, Some(Uid::from_raw(user)), None::<Gid>)?;
+    }
+    Ok(())
+}
+
+/// Where our ends come from.
+enum Wiring {
+    Pipes(Streams),
+    Terminal(ConsoleSocket),
+}
+
+impl Wiring {
+    /// Our ends, once the process has been made.
+    fn take(self, user: u32, size: Option<ConsoleSize>) -> Result<Streams, RuntimeError> {
+        match self {
+            Self::Pipes(streams) => Ok(streams),
+            Self::Terminal(console) => {
+                terminal_streams(&console.listener, user, size).map_err(setup("take the terminal"))
+            }
+        }
+    }
+}
+
+/// Where the runtime sends a terminal's master. The next process with a terminal needs the name again.
+struct ConsoleSocket {
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+impl Drop for ConsoleSocket {
+    fn drop(&mut self) {
+        // Already gone when the runtime's folder is.
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+fn terminal_streams(listener: &UnixListener, user: u32, size: Option<ConsoleSize>) -> io::Result<Streams> {
+    // The runtime connected and sent before it reported success: neither call waits.
+    listener.set_nonblocking(true)?;
+    let (connection, _) = listener.accept()?;
+    let master = receive_descriptor(&connection)?;
+    if let Some(size) = size {
+        tcsetwinsize(&master, window(size))?;
+    }
+    give(ioctl_tiocgptpeer(&master, OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?, user)?;
+    rustix::io::ioctl_fionbio(&master, true)?;
+    Ok(Streams {
+        stdin: Some(master.try_clone()?),
+        outputs: [Some(master.try_clone()?), None],
+        terminal: Some(master),
+    })
+}
+
+fn receive_descriptor(connection: impl AsFd) -> io::Result<OwnedFd> {
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut name = [0; 256];
+    recvmsg(connection, &mut [io::IoSliceMut::new(&mut name)], &mut control, RecvFlags::CMSG_CLOEXEC)?;
+    control
+        .drain()
+        .find_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
+            _ => None,
+        })
+        .ok_or_else(|| io::Error::other("the runtime sent no terminal"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn masked_comparisons_are_handed_over_the_other_way_round() {
+        let profile = exchange_masks(defaults::seccomp_profile(&defaults::capabilities()));
+        let clone = profile.syscalls().iter().flatten().find(|rule| rule.names() == &["clone"]).unwrap();
+        let argument = clone.args().as_ref().unwrap()[0];
+        assert_eq!((argument.value(), argument.value_two()), (0, Some(0x7e02_0000)));
+        let socket = profile.syscalls().iter().flatten().find(|rule| rule.names() == &["socket"]).unwrap();
+        assert_eq!(socket.args().as_ref().unwrap()[0].value(), 40);
+    }
+
+    #[test]
+    fn the_right_to_install_a_filter_is_not_in_the_bounding_set() {
+        let sets = with_sys_admin(defaults::sets(&defaults::capabilities()));
+        assert!(sets.effective().as_ref().unwrap().contains(&Capability::SysAdmin));
+        assert!(sets.permitted().as_ref().unwrap().contains(&Capability::SysAdmin));
+        assert!(!sets.bounding().as_ref().unwrap().contains(&Capability::SysAdmin));
+    }
+}

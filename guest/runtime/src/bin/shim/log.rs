@@ -1,0 +1,398 @@
+//! Docker's `json-file` log, byte for byte.
+//!
+//! One JSON object a line: `{"log":"…\n","stream":"stdout","time":"…Z"}`. A line of output longer than 16 KiB becomes
+//! several entries, all but the last without the newline and all with the first one's time; so does what has no newline
+//! at the end of the output. Escapes and times are those of moby's `jsonlog` encoder: `<`, `>`, `&` and control
+//! characters as `\u00XX` (but `\n` and `\r`), bytes that are not UTF-8 as `\ufffd`, trailing zeros of the fraction cut.
+//! Rotation is `loggerutils.LogFile`'s: before an entry, when the file has reached its limit.
+//!
+//! One write per piece of output read, so that nothing is held back and nothing is written line by line.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use guest_runtime::shim::Log;
+use jiff::Timestamp;
+
+/// The longest entry, in bytes of output: dockerd's copier buffer.
+const ENTRY_LEN_MAX: usize = 16 * 1024;
+/// Formatted bytes are written when there are this many: bounds memory when one-byte lines grow seventyfold.
+const WRITE_LEN: usize = 256 * 1024;
+
+/// The two output streams of a process. A terminal has only the first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stream {
+    Stdout,
+    Stderr,
+}
+
+impl Stream {
+    pub const BOTH: [Self; 2] = [Self::Stdout, Self::Stderr];
+
+    /// Its number in a multiplexed frame.
+    pub fn number(self) -> u8 {
+        match self {
+            Self::Stdout => 1,
+            Self::Stderr => 2,
+        }
+    }
+
+    /// Its place in an array of both.
+    pub fn index(self) -> usize {
+        self as usize
+    }
+
+    fn tail(self) -> &'static [u8] {
+        match self {
+            Self::Stdout => br#"","stream":"stdout","time":""#,
+            Self::Stderr => br#"","stream":"stderr","time":""#,
+        }
+    }
+}
+
+/// A log file being written.
+pub struct JsonLog {
+    path: PathBuf,
+    file: File,
+    size_bytes: u64,
+    limit_bytes: Option<u64>,
+    files_max: u32,
+    output: Vec<u8>,
+    pending: [Pending; 2],
+}
+
+/// The unfinished line of one stream.
+#[derive(Default)]
+struct Pending {
+    bytes: Vec<u8>,
+    /// The time of the first entry, when the line has been split.
+    split_at: Option<String>,
+}
+
+impl JsonLog {
+    /// Appends to the file, making it if need be.
+    pub fn open(log: &Log) -> io::Result<Self> {
+        let file = open(&log.path, false)?;
+        let size_bytes = file.metadata()?.len();
+        Ok(Self {
+            path: log.path.clone(),
+            file,
+            size_bytes,
+            limit_bytes: log.max_size_bytes.filter(|limit| *limit > 0),
+            files_max: log.max_files.unwrap_or(1).max(1),
+            output: Vec::new(),
+            pending: Default::default(),
+        })
+    }
+
+    /// Logs a piece of output.
+    pub fn write(&mut self, stream: Stream, mut bytes: &[u8], now: Timestamp) -> io::Result<()> {
+        let time = now.to_string();
+        let mut pending = std::mem::take(&mut self.pending[stream.index()]);
+        let result = (|| {
+            while !bytes.is_empty() {
+                let room = ENTRY_LEN_MAX - pending.bytes.len();
+                let window = &bytes[..bytes.len().min(room)];
+                if let Some(end) = window.iter().position(|byte| *byte == b'\n') {
+                    let at = pending.split_at.take();
+                    let at = at.as_deref().unwrap_or(&time);
+                    self.entry(stream, &pending.bytes, &window[..end], true, at)?;
+                    pending.bytes.clear();
+                    bytes = &bytes[end + 1..];
+                } else if window.len() == room {
+                    let at = pending.split_at.get_or_insert_with(|| time.clone()).clone();
+                    self.entry(stream, &pending.bytes, window, false, &at)?;
+                    pending.bytes.clear();
+                    bytes = &bytes[room..];
+                } else {
+                    pending.bytes.extend_from_slice(window);
+                    bytes = &[];
+                }
+            }
+            self.flush()
+        })();
+        self.pending[stream.index()] = pending;
+        result
+    }
+
+    /// Logs what has no newline, at the end of the output.
+    pub fn finish(&mut self, now: Timestamp) -> io::Result<()> {
+        for stream in Stream::BOTH {
+            let pending = std::mem::take(&mut self.pending[stream.index()]);
+            if !pending.bytes.is_empty() {
+                let time = pending.split_at.unwrap_or_else(|| now.to_string());
+                self.entry(stream, &pending.bytes, &[], false, &time)?;
+            }
+        }
+        self.flush()
+    }
+
+    fn entry(
+        &mut self,
+        stream: Stream,
+        head: &[u8],
+        rest: &[u8],
+        newline: bool,
+        time: &str,
+    ) -> io::Result<()> {
+        if self.limit_bytes.is_some_and(|limit| self.size_bytes + self.output.len() as u64 >= limit) {
+            self.flush()?;
+            self.rotate()?;
+        }
+        self.output.extend_from_slice(br#"{"log":""#);
+        // A character may be cut between the two; put them together unless the cut is clean.
+        if head.is_empty() {
+            escape(rest, &mut self.output);
+        } else if rest.is_empty() {
+            escape(head, &mut self.output);
+        } else {
+            escape(&[head, rest].concat(), &mut self.output);
+        }
+        if newline {
+            self.output.extend_from_slice(br"\n");
+        }
+        self.output.extend_from_slice(stream.tail());
+        self.output.extend_from_slice(time.as_bytes());
+        self.output.extend_from_slice(b"\"}\n");
+        if self.output.len() >= WRITE_LEN { self.flush() } else { Ok(()) }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        let result = self.file.write_all(&self.output);
+        // On a full disk entries are lost; the container goes on.
+        self.size_bytes += self.output.len() as u64;
+        self.output.clear();
+        // Give a burst's memory back.
+        if self.output.capacity() > WRITE_LEN / 4 {
+            self.output.shrink_to(0);
+        }
+        result
+    }
+
+    fn rotate(&mut self) -> io::Result<()> {
+        if self.files_max > 1 {
+            for number in (1..self.files_max - 1).rev() {
+                rename_if_there(&numbered(&self.path, number), &numbered(&self.path, number + 1))?;
+            }
+            rename_if_there(&self.path, &numbered(&self.path, 1))?;
+        }
+        self.file = open(&self.path, true)?;
+        self.size_bytes = 0;
+        Ok(())
+    }
+}
+
+fn open(path: &Path, truncate: bool) -> io::Result<File> {
+    if truncate {
+        // Truncation and append do not go together in one open.
+        OpenOptions::new().write(true).create(true).truncate(true).mode(0o640).open(path)?;
+    }
+    OpenOptions::new().append(true).create(true).mode(0o640).open(path)
+}
+
+fn numbered(path: &Path, number: u32) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(format!(".{number}"));
+    name.into()
+}
+
+fn rename_if_there(from: &Path, to: &Path) -> io::Result<()> {
+    match fs::rename(from, to) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Bytes that cannot stand for themselves.
+const SPECIAL: [bool; 256] = {
+    let mut special = [false; 256];
+    let mut byte = 0;
+    while byte < 256 {
+        special[byte] =
+            byte < 0x20 || byte >= 0x80 || matches!(byte as u8, b'"' | b'\\' | b'<' | b'>' | b'&');
+        byte += 1;
+    }
+    special
+};
+
+/// Appends bytes as the inside of a JSON string.
+fn escape(bytes: &[u8], output: &mut Vec<u8>) {
+    const HEX: &[u8; 16] = b"0123456789abcdef";
+    let mut plain = 0;
+    let mut position = 0;
+    while position < bytes.len() {
+        let byte = bytes[position];
+        if !SPECIAL[usize::from(byte)] {
+            position += 1;
+            continue;
+        }
+        let len = if byte < 0x80 { 1 } else { character_len(&bytes[position..]) };
+        if len > 1 && !matches!(&bytes[position..position + len], [0xe2, 0x80, 0xa8 | 0xa9]) {
+            position += len;
+            continue;
+        }
+        output.extend_from_slice(&bytes[plain..position]);
+        match byte {
+            b'"' | b'\\' => output.extend_from_slice(&[b'\\', byte]),
+            b'\n' => output.extend_from_slice(br"\n"),
+            b'\r' => output.extend_from_slice(br"\r"),
+            0..0x80 => {
+                output.extend_from_slice(br"\u00");
+                output.extend_from_slice(&[HEX[usize::from(byte >> 4)], HEX[usize::from(byte & 15)]]);
+            }
+            _ if len > 1 => {
+                output.extend_from_slice(br"\u202");
+                output.push(HEX[usize::from(bytes[position + 2] & 15)]);
+            }
+            _ => output.extend_from_slice(br"\ufffd"),
+        }
+        position += len.max(1);
+        plain = position;
+    }
+    output.extend_from_slice(&bytes[plain..]);
+}
+
+/// The length of the character at the start, or 0 when there is none.
+fn character_len(bytes: &[u8]) -> usize {
+    let len = match bytes[0] {
+        0xc2..=0xdf => 2,
+        0xe0..=0xef => 3,
+        0xf0..=0xf4 => 4,
+        _ => return 0,
+    };
+    if bytes.get(..len).is_some_and(|character| std::str::from_utf8(character).is_ok()) { len } else { 0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use guest_runtime::shim::LogDriver;
+    use proptest::prelude::*;
+
+    struct Folder(PathBuf);
+
+    impl Folder {
+        fn new(name: &str) -> Self {
+            let path = std::env::temp_dir().join(format!("shim-log-{name}-{}", std::process::id()));
+            fs::create_dir_all(&path).unwrap();
+            Self(path)
+        }
+
+        fn log(&self, max_size_bytes: Option<u64>, max_files: Option<u32>) -> JsonLog {
+            let path = self.0.join("x-json.log");
+            JsonLog::open(&Log { driver: LogDriver::JsonFile, path, max_size_bytes, max_files }).unwrap()
+        }
+
+        fn text(&self, suffix: &str) -> String {
+            fs::read_to_string(self.0.join(format!("x-json.log{suffix}"))).unwrap()
+        }
+    }
+
+    impl Drop for Folder {
+        fn drop(&mut self) {
+            fs::remove_dir_all(&self.0).unwrap();
+        }
+    }
+
+    fn time(text: &str) -> Timestamp {
+        text.parse().unwrap()
+    }
+
+    const T: &str = "2026-01-02T03:04:05.123456789Z";
+
+    #[test]
+    fn lines_look_as_dockers_do() {
+        let folder = Folder::new("lines");
+        let mut log = folder.log(None, None);
+        log.write(Stream::Stdout, b"a \"b\" \\ <c>&\t\x1b[0m\r\n\nhalf", time(T)).unwrap();
+        log.write(Stream::Stderr, "é\u{2028}€\n".as_bytes(), time("2026-01-02T03:04:05.120Z")).unwrap();
+        log.write(Stream::Stdout, b" done\n", time("2026-01-02T03:04:06Z")).unwrap();
+        let expected = concat!(
+            r#"{"log":"a \"b\" \\ \u003cc\u003e\u0026\u0009\u001b[0m\r\n","stream":"stdout","time":"2026-01-02T03:04:05.123456789Z"}"#,
+            "\n",
+            r#"{"log":"\n","stream":"stdout","time":"2026-01-02T03:04:05.123456789Z"}"#,
+            "\n",
+            "{\"log\":\"é\\u2028€\\n\",\"stream\":\"stderr\",\"time\":\"2026-01-02T03:04:05.12Z\"}\n",
+            r#"{"log":"half done\n","stream":"stdout","time":"2026-01-02T03:04:06Z"}"#,
+            "\n",
+        );
+        assert_eq!(folder.text(""), expected);
+    }
+
+    #[test]
+    fn bytes_that_are_not_text_are_replaced_one_by_one() {
+        let mut output = Vec::new();
+        escape(b"\xff\xc3(\xe2\x82", &mut output);
+        assert_eq!(output, br"\ufffd\ufffd(\ufffd\ufffd");
+    }
+
+    #[test]
+    fn a_long_line_is_split_as_dockerd_splits_it() {
+        let folder = Folder::new("long");
+        let mut log = folder.log(None, None);
+        log.write(Stream::Stdout, &[b'x'; 20_000], time(T)).unwrap();
+        log.write(Stream::Stdout, b"end\n", time("2027-01-01T00:00:00Z")).unwrap();
+        let text = folder.text("");
+        let entries: Vec<serde_json::Value> =
+            text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        assert_eq!(entries[0]["log"], "x".repeat(16_384));
+        assert_eq!(entries[1]["log"], format!("{}end\n", "x".repeat(3_616)));
+        assert!(entries.iter().all(|entry| entry["time"] == T));
+    }
+
+    #[test]
+    fn output_without_a_newline_is_logged_at_the_end() {
+        let folder = Folder::new("end");
+        let mut log = folder.log(None, None);
+        log.write(Stream::Stderr, b"oops", time(T)).unwrap();
+        assert_eq!(folder.text(""), "");
+        log.finish(time(T)).unwrap();
+        assert_eq!(folder.text(""), format!("{{\"log\":\"oops\",\"stream\":\"stderr\",\"time\":\"{T}\"}}\n"));
+    }
+
+    #[test]
+    fn files_rotate_and_the_oldest_goes() {
+        let folder = Folder::new("rotate");
+        let mut log = folder.log(Some(100), Some(3));
+        for number in 0..8 {
+            log.write(Stream::Stdout, format!("line {number}\n").as_bytes(), time(T)).unwrap();
+        }
+        assert!(folder.text("").contains("line 6") && folder.text("").contains("line 7"));
+        assert!(folder.text(".1").contains("line 4") && folder.text(".2").contains("line 2"));
+        assert!(!folder.0.join("x-json.log.3").exists());
+    }
+
+    #[test]
+    fn one_file_is_emptied_when_full() {
+        let folder = Folder::new("one");
+        let mut log = folder.log(Some(60), None);
+        for number in 0..5 {
+            log.write(Stream::Stdout, format!("line {number}\n").as_bytes(), time(T)).unwrap();
+        }
+        assert_eq!(folder.text("").lines().count(), 1);
+        assert!(!folder.0.join("x-json.log.1").exists());
+    }
+
+    proptest! {
+        #[test]
+        fn text_comes_back_however_it_is_cut(text in "[a-z\"<é€\n\t😀]{0,200}", cuts in proptest::collection::vec(1_usize..20, 1..20)) {
+            let folder = Folder::new("cut");
+            let _ = fs::remove_file(folder.0.join("x-json.log"));
+            let mut log = folder.log(None, None);
+            let mut rest = text.as_bytes();
+            for cut in cuts.iter().cycle() {
+                if rest.is_empty() { break }
+                let (piece, later) = rest.split_at((*cut).min(rest.len()));
+                log.write(Stream::Stdout, piece, time(T)).unwrap();
+                rest = later;
+            }
+            log.finish(time(T)).unwrap();
+            let logged: String = folder.text("").lines()
+                .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap()["log"].as_str().unwrap().to_owned())
+                .collect();
+            prop_assert_eq!(logged, text);
+        }
+    }
+}

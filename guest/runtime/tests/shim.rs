@@ -1,0 +1,925 @@
+//! The shim, for real: containers from a busybox root file system.
+//!
+//! Needs root, `/bin/busybox` (Debian's busybox-static) and `unshare`. Each test runs itself again in mount and network
+//! namespaces of its own, and leaves no process, cgroup, mount or file behind.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use guest_runtime::cgroup::Cgroup;
+use guest_runtime::shim::record::{self, EXIT_FILE};
+use guest_runtime::shim::{
+    Connection, ConnectionError, ConsoleSize, ErrorKind, Exit, Log, LogDriver, Request, SPEC_FILE, ShimSpec,
+    Status, Stdin, launch,
+};
+use guest_runtime::{defaults, device_filter, reap};
+use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Process, Root, Spec, User};
+
+const SHIM: &str = env!("CARGO_BIN_EXE_shim");
+const BUSYBOX: &str = "/bin/busybox";
+const INSIDE: &str = "GUEST_RUNTIME_TEST_INSIDE";
+const TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Runs a test's body in namespaces of its own, by running the test again under `unshare`.
+fn isolated(body: impl FnOnce()) {
+    if std::env::var_os(INSIDE).is_some() {
+        return body();
+    }
+    let missing = [BUSYBOX, "/usr/bin/unshare"].into_iter().find(|path| !Path::new(path).exists());
+    let reason = match (rustix::process::geteuid().is_root(), missing) {
+        (true, None) => None,
+        (false, _) => Some("not root".to_owned()),
+        (_, Some(path)) => Some(format!("there is no {path}")),
+    };
+    let current = std::thread::current();
+    let name = current.name().expect("libtest names its threads");
+    if let Some(reason) = reason {
+        // Past libtest's capture, so that it is seen.
+        writeln!(std::io::stderr(), "SKIPPED {name}: {reason}").unwrap();
+        return;
+    }
+    let output = Command::new("/usr/bin/unshare")
+        .args(["--mount", "--net", "--propagation", "private"])
+        .arg(std::env::current_exe().unwrap())
+        .args([name, "--exact", "--nocapture"])
+        .env(INSIDE, "1")
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    for line in said.lines().filter(|line| line.starts_with("measured: ")) {
+        writeln!(std::io::stderr(), "{line}").unwrap();
+    }
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}\n{errors}");
+}
+
+/// A temporary folder with a root file system.
+struct Bench {
+    folder: PathBuf,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let folder = std::env::temp_dir().join(format!("guest-runtime-{}", std::process::id()));
+        let root = folder.join("rootfs");
+        for name in ["bin", "etc", "proc", "dev", "sys", "tmp"] {
+            fs::create_dir_all(root.join(name)).unwrap();
+        }
+        fs::copy(BUSYBOX, root.join("bin/busybox")).unwrap();
+        let applets = Command::new(BUSYBOX).arg("--list").output().unwrap().stdout;
+        for applet in String::from_utf8(applets).unwrap().lines().filter(|name| *name != "busybox") {
+            symlink("busybox", root.join("bin").join(applet)).unwrap();
+        }
+        fs::write(
+            root.join("etc/passwd"),
+            "root:x:0:0::/root:/bin/sh\nuser:x:1000:1000::/home/user:/bin/sh\n",
+        )
+        .unwrap();
+        fs::write(root.join("bin/garbage"), "\x01\x02 not a program").unwrap();
+        fs::set_permissions(root.join("bin/garbage"), fs::Permissions::from_mode(0o755)).unwrap();
+        fs::set_permissions(root.join("tmp"), fs::Permissions::from_mode(0o1777)).unwrap();
+        Self { folder }
+    }
+
+    fn spec(&self, name: &str, arguments: &[&str]) -> Spec {
+        let mut root = Root::default();
+        root.set_path(self.folder.join("rootfs")).set_readonly(Some(false));
+        let mut spec = Spec::default();
+        let mut linux = spec.linux().clone().unwrap();
+        let namespaces = [
+            LinuxNamespaceType::Pid,
+            LinuxNamespaceType::Mount,
+            LinuxNamespaceType::Ipc,
+            LinuxNamespaceType::Uts,
+            LinuxNamespaceType::Network,
+        ];
+        let namespace = |kind| {
+            let mut namespace = LinuxNamespace::default();
+            namespace.set_typ(kind).set_path(None);
+            namespace
+        };
+        let mut resources = linux.resources().clone().unwrap_or_default();
+        resources.set_devices(Some(defaults::device_rules()));
+        linux
+            .set_namespaces(Some(namespaces.map(namespace).to_vec()))
+            .set_cgroups_path(Some(cgroup_path(name)))
+            .set_masked_paths(Some(defaults::masked_paths()))
+            .set_readonly_paths(Some(defaults::readonly_paths()))
+            .set_seccomp(Some(defaults::seccomp_profile(&defaults::capabilities())))
+            .set_resources(Some(resources));
+        spec.set_root(Some(root))
+            .set_hostname(Some(name.to_owned()))
+            .set_mounts(Some(defaults::mounts(defaults::SHM_SIZE_BYTES)))
+            .set_process(Some(process(arguments)))
+            .set_linux(Some(linux));
+        spec
+    }
+
+    /// A shim for a container that runs a program, with changes to the defaults.
+    fn shim_with(&self, arguments: &[&str], change: impl FnOnce(&mut ShimSpec, &mut Spec)) -> Shim {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let name = format!("c{}", NUMBER.fetch_add(1, Ordering::Relaxed));
+        let dir = self.folder.join(&name);
+        fs::create_dir_all(dir.join("engine")).unwrap();
+        let mut spec = self.spec(&name, arguments);
+        let log = Log {
+            driver: LogDriver::JsonFile,
+            path: dir.join("json.log"),
+            max_size_bytes: None,
+            max_files: None,
+        };
+        let mut shim_spec = ShimSpec {
+            container: name.clone(),
+            bundle: dir.join("engine"),
+            terminal: false,
+            stdin: Stdin::None,
+            log,
+            console_size: None,
+        };
+        change(&mut shim_spec, &mut spec);
+        spec.save(dir.join("engine/config.json")).unwrap();
+        record::write(&dir, SPEC_FILE, &shim_spec).unwrap();
+        let child = launch(Path::new(SHIM), &dir).unwrap();
+        Shim { dir, cgroup: cgroup_path(&name), child: Some(child) }
+    }
+
+    fn shim(&self, arguments: &[&str]) -> Shim {
+        self.shim_with(arguments, |_, _| {})
+    }
+
+    fn shell(&self, script: &str) -> Shim {
+        self.shim(&["sh", "-c", script])
+    }
+
+    /// A started container that does nothing.
+    fn idle(&self) -> Shim {
+        let shim = self.shim(&["sleep", "1000"]);
+        shim.connect().create().unwrap();
+        shim.connect().start(None).unwrap();
+        shim
+    }
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        fs::remove_dir_all(&self.folder).unwrap();
+    }
+}
+
+fn cgroup_path(name: &str) -> PathBuf {
+    format!("/guest-runtime-test-{}-{name}", std::process::id()).into()
+}
+
+fn process(arguments: &[&str]) -> Process {
+    let mut process = Process::default();
+    process
+        .set_args(Some(arguments.iter().map(|argument| (*argument).to_owned()).collect()))
+        .set_env(Some(vec!["PATH=/sbin:/bin".into(), "B=2".into(), "A=1".into()]))
+        .set_cwd("/".into())
+        .set_capabilities(Some(defaults::sets(&defaults::capabilities())))
+        .set_no_new_privileges(Some(false))
+        .set_terminal(Some(false));
+    process
+}
+
+struct Shim {
+    dir: PathBuf,
+    cgroup: PathBuf,
+    child: Option<Child>,
+}
+
+impl Shim {
+    fn connect(&self) -> Connection {
+        let connection = Connection::open(&self.dir).unwrap();
+        connection.set_timeout(Some(TIMEOUT)).unwrap();
+        connection
+    }
+
+    /// Create, attach, start, wait: status, output, errors.
+    fn run(&self) -> (Exit, String, String) {
+        self.connect().create().unwrap();
+        let mut attached = self.connect().attach(None, false, true, true).unwrap();
+        self.connect().start(None).unwrap();
+        let (stdout, stderr) = attached.read_split().unwrap();
+        let exit = self.connect().wait(None).unwrap();
+        (exit, String::from_utf8_lossy(&stdout).into_owned(), String::from_utf8_lossy(&stderr).into_owned())
+    }
+
+    fn exec(&self, id: &str, process: Process, terminal: bool, stdin: Stdin) -> Result<(), ConnectionError> {
+        let size = terminal.then_some(ConsoleSize { width: 90, height: 30 });
+        let process = Box::new(process);
+        self.connect().ask(&Request::Exec { id: id.to_owned(), process, terminal, stdin, console_size: size })
+    }
+
+    /// Runs a program beside init: status and output.
+    fn exec_output(&self, id: &str, arguments: &[&str]) -> (i32, String) {
+        let id = Some(id.to_owned());
+        self.exec(id.as_deref().unwrap(), process(arguments), false, Stdin::None).unwrap();
+        let mut attached = self.connect().attach(id.clone(), false, true, true).unwrap();
+        self.connect().start(id.clone()).unwrap();
+        let (stdout, stderr) = attached.read_split().unwrap();
+        let exit = self.connect().wait(id).unwrap();
+        (exit.code, String::from_utf8_lossy(&[stdout, stderr].concat()).into_owned())
+    }
+
+    /// Delete, and then nothing is left.
+    fn delete(mut self) {
+        self.connect().ask(&Request::Delete).unwrap();
+        let status = self.child.take().unwrap().wait().unwrap();
+        assert!(status.success(), "{status}: {}", self.errors());
+        self.assert_clean();
+    }
+
+    fn assert_clean(&self) {
+        assert!(!Cgroup::open(&self.cgroup).unwrap().exists());
+        for name in ["runtime", "bundle", "state.json", "shim.sock"] {
+            assert!(!self.dir.join(name).exists(), "{name}");
+        }
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        assert!(!mounts.contains(self.dir.parent().unwrap().to_str().unwrap()), "{mounts}");
+    }
+
+    fn errors(&self) -> String {
+        fs::read_to_string(self.dir.join("shim.log")).unwrap()
+    }
+
+    fn kill_shim(&mut self) {
+        let mut child = self.child.take().unwrap();
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+}
+
+impl Drop for Shim {
+    fn drop(&mut self) {
+        if self.child.is_some() {
+            self.kill_shim();
+            reap(&self.dir).unwrap();
+        }
+    }
+}
+
+fn refusal<T: std::fmt::Debug>(result: Result<T, ConnectionError>) -> (ErrorKind, String) {
+    match result {
+        Err(ConnectionError::Refused { kind, message }) => (kind, message),
+        other => panic!("expected a refusal, got {other:?}"),
+    }
+}
+
+fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + TIMEOUT;
+    while !condition() {
+        assert!(Instant::now() < deadline, "waited {TIMEOUT:?} for: {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn a_container_runs_and_its_status_output_and_log_are_kept() {
+    isolated(|| {
+        let bench = Bench::new();
+        let shim = bench.shell("echo out; echo err >&2; exit 7");
+        assert_eq!(shim.connect().state().unwrap().status, Status::Empty);
+        let (exit, stdout, stderr) = shim.run();
+        assert_eq!((exit.code, stdout.as_str(), stderr.as_str()), (7, "out\n", "err\n"));
+        assert!(!exit.oom_killed);
+        let kept: Exit = record::read(&shim.dir, EXIT_FILE).unwrap().unwrap();
+        assert_eq!(kept, exit);
+        let log = fs::read_to_string(shim.dir.join("json.log")).unwrap();
+        assert!(log.contains(r#"{"log":"out\n","stream":"stdout","time":""#), "{log}");
+        assert!(log.contains(r#"{"log":"err\n","stream":"stderr","time":""#), "{log}");
+        let state = shim.connect().state().unwrap();
+        assert_eq!((state.status, state.exit), (Status::Stopped, Some(exit)));
+        shim.delete();
+    });
+}
+
+#[test]
+fn output_before_an_attach_is_only_in_the_log() {
+    isolated(|| {
+        let bench = Bench::new();
+        let shim = bench.shim_with(&["sh", "-c", "echo early; read line; echo late $line"], |shim, _| {
+            shim.stdin = Stdin::Open;
+        });
+        shim.connect().create().unwrap();
+        shim.connect().start(None).unwrap();
+        let log = || fs::read_to_string(shim.dir.join("json.log")).unwrap();
+        wait_until("the first line in the log", || log().contains("early"));
+        let mut attached = shim.connect().attach(None, true, true, true).unwrap();
+        attached.write_all(b"now\n").unwrap();
+        assert_eq!(attached.read_split().unwrap().0, b"late now\n");
+        assert!(log().contains("late now"));
+        shim.delete();
+    });
+}
+
+#[test]
+fn input_goes_through_and_ends_with_the_client() {
+    isolated(|| {
+        let bench = Bench::new();
+        let shim = bench.shim_with(&["cat"], |shim, _| shim.stdin = Stdin::Once);
+        let mut attached = shim.connect().attach(None, true, true, true).unwrap();
+        let data: Vec<u8> = (0..1_000_000_u32).map(|number| (number % 253) as u8).collect();
+        let mut writer = attached.writer().unwrap();
+        let sent = data.clone();
+        let feeding = std::thread::spawn(move || {
+            writer.write_all(&sent).unwrap();
+            writer.shutdown(std::net::Shutdown::Write).unwrap();
+        });
+        shim.connect().create().unwrap();
+        shim.connect().start(None).unwrap();
+        assert!(attached.read_split().unwrap().0 == data);
+        feeding.join().unwrap();
+        assert_eq!(shim.connect().wait(None).unwrap().code, 0);
+        shim.delete();
+    });
+}
+
+#[test]
+fn open_input_survives_a_client_and_closes_on_request() {
+    isolated(|| {
+        let bench = Bench::new();
+        let shim = bench.shim_with(&["cat"], |shim, _| shim.stdin = Stdin::Open);
+        shim.connect().create().unwrap();
+        shim.connect().start(None).unwrap();
+        let mut watcher = shim.connect().attach(None, false, true, false).unwrap();
+        for word in ["one ", "two"] {
+            let mut feeder = shim.connect().attach(None, true, false, false).unwrap();
+            feeder.write_all(word.as_bytes()).unwrap();
+            feeder.close_stdin().unwrap();
+            drop(feeder);
+        }
+        let mut first = [0; 12];
+        watcher.read_exact(&mut first).unwrap();
+        shim.connect().ask(&Request::CloseStdin { process: None }).unwrap();
+        let (rest, _) = watcher.read_split().unwrap();
+        let shown = [&first[8..], &rest].concat();
+        assert!(shown.starts_with(b"one "), "{shown:?}");
+        assert_eq!(shim.connect().wait(None).unwrap().code, 0);
+        shim.delete();
+    });
+}
+
+#[test]
+fn a_terminal_has_a_size_echoes_and_can_be_resized() {
+    isolated(|| {
+        let bench = Bench::new();
+        let script = "stty size; read line; stty size; tty; id -u; echo got:$line";
+        let shim = bench.shim_with(&["sh", "-c", script], |shim, _| {
+            shim.terminal = true;
+            shim.stdin = Stdin::Once;
+            shim.console_size = Some(ConsoleSize { width: 100, height: 40 });
+        });
+        shim.connect().create().unwrap();
+        let mut attached = shim.connect().attach(None, true, true, true).unwrap();
+        shim.connect().start(None).unwrap();
+        let mut seen = Vec::new();
+        let mut chunk = [0; 512];
+        while !String::from_utf8_lossy(&seen).contains("40 100") {
+            let count = attached.read(&mut chunk).unwrap();
+            assert!(count > 0, "{seen:?}");
+            seen.extend_from_slice(&chunk[..count]);
+        }
+        shim.connect().ask(&Request::Resize { process: None, width: 132, height: 50 }).unwrap();
+        attached.write_all(b"word\n").unwrap();
+        attached.read_to_end(&mut seen).unwrap();
+        let seen = String::from_utf8(seen).unwrap();
+        assert!(seen.contains("word\r\n50 132\r\n/dev/pts/0\r\n0\r\ngot:word\r\n"), "{seen:?}");
+        let log = fs::read_to_string(shim.dir.join("json.log")).unwrap();
+        assert!(log.contains(r#"{"log":"got:word\r\n","stream":"stdout""#), "{log}");
+        assert_eq!(shim.connect().wait(None).unwrap().code, 0);
+        shim.delete();
+    });
+}
+
+#[test]
+fn a_process_starts_with_nothing_blocked_confined_and_in_its_environment() {
+    isolated(|| {
+        let bench = Bench::new();
+        let script = "cat /proc/self/status; env; ls -l /proc/self/fd; cat /proc/sysrq-trigger | wc -c; wc -c < /proc/kcore";
+        let check = |shown: &str| {
+            for line in [
+                "SigBlk:\t0000000000000000",
+                "SigIgn:\t0000000000000000",
+                "Seccomp:\t2",
+                "NoNewPrivs:\t0",
+                "CapEff:\t00000000a80425fb",
+                "CapPrm:\t00000000a80425fb",
+                "CapBnd:\t00000000a80425fb",
+                "CapInh:\t0000000000000000",
+                "CapAmb:\t0000000000000000",
+                "HOME=/root",
+            ] {
+                assert!(shown.lines().any(|shown| shown == line), "{line:?} in {shown}");
+            }
+            assert!(shown.find("B=2") < shown.find("A=1"), "{shown}");
+            // The three streams, and the folder being listed.
+            assert_eq!(shown.lines().filter(|line| line.contains(" -> ")).count(), 4, "{shown}");
+        };
+        let shim = bench.shell(script);
+        let (exit, stdout, stderr) = shim.run();
+        assert_eq!(exit.code, 0, "{stderr}");
+        check(&stdout);
+        shim.delete();
+        let shim = bench.idle();
+        let (code, shown) = shim.exec_output("e", &["sh", "-c", script]);
+        assert_eq!(code, 0, "{shown}");
+        check(&shown);
+        shim.delete();
+    });
+}
+
+#[test]
+fn the_filter_refuses_namespaces_and_mounts_in_init_and_exec() {
+    isolated(|| {
+        let bench = Bench::new();
+        let script = "unshare -U true; mount -t tmpfs x /tmp; chroot / true && echo chroot works";
+        let check = |shown: &str| {
+            assert!(shown.contains("unshare: unshare(0x10000000): Operation not permitted"), "{shown}");
+            assert!(
+                shown.contains("permission denied") || shown.contains("Operation not permitted"),
+                "{shown}"
+            );
+            assert!(shown.contains("chroot works"), "{shown}");
+        };
+        let shim = bench.shell(script);
+        let (_, stdout, stderr) = shim.run();
+        check(&format!("{stdout}{stderr}"));
+        shim.delete();
+        let shim = bench.idle();
+        check(&shim.exec_output("e", &["sh", "-c", script]).1);
+        shim.delete();
+    });
+}
+
+#[test]
+fn another_user_can_use_its_streams_by_name() {
+    isolated(|| {
+        let bench = Bench::new();
+        let user = || {
+            let mut user = User::default();
+            user.set_uid(1000).set_gid(1000);
+            user
+        };
+        let script = "id -u; echo named > /dev/stdout; grep CapEff /proc/self/status; echo $HOME";
+        let expected = "1000\nnamed\nCapEff:\t0000000000000000\n/home/user\n";
+        let shim = bench.shim_with(&["sh", "-c", script], |_, spec| {
+            let mut process = spec.process().clone().unwrap();
+            process.set_user(user());
+            spec.set_process(Some(process));
+        });
+        let (exit, stdout, stderr) = shim.run();
+        assert_eq!((exit.code, stdout.as_str(), stderr.as_str()), (0, expected, ""));
+        shim.delete();
+        let shim = bench.idle();
+        let mut wanted = process(&["sh", "-c", script]);
+        wanted.set_user(user());
+        shim.exec("e", wanted, false, Stdin::None).unwrap();
+        let id = Some("e".to_owned());
+        let mut attached = shim.connect().attach(id.clone(), false, true, true).unwrap();
+        shim.connect().start(id).unwrap();
+        let (stdout, stderr) = attached.read_split().unwrap();
+        assert_eq!((String::from_utf8(stdout).unwrap().as_str(), stderr.as_slice()), (expected, &b""[..]));
+        shim.delete();
+    });
+}
+
+#[test]
+fn a_program_that_cannot_run_is_named_and_leaves_nothing() {
+    isolated(|| {
+        let bench = Bench::new();
+        let cases = [
+            (
+                "nothing-like-it",
+                ErrorKind::NotFound,
+                "exec: \"nothing-like-it\": executable file not found in $PATH",
+            ),
+            ("/no/such", ErrorKind::NotFound, "exec: \"/no/such\": stat /no/such: no such file or directory"),
+            ("/etc/passwd", ErrorKind::NotExecutable, "exec: \"/etc/passwd\": permission denied"),
+            ("/etc", ErrorKind::NotExecutable, "exec: \"/etc\": is a directory"),
+        ];
+        for (program, kind, message) in cases {
+            let shim = bench.shim(&[program]);
+            assert_eq!(refusal(shim.connect().create()), (kind, message.to_owned()));
+            assert!(!Cgroup::open(&shim.cgroup).unwrap().exists());
+            assert!(!shim.dir.join("runtime").exists() && !shim.dir.join("state.json").exists());
+            assert_eq!(shim.connect().state().unwrap().status, Status::Empty);
+            shim.delete();
+        }
+        let shim = bench.shim(&["garbage"]);
+        shim.connect().create().unwrap();
+        let expected = (ErrorKind::NotExecutable, "exec /bin/garbage: exec format error".to_owned());
+        assert_eq!(refusal(shim.connect().start(None)), expected);
+        assert_eq!(shim.connect().wait(None).unwrap().code, 126);
+        shim.delete();
+    });
+}
+
+#[test]
+fn a_spec_that_cannot_be_met_is_explained_and_leaves_nothing() {
+    isolated(|| {
+        let bench = Bench::new();
+        let shim = bench.shim_with(&["true"], |_, spec| {
+            let mut mounts = spec.mounts().clone().unwrap();
+            let mut mount = mounts[0].clone();
+            mount
+                .set_destination("/data".into())
+                .set_source(Some("/no/such/source".into()))
+                .set_typ(Some("bind".into()))
+                .set_options(Some(vec!["rbind".into()]));
+            mounts.push(mount);
+            spec.set_mounts(Some(mounts));
+        });
+        let (kind, message) = refusal(shim.connect().create());
+        assert_eq!(kind, ErrorKind::Other);
+        assert!(message.contains("/no/such/source"), "{message}");
+        assert!(!Cgroup::open(&shim.cgroup).unwrap().exists());
+        shim.delete();
+        let shim = bench.shim_with(&["true"], |_, spec| {
+            let mut linux = spec.linux().clone().unwrap();
+            linux.set_cgroups_path(Some("relative".into()));
+            spec.set_linux(Some(linux));
+        });
+        assert!(refusal(shim.connect().create()).1.contains("must be absolute"));
+        shim.delete();
+    });
+}
+
+#[test]
+fn other_processes_run_beside_init_with_their_own_streams() {
+    isolated(|| {
+        let bench = Bench::new();
+        let shim = bench.idle();
+        assert_eq!(shim.exec_output("one", &["sh", "-c", "echo hi; exit 3"]), (3, "hi\n".to_owned()));
+        shim.exec("cat", process(&["cat"]), false, Stdin::Once).unwrap();
+        let id = Some("cat".to_owned());
+        let mut attached = shim.connect().attach(id.clone(), true, true, true).unwrap();
+        shim.connect().start(id.clone()).unwrap();
+        attached.write_all(b"through").unwrap();
+        attached.close_stdin().unwrap();
+        assert_eq!(attached.read_split().unwrap().0, b"through");
+        assert_eq!(shim.connect().wait(id).unwrap().code, 0);
+        shim.exec("tty", process(&["sh", "-c", "stty size; tty"]), true, Stdin::None).unwrap();
+        let id = Some("tty".to_owned());
+        let mut attached = shim.connect().attach(id.clone(), false, true, true).unwrap();
+        shim.connect().start(id).unwrap();
+        let mut seen = String::new();
+        attached.read_to_string(&mut seen).unwrap();
+        assert_eq!(seen, "30 90\r\n/dev/pts/0\r\n");
+        shim.exec("sleep", process(&["sleep", "100"]), false, Stdin::None).unwrap();
+        let id = Some("sleep".to_owned());
+        let pid = shim.connect().start(id.clone()).unwrap();
+        assert_eq!(shim.connect().state().unwrap().execs["sleep"], pid);
+        shim.connect().ask(&Request::Kill { signal: 15, process: id.clone() }).unwrap();
+        assert_eq!(shim.connect().wait(id).unwrap().code, 143);
+        shim.connect().ask(&Request::Forget { id: "sleep".into() }).unwrap();
+        assert_eq!(refusal(shim.connect().wait(Some("sleep".into()))).0, ErrorKind::NoProcess);
+        shim.delete();
+    });
+}
+
+#[test]
+fn a_process_that_cannot_run_says_why_and_ends_its_streams() {
+    isolated(|| {
+        let bench = Bench::new();
+        let shim = bench.idle();
+        for (id, program, kind, code) in [
+            ("a", "nope", ErrorKind::NotFound, 127),
+            ("b", "/etc", ErrorKind::NotExecutable, 126),
+            ("c", "garbage", ErrorKind::NotExecutable, 126),
+        ] {
+            shim.exec(id, process(&[program]), false, Stdin::None).unwrap();
+            let id = Some(id.to_owned());
+            let mut attached = shim.connect().attach(id.clone(), false, true, true).unwrap();
+            assert_eq!(refusal(shim.connect().start(id.clone())).0, kind);
+            assert_eq!(attached.read_split().unwrap(), (vec![], vec![]));
+            assert_eq!(shim.connect().wait(id).unwrap().code, code);
+        }
+        shim.delete();
+    });
+}
+
+#[test]
+fn a_paused_or_stopped_container_refuses_processes() {
+    isolated(|| {
+        let bench = Bench::new();
+        let shim = bench.idle();
+        shim.connect().ask(&Request::Pause).unwrap();
+        assert_eq!(shim.connect().state().unwrap().status, Status::Paused);
+        let (kind, message) = refusal(shim.exec("e", process(&["true"]), false, Stdin::None));
+        assert_eq!(kind, ErrorKind::Conflict);
+        assert!(message.contains("is paused"), "{message}");
+        shim.connect().ask(&Request::Resume).unwrap();
+        assert_eq!(shim.exec_output("f", &["echo", "again"]).1, "again\n");
+        shim.connect().ask(&Request::Pause).unwrap();
+        shim.connect().ask(&Request::Kill { signal: 9, process: None }).unwrap();
+        assert_eq!(shim.connect().wait(None).unwrap().code, 137);
+        let (kind, message) = refusal(shim.exec("g", process(&["true"]), false, Stdin::None));
+        assert_eq!(kind, ErrorKind::Conflict);
+        assert!(message.contains("is not running"), "{message}");
+        shim.delete();
+    });
+}
+
+#[test]
+fn killing_init_ends_everything_and_a_signal_can_be_handled() {
+    isolated(|| {
+        let bench = Bench::new();
+        let shim = bench
+            .shell("trap 'echo bye; exit 4' TERM; sleep 1000 & sleep 1000 & echo up; while :; do wait; done");
+        shim.connect().create().unwrap();
+        let mut attached = shim.connect().attach(None, false, true, true).unwrap();
+        shim.connect().start(None).unwrap();
+        let mut first = [0; 11];
+        attached.read_exact(&mut first).unwrap();
+        assert_eq!(&first[8..], b"up\n");
+        shim.connect().ask(&Request::Kill { signal: 15, process: None }).unwrap();
+        assert_eq!(shim.connect().wait(None).unwrap().code, 4);
+        assert_eq!(attached.read_split().unwrap().0, b"bye\n");
+        assert_eq!(
+            refusal(shim.connect().ask(&Request::Kill { signal: 9, process: None })).0,
+            ErrorKind::Conflict
+        );
+        shim.delete();
+        let shim = bench.idle();
+        shim.exec("e", process(&["sleep", "100"]), false, Stdin::None).unwrap();
+        shim.connect().start(Some("e".into())).unwrap();
+        shim.connect().ask(&Request::Kill { signal: 9, process: None }).unwrap();
+        assert_eq!(shim.connect().wait(None).unwrap().code, 137);
+        assert_eq!(shim.connect().wait(Some("e".into())).unwrap().code, 137);
+        shim.delete();
+    });
+}
+
+#[test]
+fn a_grandchild_holding_the_pipe_delays_the_end_by_two_seconds_at_most() {
+    isolated(|| {
+        let bench = Bench::new();
+        let shim = bench.idle();
+        let before = Instant::now();
+        assert_eq!(shim.exec_output("e", &["sh", "-c", "sleep 500 & echo x"]), (0, "x\n".to_owned()));
+        let took = before.elapsed();
+        assert!(took > Duration::from_secs(1) && took < Duration::from_secs(10), "{took:?}");
+        shim.delete();
+    });
+}
+
+#[test]
+fn without_a_pid_namespace_the_end_of_init_ends_the_rest() {
+    isolated(|| {
+        let bench = Bench::new();
+        let shim = bench.shim_with(&["sh", "-c", "sleep 1000 & exit 5"], |_, spec| {
+            let mut linux = spec.linux().clone().unwrap();
+            let namespaces = linux.namespaces().clone().unwrap();
+            let kept = namespaces.into_iter().filter(|one| one.typ() != LinuxNamespaceType::Pid).collect();
+            linux.set_namespaces(Some(kept));
+            spec.set_linux(Some(linux));
+        });
+        assert_eq!(shim.run().0.code, 5);
+        shim.delete();
+    });
+}
+
+#[test]
+fn twenty_containers_at_once() {
+    isolated(|| {
+        let bench = Bench::new();
+        let before = Instant::now();
+        let shims: Vec<_> =
+            (0..20).map(|number| bench.shell(&format!("echo {number}; exit {number}"))).collect();
+        std::thread::scope(|scope| {
+            for (number, shim) in shims.into_iter().enumerate() {
+                scope.spawn(move || {
+                    let (exit, stdout, _) = shim.run();
+                    assert_eq!((exit.code, stdout), (number as i32, format!("{number}\n")));
+                    shim.delete();
+                });
+            }
+        });
+        println!("measured: 20 containers at once: {} ms", before.elapsed().as_millis());
+    });
+}
+
+#[test]
+fn a_killed_shim_is_cleaned_up_after_at_any_moment() {
+    isolated(|| {
+        let bench = Bench::new();
+        // Never created, created, running with another process, ended.
+        for steps in 0..4 {
+            let mut shim = bench.shell(if steps == 3 { "exit 9" } else { "sleep 1000 & sleep 1000" });
+            if steps > 0 {
+                shim.connect().create().unwrap();
+            }
+            if steps > 1 {
+                shim.connect().start(None).unwrap();
+            }
+            if steps == 3 {
+                assert_eq!(shim.connect().wait(None).unwrap().code, 9);
+            }
+            shim.kill_shim();
+            let exit = reap(&shim.dir).unwrap();
+            assert_eq!(exit.map(|exit| exit.code), (steps == 3).then_some(9));
+            shim.assert_clean();
+            reap(&shim.dir).unwrap();
+        }
+        // At a random moment of a creation.
+        for delay_ms in [0, 1, 2, 4, 6, 8, 12, 16] {
+            let mut shim = bench.shell("sleep 1000");
+            let mut connection = shim.connect();
+            let creating = std::thread::spawn(move || connection.create().is_ok());
+            std::thread::sleep(Duration::from_millis(delay_ms));
+            shim.kill_shim();
+            creating.join().unwrap();
+            // What was being forked when the shim died may join the group a moment later, and then ends by itself.
+            wait_until("the container to be gone", || {
+                reap(&shim.dir).unwrap();
+                !Cgroup::open(&shim.cgroup).unwrap().exists()
+            });
+            shim.assert_clean();
+        }
+    });
+}
+
+#[test]
+fn a_living_shim_can_be_reaped_too() {
+    isolated(|| {
+        let bench = Bench::new();
+        let mut shim = bench.idle();
+        reap(&shim.dir).unwrap();
+        shim.child.take().unwrap().wait().unwrap();
+        shim.assert_clean();
+    });
+}
+
+#[test]
+fn a_slow_client_gets_everything_even_after_delete() {
+    isolated(|| {
+        let bench = Bench::new();
+        let shim = bench.shell("head -c 1500000 /dev/zero");
+        shim.connect().create().unwrap();
+        let mut attached = shim.connect().attach(None, false, true, true).unwrap();
+        shim.connect().start(None).unwrap();
+        std::thread::sleep(Duration::from_millis(300));
+        assert_eq!(shim.connect().state().unwrap().status, Status::Running, "the queue is bounded");
+        let mut start = vec![0; 1_200_000];
+        attached.read_exact(&mut start).unwrap();
+        shim.connect().wait(None).unwrap();
+        shim.connect().ask(&Request::Delete).unwrap();
+        let mut rest = Vec::new();
+        attached.read_to_end(&mut rest).unwrap();
+        let headers = (start.len() + rest.len() - 1_500_000) as u64;
+        assert!(headers > 0 && headers % 8 == 0, "{headers}");
+        let mut shim = shim;
+        assert!(shim.child.take().unwrap().wait().unwrap().success());
+        shim.assert_clean();
+    });
+}
+
+#[test]
+fn foreign_bytes_end_their_connection_and_nothing_else() {
+    isolated(|| {
+        let bench = Bench::new();
+        let shim = bench.idle();
+        for bytes in
+            [&b"\xff\xff\xff\xff"[..], b"\x03\x00\x00\x00{x}", b"\x02\x00\x00\x00{}GET / HTTP/1.1\r\n\r\n"]
+        {
+            let mut stream = guest_runtime::shim::socket::connect(&shim.dir, "shim.sock").unwrap();
+            stream.set_read_timeout(Some(TIMEOUT)).unwrap();
+            stream.write_all(bytes).unwrap();
+            let mut answer = Vec::new();
+            stream.read_to_end(&mut answer).unwrap();
+            assert!(String::from_utf8_lossy(&answer).contains("error"), "{answer:?}");
+        }
+        assert_eq!(shim.connect().state().unwrap().status, Status::Running);
+        shim.delete();
+    });
+}
+
+#[test]
+fn the_device_filter_is_accepted_by_the_kernel_and_works() {
+    isolated(|| {
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let unified =
+            mounts.lines().find(|line| line.contains(" - cgroup2 ")).and_then(|line| line.split(' ').nth(4));
+        let Some(unified) = unified else {
+            writeln!(std::io::stderr(), "SKIPPED the device filter: no cgroup v2 is mounted").unwrap();
+            return;
+        };
+        let group = Path::new(unified).join(format!("guest-runtime-devices-{}", std::process::id()));
+        fs::create_dir(&group).unwrap();
+        let attached = device_filter::attach(&group, &defaults::device_rules());
+        let script = "echo $$ > $0/cgroup.procs && head -c 1 /dev/zero | wc -c && echo x > /dev/null && head -c 1 /dev/kmsg";
+        let output = Command::new("sh").args(["-c", script]).arg(&group).output().unwrap();
+        wait_until("the group to empty", || fs::remove_dir(&group).is_ok());
+        attached.unwrap();
+        assert_eq!(String::from_utf8_lossy(&output.stdout), "1\n");
+        assert!(String::from_utf8_lossy(&output.stderr).contains("Operation not permitted"), "{output:?}");
+    });
+}
+
+#[test]
+fn short_lines_stream_fast() {
+    isolated(|| {
+        const TOTAL: usize = 64 << 20;
+        let bench = Bench::new();
+        let script = format!("yes 'a line of forty bytes, newline included.' | head -c {TOTAL}");
+        for (what, driver) in
+            [("with a json-file log", LogDriver::JsonFile), ("without a log", LogDriver::None)]
+        {
+            let shim = bench.shim_with(&["sh", "-c", &script], |shim, _| shim.log.driver = driver);
+            shim.connect().create().unwrap();
+            let mut attached = shim.connect().attach(None, false, true, true).unwrap();
+            let before = Instant::now();
+            shim.connect().start(None).unwrap();
+            let (stdout, _) = attached.read_split().unwrap();
+            let took = before.elapsed();
+            assert_eq!(stdout.len(), TOTAL);
+            println!(
+                "measured: 64 MiB of short lines through attach {what}: {:.0} MB/s ({} ms)",
+                TOTAL as f64 / 1e6 / took.as_secs_f64(),
+                took.as_millis()
+            );
+            if driver == LogDriver::JsonFile {
+                let log = fs::read_to_string(shim.dir.join("json.log")).unwrap();
+                assert_eq!(log.lines().count(), TOTAL.div_ceil(42));
+            }
+            shim.delete();
+        }
+    });
+}
+
+/// The proportional set size of a process in KiB.
+fn pss(pid: u32) -> u64 {
+    let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap();
+    let line = rollup.lines().find_map(|line| line.strip_prefix("Pss:")).unwrap();
+    line.split_whitespace().next().unwrap().parse().unwrap()
+}
+
+#[test]
+fn the_cost_of_a_container_is_measured() {
+    isolated(|| {
+        const ROUNDS: usize = 20;
+        let bench = Bench::new();
+        // crun refuses a hybrid layout; in this mount namespace there is none.
+        let _ = Command::new("umount").arg("/sys/fs/cgroup/unified").stderr(Stdio::null()).status().unwrap();
+        let median = |mut times: Vec<f64>| {
+            times.sort_by(f64::total_cmp);
+            format!("median {:.1}, min {:.1}", times[times.len() / 2], times[0])
+        };
+        let milliseconds = |since: Instant| since.elapsed().as_secs_f64() * 1e3;
+        let crun = Path::new("/usr/bin/crun");
+        let (mut ours, mut theirs, mut execs) = (vec![], vec![], vec![]);
+        for round in 0..ROUNDS {
+            let before = Instant::now();
+            let shim = bench.shim(&["true"]);
+            let mut connection = shim.connect();
+            connection.create().unwrap();
+            connection.start(None).unwrap();
+            assert_eq!(connection.wait(None).unwrap().code, 0);
+            shim.delete();
+            ours.push(milliseconds(before));
+            if crun.exists() {
+                let name = format!("crun-{round}");
+                let bundle = bench.folder.join(&name);
+                fs::create_dir_all(&bundle).unwrap();
+                bench.spec(&name, &["true"]).save(bundle.join("config.json")).unwrap();
+                let before = Instant::now();
+                let status = Command::new(crun)
+                    .arg("--root")
+                    .arg(bench.folder.join("crun-state"))
+                    .args(["--cgroup-manager", "cgroupfs", "run", "--bundle"])
+                    .arg(&bundle)
+                    .arg(format!("test-{}-{name}", std::process::id()))
+                    .stdin(Stdio::null())
+                    .output()
+                    .unwrap();
+                if status.status.success() {
+                    theirs.push(milliseconds(before));
+                } else if round == 0 {
+                    println!("measured: crun failed: {}", String::from_utf8_lossy(&status.stderr).trim());
+                }
+            }
+        }
+        println!("measured: launch, create, start, wait, delete, ms: {}", median(ours));
+        if !theirs.is_empty() {
+            println!("measured: crun run of the same bundle, ms: {}", median(theirs));
+        }
+        let shims: Vec<_> = (0..5).map(|_| bench.idle()).collect();
+        for round in 0..ROUNDS {
+            let before = Instant::now();
+            assert_eq!(shims[0].exec_output(&format!("e{round}"), &["true"]).0, 0);
+            execs.push(milliseconds(before));
+        }
+        println!("measured: exec of true, prepare to wait, ms: {}", median(execs));
+        let total: u64 = shims.iter().map(|shim| pss(shim.child.as_ref().unwrap().id())).sum();
+        println!("measured: PSS of a shim, 5 running: {} KiB", total / 5);
+        for shim in shims {
+            shim.delete();
+        }
+    });
+}
