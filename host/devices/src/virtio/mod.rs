@@ -6,6 +6,8 @@ pub mod device;
 pub mod vhost_user;
 pub mod vsock;
 
+#[cfg(test)]
+mod driver;
 mod ring;
 mod worker;
 

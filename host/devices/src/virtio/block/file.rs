@@ -49,6 +49,12 @@ impl Backend {
         self.read_only
     }
 
+    /// Puts another file behind the same capacity, to see how its errors come through.
+    #[cfg(test)]
+    pub(super) fn replace_file(&mut self, file: File) {
+        self.file = file;
+    }
+
     pub(super) fn serial(&self) -> &[u8; SERIAL_BYTES] {
         &self.serial
     }

@@ -280,7 +280,8 @@ impl Connection {
     /// Counts bytes as consumed, and plans to tell the guest when it knows too little.
     fn forward(&mut self, count: u32) {
         self.forwarded += count;
-        if (self.forwarded - self.forwarded_told).0 >= CREDIT_NEWS_BYTES {
+        let known = self.phase != Phase::Detached;
+        if known && (self.forwarded - self.forwarded_told).0 >= CREDIT_NEWS_BYTES {
             self.pending.credit_update = true;
         }
     }
@@ -356,13 +357,12 @@ impl Connection {
     pub fn host_event(&mut self, readable: bool, writable: bool, hung_up: bool) -> Verdict {
         self.readable |= readable || hung_up;
         self.hung_up |= hung_up;
-        if self.phase == Phase::Requested && self.hung_up {
-            // The host gave up before the guest answered.
-            return Verdict::Reset;
-        }
         self.writable |= writable || hung_up;
         match self.phase {
+            // Even if the host has gone: what it said before is for the guest to hear.
             Phase::Requested => Verdict::Keep,
+            // The end was read before the poll told that the host is gone entirely.
+            Phase::Established if self.hung_up && self.to_guest == ToGuest::Closed => self.refuse(),
             Phase::Established | Phase::Detached => self.drain(),
         }
     }
