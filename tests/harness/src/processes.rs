@@ -72,6 +72,14 @@ impl Processes {
         gone.map_err(|error| error.context(format!("left: {:?}", self.list())))
     }
 
+    /// The same, for all but those called one of `names`.
+    pub fn expect_none_but(&self, names: &[&str], limit: Duration) -> Result<()> {
+        crate::wait_until("every process but the clients has ended", limit, || {
+            Ok(self.list().iter().all(|process| names.contains(&process.name.as_str())).then_some(()))
+        })
+        .map_err(|error| error.context(format!("left: {:?}", self.list())))
+    }
+
     /// Ends whatever is left, for cleaning up after a failure.
     pub fn kill_all(&self) {
         for process in self.list() {

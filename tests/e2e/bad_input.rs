@@ -1,0 +1,112 @@
+//! Mistakes and hostile input: a sentence, the right exit code, and nothing left.
+
+use anyhow::{Result, ensure};
+use tests_harness::{Engine, Finished, IMAGE, Layer, TestImage};
+
+crate::scenarios![
+    mistakes_on_the_command_line_are_named,
+    an_unknown_image_and_an_unreachable_registry_are_named,
+    a_hostile_archive_is_refused_whole,
+    a_broken_archive_is_refused,
+    what_is_not_offered_yet_is_refused_by_name,
+    a_home_too_long_for_a_socket_is_refused,
+];
+
+fn mistakes_on_the_command_line_are_named(engine: &Engine) -> Result<()> {
+    engine.engine(["run", "--wrong", IMAGE])?.fails_with(125, "--wrong")?;
+    engine.engine(["frobnicate"])?.fails_with(125, "frobnicate")?;
+    engine.engine(["run", "--rm", "--restart", "sometimes", IMAGE])?.fails_with(125, "sometimes")?;
+    engine.engine(["run", "--rm", "-m", "many", IMAGE])?.fails_with(125, "`many`")?;
+    engine.engine(["run", "--rm", "-u", "nobody-here", IMAGE, "true"])?.fails_with(125, "nobody-here")?;
+    engine
+        .engine(["run", "--rm", "--name", "no spaces", IMAGE, "true"])?
+        .fails_with(125, "Invalid container name")?;
+    engine.engine(["run", "--rm", "-it", IMAGE, "true"])?.fails_with(1, "the input device is not a TTY")?;
+    engine.engine(["stop", "nobody"])?.fails_with(1, "No such container: nobody")?;
+    engine.engine(["-H", "tcp://x", "ps"])?.fails_with(1, "unix:///path")
+}
+
+fn an_unknown_image_and_an_unreachable_registry_are_named(engine: &Engine) -> Result<()> {
+    let missing = format!("{}/missing:1", engine.registry_name());
+    let run = engine.engine(["run", "--rm", &missing])?;
+    ensure!(run.code == 125 && run.stderr.contains("missing"), "{run:?}");
+    // Port 1 of the same host: nobody listens.
+    let host = engine.registry_name();
+    let unreachable = format!("{}:1/x", host.split(':').next().unwrap_or_default());
+    let pull = engine.engine(["pull", &unreachable])?;
+    ensure!(pull.code == 1 && pull.stderr.contains(":1"), "{pull:?}");
+    engine.engine(["pull", "UPPER/case"])?.fails_with(1, "invalid reference format")
+}
+
+fn load(engine: &Engine, layer: Layer, tag: &str) -> Result<Finished> {
+    let archive = TestImage::new(vec![layer]).archive(tag)?;
+    engine.engine_with_input(["load"], archive)
+}
+
+fn a_hostile_archive_is_refused_whole(engine: &Engine) -> Result<()> {
+    use tar_entries::*;
+    let attacks: [(&str, Vec<Entry>); 5] = [
+        ("by name", vec![(FILE, "../../../../escaped", "x")]),
+        ("by absolute symlink", vec![(SYMLINK, "out", "/"), (FILE, "out/escaped-by-link", "x")]),
+        ("by relative symlink", vec![(SYMLINK, "out", "../../../.."), (FILE, "out/escaped-by-link", "x")]),
+        ("by hard link", vec![(HARDLINK, "shadow", "../../../../../../etc/shadow")]),
+        ("by absolute hard link", vec![(HARDLINK, "passwd", "/../../../../etc/passwd")]),
+    ];
+    for (number, (how, entries)) in attacks.into_iter().enumerate() {
+        let tag = format!("hostile:{number}");
+        let loaded = load(engine, Layer::raw(&entries)?, &tag)?;
+        // Either refused, or kept inside: never outside, and never half an image.
+        let listed = engine.engine(["images", "-q", &tag])?.ok()?;
+        ensure!((loaded.code == 0) == !listed.is_empty(), "{how}: {loaded:?}, listed `{listed}`");
+        for escaped in ["/escaped", "/escaped-by-link"] {
+            ensure!(!std::path::Path::new(escaped).exists(), "{how}: `{escaped}` was written");
+        }
+        if loaded.code == 0 {
+            engine.engine(["rmi", "-f", &tag])?.ok()?;
+        } else {
+            ensure!(!loaded.stderr.trim().is_empty(), "{how}: refused without a word");
+        }
+    }
+    Ok(())
+}
+
+mod tar_entries {
+    use tar::EntryType;
+    pub(super) type Entry = (EntryType, &'static str, &'static str);
+    pub(super) const FILE: EntryType = EntryType::Regular;
+    pub(super) const SYMLINK: EntryType = EntryType::Symlink;
+    pub(super) const HARDLINK: EntryType = EntryType::Link;
+}
+
+fn a_broken_archive_is_refused(engine: &Engine) -> Result<()> {
+    let whole = TestImage::new(vec![Layer::noise("noise", 1 << 20, 3)?]).archive("broken:1")?;
+    let cut = engine.engine_with_input(["load"], &whole[..whole.len() / 2])?;
+    ensure!(cut.code == 1 && !cut.stderr.is_empty(), "{cut:?}");
+    let nonsense = engine.engine_with_input(["load"], vec![7; 100_000])?;
+    ensure!(nonsense.code == 1 && !nonsense.stderr.is_empty(), "{nonsense:?}");
+    // A layer that is not what its configuration says.
+    let image = TestImage::new(vec![Layer::noise("noise", 1000, 5)?]);
+    let mut lying = image.archive("broken:2")?;
+    let at = lying.windows(9).position(|window| window == b"diff_ids\"").unwrap_or(0) + 25;
+    lying[at] = if lying[at] == b'0' { b'1' } else { b'0' };
+    let lie = engine.engine_with_input(["load"], lying)?;
+    ensure!(lie.code == 1 && !lie.stderr.is_empty(), "{lie:?}");
+    let listed = engine.engine(["images", "--format", "{{.Repository}}"])?.ok()?;
+    ensure!(!listed.contains("broken"), "{listed}");
+    Ok(())
+}
+
+fn what_is_not_offered_yet_is_refused_by_name(engine: &Engine) -> Result<()> {
+    let Some(command) = engine.docker(["run", "--rm", "-p", "8080:80", IMAGE, "true"]) else { return Ok(()) };
+    let published = tests_harness::run(command)?;
+    ensure!(published.code == 125 && published.stderr.contains("port"), "{published:?}");
+    let left = engine.engine(["ps", "-aq"])?.ok()?;
+    ensure!(left.is_empty(), "a refused container is left: {left}");
+    Ok(())
+}
+
+fn a_home_too_long_for_a_socket_is_refused(engine: &Engine) -> Result<()> {
+    let mut command = engine.command(["machine", "status"]);
+    command.env_remove("ENGINE_HOST").env("ENGINE_HOME", format!("/tmp/{}", "x".repeat(120)));
+    tests_harness::run(command)?.fails_with(1, "set `ENGINE_HOME` to a shorter path")
+}

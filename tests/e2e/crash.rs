@@ -1,0 +1,226 @@
+//! `kill -9` of each process at bad moments: no orphan, no lost image or container, and the next command works.
+
+use crate::Scenario;
+use anyhow::{Context, Result, bail, ensure};
+use std::collections::BTreeSet;
+use std::process::Command;
+use std::time::{Duration, Instant};
+use tests_harness::{Engine, IMAGE, Layer, TestImage, wait_until};
+
+pub(crate) fn native_scenarios() -> Vec<Scenario> {
+    vec![
+        Scenario { name: "crash::containers_survive_the_engine", body: containers_survive_the_engine },
+        Scenario { name: "crash::a_killed_shim_ends_its_container", body: a_killed_shim_ends_its_container },
+        Scenario { name: "crash::rounds_of_killing_lose_nothing", body: native_rounds },
+    ]
+}
+
+pub(crate) fn machine_scenarios() -> Vec<Scenario> {
+    vec![
+        Scenario {
+            name: "crash::a_killed_daemon_takes_the_machine_with_it",
+            body: a_killed_daemon_takes_the_machine_with_it,
+        },
+        Scenario { name: "crash::a_killed_vm_process_is_replaced", body: a_killed_vm_process_is_replaced },
+        Scenario { name: "crash::rounds_of_killing_lose_nothing", body: machine_rounds },
+        Scenario {
+            name: "crash::a_damaged_disk_is_never_formatted",
+            body: a_damaged_disk_is_never_formatted,
+        },
+    ]
+}
+
+fn state(engine: &Engine, container: &str) -> Result<String> {
+    engine.engine(["inspect", "-f", "{{.State.Status}} {{.State.ExitCode}}", container])?.ok()
+}
+
+fn containers_survive_the_engine(engine: &Engine) -> Result<()> {
+    let script = "i=0; while [ ! -e /end ]; do i=$((i+1)); echo line $i; sleep 0.05; done; exit 6";
+    engine.engine(["run", "-d", "--name", "survivor", IMAGE, "sh", "-c", script])?.ok()?;
+    engine.engine(["run", "-d", "--name", "ends-meanwhile", IMAGE, "sh", "-c", "sleep 1; exit 8"])?.ok()?;
+    engine.end_native(true)?;
+    std::thread::sleep(Duration::from_secs(2));
+    engine.boot()?;
+    ensure!(state(engine, "survivor")? == "running 0", "{}", state(engine, "survivor")?);
+    ensure!(state(engine, "ends-meanwhile")? == "exited 8", "{}", state(engine, "ends-meanwhile")?);
+    // Its output was kept while nobody served it, and exec works again.
+    engine.engine(["exec", "survivor", "touch", "/end"])?.ok()?;
+    let code = engine.engine(["wait", "survivor"])?.ok()?;
+    ensure!(code == "6", "{code}");
+    let logs = engine.engine(["logs", "survivor"])?.ok()?;
+    let numbers: Vec<usize> =
+        logs.lines().filter_map(|line| line.strip_prefix("line ")?.parse().ok()).collect();
+    ensure!(
+        numbers.len() > 30 && numbers.iter().enumerate().all(|(at, number)| *number == at + 1),
+        "lines are missing: {logs}"
+    );
+    engine.engine(["rm", "survivor", "ends-meanwhile"])?.ok().map(drop)
+}
+
+fn a_killed_shim_ends_its_container(engine: &Engine) -> Result<()> {
+    engine.engine(["run", "-d", "--name", "orphan", IMAGE, "sleep", "1000"])?.ok()?;
+    engine.processes().kill("shim")?;
+    wait_until("the container is seen to have ended", Duration::from_secs(30), || {
+        Ok(state(engine, "orphan")?.starts_with("exited").then_some(()))
+    })?;
+    engine.engine(["start", "orphan"])?.ok()?;
+    engine.engine(["rm", "-f", "orphan"])?.ok()?;
+    engine.engine(["run", "--rm", IMAGE, "true"])?.ok().map(drop)
+}
+
+fn a_killed_daemon_takes_the_machine_with_it(engine: &Engine) -> Result<()> {
+    engine.engine(["run", "--name", "kept", IMAGE, "sh", "-c", "echo x > /x"])?.ok()?;
+    engine.processes().kill("engined")?;
+    engine.processes().expect_none(Duration::from_secs(60)).context("after kill -9 of engined")?;
+    // The next command starts everything again.
+    let names = engine.engine(["ps", "-a", "--format", "{{.Names}}"])?.ok()?;
+    ensure!(names.contains("kept"), "{names}");
+    engine.engine(["rm", "kept"])?.ok().map(drop)
+}
+
+fn a_killed_vm_process_is_replaced(engine: &Engine) -> Result<()> {
+    for name in ["engine-vmm", "qemu-system-x86_64"] {
+        engine.engine(["run", "--rm", IMAGE, "true"])?.ok()?;
+        let before = engine.processes().find("qemu-system-x86_64")?;
+        engine.processes().kill(name)?;
+        wait_until("the machine is seen to have ended", Duration::from_secs(60), || {
+            let gone = !engine.processes().list().iter().any(|process| process.pid == before.pid);
+            Ok((gone && engine.engine(["machine", "status"])?.stdout.trim() == "stopped").then_some(()))
+        })
+        .with_context(|| format!("after kill -9 of {name}"))?;
+        engine.engine(["run", "--rm", IMAGE, "true"])?.ok()?;
+        engine.processes().find("engine-vmm")?;
+        engine.processes().find("qemu-system-x86_64")?;
+    }
+    Ok(())
+}
+
+/// Deterministic noise for choosing moments; the seed is printed with a failure.
+struct Dice(u64);
+
+impl Dice {
+    fn roll(&mut self, below: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % below
+    }
+}
+
+/// What the engine has acknowledged.
+#[derive(Default)]
+struct Acknowledged {
+    images: BTreeSet<String>,
+    containers: BTreeSet<String>,
+}
+
+impl Acknowledged {
+    /// All of it is there, and works.
+    fn check(&self, engine: &Engine) -> Result<()> {
+        let images = engine.engine(["images", "--format", "{{.Repository}}:{{.Tag}}"])?.ok()?;
+        let containers = engine.engine(["ps", "-a", "--format", "{{.Names}}"])?.ok()?;
+        for (kind, wanted, listed) in
+            [("image", &self.images, images), ("container", &self.containers, containers)]
+        {
+            let listed: BTreeSet<&str> = listed.lines().collect();
+            if let Some(lost) = wanted.iter().find(|name| !listed.contains(name.as_str())) {
+                bail!("the acknowledged {kind} `{lost}` is lost; there are {listed:?}");
+            }
+        }
+        if let Some(image) = self.images.last() {
+            engine.engine(["run", "--rm", image, "cat", "/noise"]).map(|run| run.code)?;
+            engine.engine(["run", "--rm", image, "sh", "-c", "wc -c < /noise"])?.ok()?;
+        }
+        engine.engine(["run", "--rm", IMAGE, "true"])?.ok().map(drop)
+    }
+
+    fn clean_up(&self, engine: &Engine) -> Result<()> {
+        let containers = engine.engine(["ps", "-aq"])?.ok()?;
+        if !containers.is_empty() {
+            engine.engine(["rm", "-f"].into_iter().chain(containers.lines()))?.ok()?;
+        }
+        for image in &self.images {
+            engine.engine(["rmi", "-f", image])?.ok()?;
+        }
+        Ok(())
+    }
+}
+
+/// `rounds` times: something is going on, something is killed at a random moment, then everything acknowledged is there.
+fn rounds(engine: &Engine, rounds: u64, moment_ms_max: u64, kill: impl Fn(u64) -> Result<()>) -> Result<()> {
+    let mut dice = Dice(20_261_121);
+    let mut acknowledged = Acknowledged::default();
+    for round in 0..rounds {
+        let name = format!("round{round}");
+        let image = TestImage::new(vec![Layer::busybox()?, Layer::noise("noise", 4 << 20, round + 1)?]);
+        engine.registry().push(&image, &name, "1")?;
+        let reference = format!("{}/{name}:1", engine.registry_name());
+        let pull = engine.spawn(["pull", "-q", &reference])?;
+        let start = engine.spawn(["run", "-d", "--name", &name, IMAGE, "sleep", "1000"])?;
+        let begun = Instant::now();
+        let moment = Duration::from_millis(dice.roll(moment_ms_max));
+        std::thread::sleep(moment.saturating_sub(begun.elapsed()));
+        kill(round)?;
+        // Either may have been answered before the kill, or not at all; an answer of 0 is a promise.
+        if pull.finish()?.code == 0 {
+            acknowledged.images.insert(reference);
+        }
+        if start.finish()?.code == 0 {
+            acknowledged.containers.insert(name);
+        }
+        if engine.stage == tests_harness::Stage::Native {
+            engine.boot()?;
+        }
+        acknowledged
+            .check(engine)
+            .with_context(|| format!("round {round}, killed after {} ms", moment.as_millis()))?;
+    }
+    acknowledged.clean_up(engine)
+}
+
+fn native_rounds(engine: &Engine) -> Result<()> {
+    rounds(engine, 20, 900, |_| engine.end_native(true))
+}
+
+fn machine_rounds(engine: &Engine) -> Result<()> {
+    rounds(engine, 20, 4000, |round| {
+        let victim = ["engine-vmm", "qemu-system-x86_64", "engined"][usize::try_from(round % 3)?];
+        engine.processes().kill(victim)?;
+        // A killed daemon gives the guest a moment to power off; all must be gone before anything is promised again.
+        if victim == "engined" {
+            engine.processes().expect_none_but(&["engine"], Duration::from_secs(60))
+        } else {
+            Ok(())
+        }
+    })?;
+    engine.engine(["machine", "stop"])?.ok()?;
+    let mut check = Command::new("/usr/sbin/e2fsck");
+    check.arg("-fn").arg(engine.path("machines/default/disk.raw"));
+    tests_harness::run(check)?.ok().context("the data disk is not clean")?;
+    engine.boot()
+}
+
+fn a_damaged_disk_is_never_formatted(engine: &Engine) -> Result<()> {
+    engine.engine(["machine", "stop"])?.ok()?;
+    let disk = engine.path("machines/default/disk.raw");
+    let kept = engine.path("disk.kept");
+    std::fs::rename(&disk, &kept)?;
+    let result = damaged(engine, &disk);
+    engine.engine(["machine", "stop"])?.ok()?;
+    std::fs::rename(&kept, &disk)?;
+    result?;
+    engine.engine(["run", "--rm", IMAGE, "true"])?.ok().map(drop)
+}
+
+fn damaged(engine: &Engine, disk: &std::path::Path) -> Result<()> {
+    let nonsense = b"this is somebody's data ".repeat(100_000);
+    let file = std::fs::File::create(disk)?;
+    std::io::Write::write_all(&mut &file, &nonsense)?;
+    file.set_len(16 << 30)?;
+    drop(file);
+    let start = engine.engine(["machine", "start"])?;
+    ensure!(start.code == 1 && start.stderr.contains("disk"), "{start:?}");
+    let still = std::fs::File::open(disk)?;
+    let mut head = vec![0; nonsense.len()];
+    std::io::Read::read_exact(&mut &still, &mut head)?;
+    ensure!(head == nonsense, "the disk was written to");
+    Ok(())
+}

@@ -1,0 +1,91 @@
+//! Stopping and starting again: what was acknowledged is there.
+
+use anyhow::{Result, ensure};
+use tests_harness::{Engine, IMAGE, Stage};
+
+crate::scenarios![data_survives_a_clean_restart, the_state_is_told, two_first_calls_boot_one_machine];
+
+/// Stops the machine, or the natively run engine, cleanly and starts it again.
+fn restart(engine: &Engine) -> Result<()> {
+    match engine.stage {
+        Stage::Native => {
+            engine.end_native(false)?;
+            engine.boot()
+        }
+        Stage::Qemu => {
+            engine.engine(["machine", "stop"])?.ok()?;
+            let status = engine.engine(["machine", "status"])?.ok()?;
+            ensure!(status == "stopped", "{status}");
+            engine.engine(["machine", "start"])?.ok().map(drop)
+        }
+    }
+}
+
+fn data_survives_a_clean_restart(engine: &Engine) -> Result<()> {
+    engine.engine(["run", "--name", "writer", IMAGE, "sh", "-c", "echo kept > /file"])?.ok()?;
+    engine
+        .engine([
+            "run",
+            "-d",
+            "--name",
+            "runner",
+            IMAGE,
+            "sh",
+            "-c",
+            "trap 'exit 0' TERM; while :; do sleep 0.1; done",
+        ])?
+        .ok()?;
+    restart(engine)?;
+    engine.engine(["start", "writer"])?.ok()?;
+    let copy = engine.engine(["run", "--rm", IMAGE, "true"])?;
+    ensure!(copy.code == 0, "{copy:?}");
+    let names = engine.engine(["ps", "-a", "--format", "{{.Names}} {{.State}}"])?.ok()?;
+    ensure!(names.contains("writer "), "{names}");
+    // Natively containers outlive the engine; with the machine they end, by their own will.
+    let runner = engine.engine(["inspect", "-f", "{{.State.Status}} {{.State.ExitCode}}", "runner"])?.ok()?;
+    let expected = match engine.stage {
+        Stage::Native => "running 0",
+        Stage::Qemu => "exited 0",
+    };
+    ensure!(runner == expected, "{runner}");
+    engine.engine(["rm", "-f", "writer", "runner"])?.ok().map(drop)
+}
+
+fn the_state_is_told(engine: &Engine) -> Result<()> {
+    if engine.stage == Stage::Native {
+        return engine.engine(["machine", "info"])?.fails_with(1, "cannot be used with --host");
+    }
+    let info = engine.engine(["machine", "info"])?.ok()?;
+    for part in ["State:", "running", "Back end:", "Reason:", "Memory used:", "Disk used:", "Kernel:"] {
+        ensure!(info.contains(part), "no `{part}` in {info}");
+    }
+    let console = engine.engine(["machine", "logs"])?.ok()?;
+    ensure!(!console.is_empty(), "the console is empty");
+    let socket = engine.engine(["env", "--socket"])?.ok()?;
+    ensure!(socket == format!("unix://{}", engine.docker_socket().display()), "{socket}");
+    let mode =
+        std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(engine.docker_socket())?.permissions());
+    ensure!(mode & 0o777 == 0o600, "{mode:o}");
+    let shell = engine
+        .engine(["machine", "shell", "-i", IMAGE, "ls", "/host/usr/bin/guest-engine", "/host/init"])?
+        .ok()?;
+    ensure!(shell.contains("/host/usr/bin/guest-engine"), "{shell}");
+    Ok(())
+}
+
+fn two_first_calls_boot_one_machine(engine: &Engine) -> Result<()> {
+    if engine.stage == Stage::Native {
+        return Ok(());
+    }
+    engine.engine(["machine", "shutdown"])?.ok()?;
+    engine.processes().expect_none(std::time::Duration::from_secs(30))?;
+    let calls =
+        [engine.spawn(["ps"])?, engine.spawn(["images"])?, engine.spawn(["run", "--rm", IMAGE, "true"])?];
+    for call in calls {
+        call.finish()?.ok()?;
+    }
+    // `find` fails when there are two.
+    engine.processes().find("engined")?;
+    engine.processes().find("engine-vmm")?;
+    engine.processes().find("qemu-system-x86_64").map(drop)
+}

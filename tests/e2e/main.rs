@@ -1,0 +1,87 @@
+//! What users do, with real programs: every scenario runs in every stage (`ENGINE_TEST_STAGE`), on one private engine.
+#![forbid(unsafe_code)]
+
+mod bad_input;
+mod crash;
+mod docker;
+mod exec;
+mod images;
+mod life;
+mod network;
+mod run;
+mod streams;
+
+use anyhow::Result;
+use libtest_mimic::{Arguments, Failed, Trial};
+use std::process::ExitCode;
+use std::sync::Arc;
+use tests_harness::{Engine, Stage, enter_private_namespaces};
+
+/// One scenario: its name reads as a fact.
+struct Scenario {
+    name: &'static str,
+    body: fn(&Engine) -> Result<()>,
+}
+
+/// Lists functions of the calling module as scenarios.
+macro_rules! scenarios {
+    ($($name:ident),* $(,)?) => {
+        pub(crate) fn scenarios() -> Vec<crate::Scenario> {
+            vec![$(crate::Scenario { name: concat!(module_path!(), "::", stringify!($name)), body: $name }),*]
+        }
+    };
+}
+use scenarios;
+
+fn main() -> ExitCode {
+    let mut arguments = Arguments::from_args();
+    // One engine, and a machine of two processors: scenarios after one another, unless asked otherwise.
+    arguments.test_threads.get_or_insert(1);
+    match test(&arguments) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error:?}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn test(arguments: &Arguments) -> Result<ExitCode> {
+    let stage = Stage::from_environment()?;
+    let mut scenarios = run::scenarios();
+    scenarios.extend(streams::scenarios());
+    scenarios.extend(exec::scenarios());
+    scenarios.extend(images::scenarios());
+    scenarios.extend(network::scenarios());
+    scenarios.extend(docker::scenarios());
+    scenarios.extend(bad_input::scenarios());
+    scenarios.extend(life::scenarios());
+    // Last: these kill what the others stand on.
+    scenarios.extend(match stage {
+        Stage::Native => crash::native_scenarios(),
+        Stage::Qemu => crash::machine_scenarios(),
+    });
+    if arguments.list {
+        let trials = scenarios.into_iter().map(|scenario| Trial::test(scenario.name, || Ok(()))).collect();
+        return Ok(libtest_mimic::run(arguments, trials).exit_code());
+    }
+    if stage == Stage::Native {
+        enter_private_namespaces()?;
+    }
+    let engine = Arc::new(Engine::start(stage)?);
+    let trials = scenarios.into_iter().map(|scenario| trial(scenario, &engine)).collect();
+    let conclusion = libtest_mimic::run(arguments, trials);
+    let finished = engine.finish();
+    match finished {
+        Ok(()) if !conclusion.has_failed() => Ok(ExitCode::SUCCESS),
+        Ok(()) => Ok(ExitCode::from(101)),
+        Err(error) => Err(error.context("the engine left something behind")),
+    }
+}
+
+fn trial(scenario: Scenario, engine: &Arc<Engine>) -> Trial {
+    let engine = Arc::clone(engine);
+    Trial::test(scenario.name, move || {
+        (scenario.body)(&engine).map_err(|error| Failed::from(format!("{error:?}\n{}", engine.logs())))
+    })
+}

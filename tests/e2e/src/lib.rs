@@ -1,2 +1,0 @@
-//! End-to-end scenarios.
-#![forbid(unsafe_code)]
