@@ -15,5 +15,6 @@
 #![deny(unsafe_code)]
 
 pub mod counter;
+pub mod fuzz;
 pub mod throttle;
 pub mod virtio;

@@ -8,7 +8,7 @@ pub mod vsock;
 
 #[cfg(test)]
 mod driver;
-mod ring;
-mod worker;
+pub(crate) mod ring;
+pub(crate) mod worker;
 
 pub use device::{DeviceError, DeviceKind, Interrupt, Memory, QueueResources, QueueState, VirtioDevice};

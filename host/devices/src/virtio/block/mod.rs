@@ -28,7 +28,7 @@ use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 pub use self::file::Backend;
-use self::queue::Queues;
+pub(crate) use self::queue::Queues;
 use self::request::{MAX_RANGE_SECTORS, MAX_RANGES};
 use crate::counter::Counter;
 use crate::virtio::device::{
@@ -100,6 +100,11 @@ impl Block {
     pub fn counters(&self) -> Arc<Counters> {
         Arc::clone(&self.counters)
     }
+}
+
+/// The model without a thread, for fuzz targets.
+pub(crate) fn model(backend: Backend, queues: usize) -> Queues {
+    Queues::new(backend, queues, Arc::default())
 }
 
 /// The configuration space (virtio 1.3 §5.2.4).

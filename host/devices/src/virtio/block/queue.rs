@@ -17,7 +17,7 @@ use crate::virtio::worker::{Model, Rings};
 const BUDGET: usize = 32;
 
 /// The model, on the device's thread.
-pub(super) struct Queues {
+pub(crate) struct Queues {
     backend: Backend,
     counters: Arc<Counters>,
     kicked: Vec<bool>,

@@ -23,6 +23,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use mio::Registry;
 use rustix::net::SocketType;
 use rustix::net::sockopt::socket_type;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
@@ -31,7 +32,7 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 pub use packet::Cid;
 
 use self::muxer::{Muxer, Ports};
-use self::queue::Queues;
+pub(crate) use self::queue::Queues;
 use crate::counter::Counter;
 use crate::virtio::device::{
     DeviceError, DeviceKind, QueueResources, QueueState, VirtioDevice, read_config_bytes,
@@ -87,7 +88,7 @@ impl Counters {
     }
 }
 
-enum Message {
+pub(crate) enum Message {
     Connect { port: u32, socket: OwnedFd },
 }
 
@@ -158,6 +159,11 @@ impl Vsock {
     pub fn counters(&self) -> Arc<Counters> {
         Arc::clone(&self.counters)
     }
+}
+
+/// The model without a thread, for fuzz targets.
+pub(crate) fn model(guest: Cid, registry: Registry, backend: Backend) -> Queues {
+    Queues::new(Muxer::new(guest, registry, backend, Arc::default()))
 }
 
 impl VirtioDevice for Vsock {

@@ -3,6 +3,7 @@
 //! Host sockets are read straight into guest buffers, several of them per system call, and written straight from them.
 //! Each pass is bounded, and the two queues take turns, so no guest and no stream can hold the thread.
 
+use std::os::fd::OwnedFd;
 use std::time::Instant;
 
 use mio::event::Event;
@@ -28,8 +29,8 @@ const RECEIVE_BUDGET: usize = 256;
 const BURST: usize = 16;
 
 /// The model, on the device's thread.
-pub(super) struct Queues {
-    pub muxer: Muxer,
+pub(crate) struct Queues {
+    muxer: Muxer,
     transmit_kicked: bool,
 }
 
@@ -49,8 +50,13 @@ enum Sent {
 }
 
 impl Queues {
-    pub fn new(muxer: Muxer) -> Self {
+    pub(super) fn new(muxer: Muxer) -> Self {
         Self { muxer, transmit_kicked: false }
+    }
+
+    /// Opens a stream from the host to a port of the guest.
+    pub fn connect(&mut self, port: u32, socket: OwnedFd, now: Instant) {
+        self.muxer.connect(port, socket, now);
     }
 
     /// Takes packets from the guest; `true` when there may be more.
@@ -236,7 +242,7 @@ impl Model for Queues {
 
     fn message(&mut self, message: Message) {
         match message {
-            Message::Connect { port, socket } => self.muxer.connect(port, socket, Instant::now()),
+            Message::Connect { port, socket } => self.connect(port, socket, Instant::now()),
         }
     }
 

@@ -1,0 +1,234 @@
+//! Entries for the fuzz targets: a device against guest memory and rings of somebody else's making.
+//!
+//! The devices run on the caller's thread, without kicks: one run of the model after each packet or request.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use rustix::fs::MemfdFlags;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use virtio_queue::desc::RawDescriptor;
+use virtio_queue::desc::split::Descriptor;
+use virtio_queue::{Queue, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::virtio::block;
+use crate::virtio::device::{DeviceKind, Interrupt, Memory, QueueResources};
+use crate::virtio::ring::Ring;
+use crate::virtio::vsock;
+use crate::virtio::worker::{Model, Rings};
+
+const MEMORY_BYTES: usize = 1 << 18;
+const SIZE: u16 = 16;
+/// Each queue's rings lie at a multiple of this; data begins behind the last of them.
+const QUEUE_BYTES: u64 = 0x1000;
+const DATA: u64 = 0x8000;
+/// A model that still has work after so many runs does not end its passes.
+const RUNS_MAX: usize = 10_000;
+
+struct Silent;
+
+impl Interrupt for Silent {
+    fn signal_used(&self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A guest's memory and the rings a device has running in it.
+struct Guest {
+    memory: Arc<GuestMemoryMmap>,
+    rings: Vec<Option<Ring>>,
+    published: Vec<u16>,
+}
+
+impl Guest {
+    /// `None` when the host has no memory or descriptors left.
+    fn new(kind: DeviceKind, queues: usize, event_idx: bool) -> Option<Self> {
+        let memory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY_BYTES)]).ok()?);
+        let mut rings = Vec::new();
+        for index in 0..queues {
+            let start = index as u64 * QUEUE_BYTES;
+            let mut queue = Queue::new(SIZE).ok()?;
+            queue.try_set_desc_table_address(GuestAddress(start)).ok()?;
+            queue.try_set_avail_ring_address(GuestAddress(start + 0x400)).ok()?;
+            queue.try_set_used_ring_address(GuestAddress(start + 0x800)).ok()?;
+            queue.set_event_idx(event_idx);
+            queue.set_ready(true);
+            let resources = QueueResources {
+                memory: Memory::from(Arc::clone(&memory)),
+                queue,
+                kick: EventFd::new(EFD_NONBLOCK).ok()?,
+                interrupt: Arc::new(Silent),
+            };
+            rings.push(Some(Ring::new(kind, index, resources)));
+        }
+        Some(Self { memory, rings, published: vec![0; queues] })
+    }
+
+    /// Writes bytes into guest memory; what does not fit is not written.
+    fn write(&self, address: u64, bytes: &[u8]) {
+        let _cut_off = self.memory.write(bytes, GuestAddress(address));
+    }
+
+    /// Makes a chain of these pieces (address, length, writable) available, in the first descriptors.
+    fn publish(&mut self, queue: usize, first: u16, pieces: &[(u64, u32, bool)]) {
+        let start = queue as u64 * QUEUE_BYTES;
+        for (position, &(address, length, writable)) in pieces.iter().enumerate() {
+            let index = (first + position as u16) % SIZE;
+            let more = position + 1 < pieces.len();
+            let flags = u16::from(more) | if writable { 2 } else { 0 };
+            let descriptor = RawDescriptor::from(Descriptor::new(address, length, flags, (index + 1) % SIZE));
+            let _in_memory = self.memory.write_obj(descriptor, GuestAddress(start + 16 * u64::from(index)));
+        }
+        let published = self.published[queue];
+        let entry = start + 0x404 + 2 * u64::from(published % SIZE);
+        self.write(entry, &(first % SIZE).to_le_bytes());
+        self.published[queue] = published.wrapping_add(1);
+        self.write(start + 0x402, &self.published[queue].to_le_bytes());
+    }
+
+    fn run(&mut self, model: &mut impl Model) {
+        let rings: &mut Rings = &mut self.rings;
+        for _ in 0..RUNS_MAX {
+            if !model.run(rings) {
+                return;
+            }
+        }
+        panic!("the device finds no end");
+    }
+}
+
+/// Splits a byte off the front of `data`; zero when there is none.
+fn byte(data: &mut &[u8]) -> u8 {
+    match data.split_first() {
+        Some((first, rest)) => {
+            *data = rest;
+            *first
+        }
+        None => 0,
+    }
+}
+
+/// Feeds a socket device, either with packets in well-formed chains or with memory and rings as they come.
+pub fn vsock(mut data: &[u8]) {
+    let mode = byte(&mut data);
+    let Some(mut guest) = Guest::new(DeviceKind::Vsock, 2, mode & 2 != 0) else { return };
+    let Ok(poll) = mio::Poll::new() else { return };
+    let Ok(registry) = poll.registry().try_clone() else { return };
+    let sockets = Arc::new(Mutex::new(Vec::<OwnedFd>::new()));
+    let kept = Arc::clone(&sockets);
+    let backend = vsock::Backend {
+        ports: [1024, 1025].into(),
+        accepted: Box::new(move |_, socket| {
+            kept.lock().unwrap_or_else(PoisonError::into_inner).push(socket);
+        }),
+    };
+    let mut model = vsock::model(vsock::Cid(3), registry, backend);
+    if let Ok((near, far)) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None) {
+        sockets.lock().unwrap_or_else(PoisonError::into_inner).push(near);
+        model.connect(7, far, Instant::now());
+    }
+    if mode & 1 == 0 {
+        guest.write(0, data);
+        model.kicked(0);
+        model.kicked(1);
+        guest.run(&mut model);
+        return;
+    }
+    while !data.is_empty() {
+        let shape = byte(&mut data);
+        let length = usize::from(byte(&mut data)).min(data.len());
+        let (packet, rest) = data.split_at(length);
+        data = rest;
+        guest.write(DATA, packet);
+        let cut = u32::from(shape & 63).min(length as u32);
+        let claimed = if shape & 64 == 0 { length as u32 } else { 70_000 };
+        guest.publish(0, 0, &[(DATA + 0x2_0000, 64 * u32::from(shape >> 5), true)]);
+        guest.publish(1, 0, &[(DATA, cut, false), (DATA + u64::from(cut), claimed - cut, false)]);
+        model.kicked(0);
+        model.kicked(1);
+        if shape & 128 != 0 {
+            // Somebody on the host says something, or leaves.
+            let mut sockets = sockets.lock().unwrap_or_else(PoisonError::into_inner);
+            match shape & 1 {
+                0 => {
+                    let half = sockets.len() / 2;
+                    sockets.truncate(half);
+                }
+                _ => {
+                    for socket in sockets.iter() {
+                        let flags = rustix::net::SendFlags::DONTWAIT | rustix::net::SendFlags::NOSIGNAL;
+                        let _full_or_closed = rustix::net::send(socket, b"hello", flags);
+                    }
+                }
+            }
+        }
+        guest.run(&mut model);
+    }
+}
+
+/// Feeds a disk, either with requests in well-formed chains or with memory and rings as they come.
+pub fn block(mut data: &[u8]) {
+    let mode = byte(&mut data);
+    let Some(mut guest) = Guest::new(DeviceKind::Block, 1, mode & 2 != 0) else { return };
+    let Ok(file) = rustix::fs::memfd_create("disk", MemfdFlags::CLOEXEC) else { return };
+    let file = File::from(file);
+    if file.set_len(1 << 16).is_err() {
+        return;
+    }
+    let Ok(backend) = block::Backend::new(file, "fuzz", mode & 4 != 0) else { return };
+    let mut model = block::model(backend, 1);
+    if mode & 1 == 0 {
+        guest.write(0, data);
+        model.kicked(0);
+        guest.run(&mut model);
+        return;
+    }
+    while !data.is_empty() {
+        let shape = byte(&mut data);
+        let length = usize::from(byte(&mut data)).min(data.len());
+        let (request, rest) = data.split_at(length);
+        data = rest;
+        guest.write(DATA, request);
+        let cut = u32::from(shape & 31).min(length as u32);
+        let room = 512 * u32::from(shape >> 5) + 1;
+        guest.publish(
+            0,
+            0,
+            &[
+                (DATA, cut, false),
+                (DATA + u64::from(cut), length as u32 - cut, false),
+                (DATA + 0x1_0000, room, true),
+            ],
+        );
+        model.kicked(0);
+        guest.run(&mut model);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn devices_survive_any_bytes(data in prop::collection::vec(any::<u8>(), 0..2000)) {
+            vsock(&data);
+            block(&data);
+        }
+    }
+
+    #[test]
+    fn a_request_of_a_fuzz_target_reaches_the_disk() {
+        // Well-formed chains, header and nothing else, room for one sector: type 0, sector 0.
+        let mut data = vec![1, 1 << 5 | 16, 16];
+        data.extend([0; 16]);
+        block(&data);
+    }
+}
