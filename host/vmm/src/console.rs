@@ -18,7 +18,7 @@ pub const HEAD_BYTES: u64 = 256 * 1024;
 /// What is kept of the newest output when the middle is cut out.
 const KEPT_BYTES: u64 = 256 * 1024;
 /// Lines in a failure message.
-pub const TAIL_LINES: usize = 30;
+pub const TAIL_LINES: usize = 50;
 /// Memory for those lines; also their bound in a control message.
 const TAIL_BYTES_MAX: usize = 16 * 1024;
 /// The part of a line that is looked at for a panic.
@@ -163,6 +163,27 @@ mod tests {
         );
         assert_eq!(text.matches("bytes left out").count(), 1);
         assert!(tail_of(&path).unwrap().ends_with("line 199999 of the guest"));
+    }
+
+    proptest::proptest! {
+        #![proptest_config(proptest::test_runner::Config { cases: 16, failure_persistence: None, ..Default::default() })]
+        #[test]
+        fn the_file_is_bounded_whatever_is_written(chunks in proptest::collection::vec((0_u8..=255, 0_usize..60_000), 0..80)) {
+            let (_folder, path, mut log) = log();
+            let mut all = Vec::new();
+            for (byte, length) in chunks {
+                let chunk = vec![byte; length];
+                log.write(&chunk);
+                all.extend(&chunk);
+                let file = std::fs::read(&path).unwrap();
+                proptest::prop_assert!(file.len() as u64 <= FILE_BYTES_MAX);
+                proptest::prop_assert_eq!(file.len() as u64, log.length);
+                let head = all.len().min(HEAD_BYTES as usize);
+                proptest::prop_assert_eq!(&file[..head], &all[..head]);
+                let newest = all.len().min(KEPT_BYTES as usize / 2).min(file.len() - head);
+                proptest::prop_assert!(file.ends_with(&all[all.len() - newest..]));
+            }
+        }
     }
 
     #[test]

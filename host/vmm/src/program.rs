@@ -46,6 +46,7 @@ const LOST_DEVICE_GRACE: Duration = Duration::from_secs(2);
 ///
 /// Must be called on the main thread (see the module).
 pub fn run(channel: Channel) -> anyhow::Result<()> {
+    raise_file_limit();
     let (sender, mut receiver) = channel.split();
     sender.set_timeout(SEND_TIME_MAX).context("cannot set up the control channel")?;
     let spec = match receiver.receive::<Command>().context("cannot read the first command")? {
@@ -78,6 +79,16 @@ pub fn run(channel: Channel) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Every connection into the guest is a descriptor here; the usual soft limit of 1024 is soon reached.
+fn raise_file_limit() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        tracing::warn!(%error, "cannot raise the limit of open files");
+    }
+}
+
 /// The daemon, as long as it is there.
 struct Daemon {
     sender: control::Sender,
@@ -93,6 +104,8 @@ impl Daemon {
         if let Err(error) = self.sender.send(event, &fds) {
             tracing::warn!(error = %format!("{error:?}"), "cannot reach the daemon");
             self.gone = true;
+            // Half a message may have been sent: the conversation is over, which the control thread hears as well.
+            self.sender.shutdown();
         }
     }
 
