@@ -1,2 +1,43 @@
-//! User-space NAT.
+//! User-space NAT: the virtual machine's way out, without root.
+//!
+//! The guest's Ethernet frames come in on a stream socket; ordinary host sockets go out. So the user's routes, VPN
+//! and resolvers apply, and nobody needs privileges.
+//!
+//! | module | job |
+//! |---|---|
+//! | [`stack`] | the pure machine: frames and socket events in, frames and socket operations out |
+//! | `flow` | the one table of conversations, their keys and states |
+//! | `tcp`, `udp`, `dns`, `icmp` | one conversation each |
+//! | `arp`, `dhcp` | questions answered on the spot |
+//! | `wire` | bytes, by smoltcp |
+//! | [`io`] | the loop that does what the stack says: one thread, no timers while idle |
+//!
+//! IPv4 only in this version: IPv6 frames are counted and dropped. Fragments from the guest are dropped; datagrams to
+//! the guest are fragmented where the link needs it.
 #![forbid(unsafe_code)]
+#![warn(missing_docs)]
+
+mod arp;
+mod config;
+mod counters;
+mod dhcp;
+mod dns;
+mod flow;
+mod fuzz;
+mod icmp;
+pub mod io;
+mod random;
+mod resolv;
+mod seq;
+pub mod stack;
+mod tcp;
+mod timer;
+mod udp;
+mod wire;
+
+pub use config::Config;
+pub use counters::{Counters, DropReason};
+pub use flow::{FLOW_CAPACITY, FlowId};
+pub use fuzz::fuzz_nat_frames;
+pub use io::{Handle, spawn};
+pub use stack::{Failure, Operation, Stack};

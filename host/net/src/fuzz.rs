@@ -1,0 +1,83 @@
+//! The entry for invented frames.
+
+use std::time::Duration;
+
+use crate::config::Config;
+use crate::flow::FLOW_CAPACITY;
+use crate::stack::{Failure, Operation, Stack};
+
+/// Plays `data` to a NAT: each step is a tag, a length and so many bytes, a frame or something that happens on the
+/// host's side. The NAT must neither panic nor break its own limits.
+///
+/// # Panics
+/// When it does.
+pub fn fuzz_nat_frames(data: &[u8]) {
+    let config = Config::default();
+    let longest = usize::from(config.mtu) + 14;
+    let mut stack = Stack::new(config, 1);
+    stack.ignore_checksums();
+    stack.set_resolvers(&[([10, 0, 0, 1], 53).into(), ([10, 0, 0, 2], 53).into()]);
+    let mut now = Duration::ZERO;
+    let mut flows = Vec::new();
+    let mut rest = data;
+    while let [tag, length, tail @ ..] = rest {
+        let (bytes, tail) = tail.split_at(usize::from(*length).min(tail.len()));
+        rest = tail;
+        let flow = flows.get(usize::from(*length) % flows.len().max(1)).copied();
+        match (tag % 8, flow) {
+            (0, _) => now += Duration::from_millis(u64::from(*length) * 100),
+            (1, Some(flow)) => {
+                let room = stack.room(flow);
+                if !bytes.is_empty() && room >= bytes.len() {
+                    stack.host_sent(flow, bytes);
+                }
+            }
+            (2, Some(flow)) => stack.failed(
+                flow,
+                [Failure::Refused, Failure::Reset, Failure::HostUnreachable][usize::from(*tag) % 3],
+                now,
+            ),
+            (3, Some(flow)) => stack.datagram(flow, bytes, now),
+            _ => stack.receive_frame(bytes, now),
+        }
+        stack.tick(now);
+        while let Some(operation) = stack.next_operation() {
+            match operation {
+                Operation::Connect { flow, .. } => {
+                    flows.push(flow);
+                    stack.connected(flow);
+                }
+                Operation::OpenUdp { flow, .. } | Operation::OpenEcho { flow, .. } => flows.push(flow),
+                Operation::Send { flow } => {
+                    let (first, second) = stack.outgoing(flow);
+                    let count = first.len() + second.len();
+                    stack.host_took(flow, count);
+                    if stack.wants_shutdown(flow) {
+                        stack.host_shut(flow);
+                    }
+                }
+                Operation::Close { flow } | Operation::Reset { flow } => flows.retain(|other| *other != flow),
+                Operation::Receive { .. } | Operation::SendDatagram { .. } => {}
+            }
+        }
+        let mut out = Vec::new();
+        while let Some(length) = stack.next_frame(&mut out, now) {
+            assert!(length <= longest, "a frame of {length} bytes");
+        }
+        assert!(stack.counters().flows_open as usize <= FLOW_CAPACITY);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_survived(data in prop::collection::vec(any::<u8>(), 0..2000)) {
+            fuzz_nat_frames(&data);
+        }
+    }
+}
