@@ -1,1 +1,44 @@
-fn main() {}
+//! The numbers we promise, printed, never gated: these computers are shared and noisy.
+//!
+//! `bench` measures everything, `bench NAME …` only what is named. Where there is a peer it runs in the same run.
+#![forbid(unsafe_code)]
+#![expect(clippy::print_stdout, reason = "a benchmark prints")]
+
+mod boot;
+mod memory;
+mod throughput;
+
+use anyhow::{Result, bail};
+use tests_harness::{Engine, Stage};
+
+/// One measurement on a machine that runs.
+type Measure = fn(&Engine) -> Result<()>;
+
+const MEASURES: [(&str, Measure); 6] = [
+    ("image", boot::image),
+    ("boot", boot::boot),
+    ("memory", memory::overhead),
+    ("vsock", throughput::vsock),
+    ("nat", throughput::nat),
+    ("pull", throughput::pull),
+];
+
+fn main() -> Result<()> {
+    let wanted: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--").collect();
+    if let Some(unknown) = wanted.iter().find(|name| !MEASURES.iter().any(|(known, _)| known == name)) {
+        bail!("there is no measurement `{unknown}`; there are {:?}", MEASURES.map(|(name, _)| name));
+    }
+    let engine = Engine::start(Stage::Qemu)?;
+    for (name, measure) in MEASURES {
+        if wanted.is_empty() || wanted.iter().any(|wanted| wanted == name) {
+            println!("== {name}");
+            measure(&engine)?;
+        }
+    }
+    engine.finish()
+}
+
+/// `name: value unit`, one a line.
+fn figure(name: &str, value: f64, unit: &str) {
+    println!("{name:<44} {value:>10.2} {unit}");
+}

@@ -1,0 +1,87 @@
+//! What the VM costs beyond the guest's memory, against plain QEMU with its own devices, same kernel and initramfs.
+
+use crate::boot::mib;
+use crate::figure;
+use anyhow::{Context, Result};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+use tests_harness::{Engine, IMAGE};
+
+/// Long enough for either to have booted.
+const SETTLE: Duration = Duration::from_secs(20);
+
+pub(crate) fn overhead(engine: &Engine) -> Result<()> {
+    engine.engine(["run", "--rm", IMAGE, "true"])?.ok()?;
+    std::thread::sleep(SETTLE);
+    let processes = engine.processes();
+    let (vmm, qemu) = (processes.find("engine-vmm")?.pid, processes.find("qemu-system-x86_64")?.pid);
+    let ours = private(vmm)? + private(qemu)?;
+    figure("engine-vmm, private memory", mib(private(vmm)?), "MiB");
+    figure("its QEMU, memory beyond the guest's", mib(private(qemu)?), "MiB");
+    figure("engined, private memory", mib(private(processes.find("engined")?.pid)?), "MiB");
+    let peer = plain_qemu(engine)?;
+    figure("plain QEMU, memory beyond the guest's", mib(peer), "MiB");
+    figure("ours to plain QEMU", mib(ours) / mib(peer), "x");
+    Ok(())
+}
+
+/// Memory of the process in bytes, proportionally, without shared memory, which is the guest's RAM.
+fn private(pid: i32) -> Result<u64> {
+    let path = format!("/proc/{pid}/smaps_rollup");
+    let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read `{path}`"))?;
+    let field = |name: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(name)?.trim().strip_suffix(" kB"));
+        line.and_then(|kib| kib.trim().parse::<u64>().ok()).with_context(|| format!("`{path}` has no {name}"))
+    };
+    Ok((field("Pss_Anon:")? + field("Pss_File:")?) << 10)
+}
+
+fn plain_qemu(engine: &Engine) -> Result<u64> {
+    let folder = tempfile::tempdir()?;
+    let disk = folder.path().join("disk.raw");
+    std::fs::File::create(&disk)?.set_len(16 << 30)?;
+    let image = engine.program("vm-image");
+    let manifest: serde_json::Value = serde_json::from_slice(&std::fs::read(image.join("manifest.json"))?)?;
+    let cmdline = manifest["cmdline"].as_str().unwrap_or_default();
+    let mut child = Command::new("qemu-system-x86_64")
+        .args([
+            "-accel",
+            "tcg",
+            "-cpu",
+            "max",
+            "-M",
+            "q35",
+            "-m",
+            "1536",
+            "-smp",
+            "2",
+            "-nodefaults",
+            "-no-user-config",
+        ])
+        .args(["-display", "none", "-serial", "null", "-no-reboot"])
+        .args([
+            "-object",
+            "memory-backend-memfd,id=mem,size=1536M,share=on",
+            "-machine",
+            "memory-backend=mem",
+        ])
+        .arg("-kernel")
+        .arg(image.join("kernel"))
+        .arg("-initrd")
+        .arg(image.join("initramfs"))
+        .args(["-append", &format!("console=ttyS0 panic=-1 reboot=t {cmdline}")])
+        .arg("-drive")
+        .arg(format!("if=none,id=disk,format=raw,file={}", disk.display()))
+        .args(["-device", "virtio-blk-pci,drive=disk,serial=engine-data"])
+        .args(["-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net", "-device", "virtio-rng-pci"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .context("cannot start plain QEMU")?;
+    std::thread::sleep(SETTLE);
+    let measured = private(i32::try_from(child.id())?);
+    child.kill()?;
+    child.wait()?;
+    measured
+}
