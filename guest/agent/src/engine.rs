@@ -7,7 +7,7 @@
 //!      │                                   ▼
 //!      └────── after the back-off ────── Failed
 //!
-//!   any of them ──stop──▶ TERM, then KILL after STOP_TIMEOUT ──▶ return
+//!   any of them ──stop──▶ TERM, then KILL after a time ──▶ return
 //! ```
 //!
 //! Containers do not end with the engine: each hangs on a shim, which PID 1 inherits and leaves alone. The next engine
@@ -26,12 +26,12 @@ use guest_protocol::EngineState;
 use rustix::process::Signal;
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe;
-use tokio::sync::oneshot;
 use tokio::time::Instant;
 use tracing::{info, warn};
 
 use crate::backoff::Backoff;
 use crate::log::Log;
+use crate::power::{self, Haste, Orders};
 use crate::process::{Child, Processes};
 use crate::status::Publisher;
 use crate::{machine, mounts, sys};
@@ -53,9 +53,6 @@ const ARGUMENTS: &[&str] = &[
     "--insecure-registry", "host.docker.internal",
     "--insecure-registry", "198.18.0.254",
 ];
-
-/// The engine stops its containers when it is told to end; each may take the ten seconds that `docker stop` gives.
-const STOP_TIMEOUT: Duration = Duration::from_secs(11);
 
 /// An engine that lived this long was well: if it ends, the next one is started without much delay.
 const WELL_AFTER: Duration = Duration::from_secs(30);
@@ -105,14 +102,14 @@ struct Running {
 }
 
 impl Supervisor {
-    /// Keeps the engine running until `stop`; then ends it and returns.
-    pub async fn run(self, mut stop: oneshot::Receiver<()>) {
+    /// Keeps the engine running until the machine is to be switched off; then ends it and returns.
+    pub async fn run(self, mut orders: Orders) {
         let mut policy = RestartPolicy::new();
         loop {
             self.status.engine(EngineState::Starting);
             let began = Instant::now();
             let reason = match self.start() {
-                Ok(running) => match self.watch(running, &mut stop).await {
+                Ok(running) => match self.watch(running, &mut orders).await {
                     Some(reason) => reason,
                     None => return,
                 },
@@ -124,7 +121,7 @@ impl Supervisor {
             self.status.engine(EngineState::Failed { reason, retry_in_ms });
             tokio::select! {
                 () = tokio::time::sleep(delay) => {}
-                _ = &mut stop => return,
+                _ = power::ordered(&mut orders, Haste::Orderly) => return,
             }
         }
     }
@@ -168,7 +165,7 @@ impl Supervisor {
     }
 
     /// Watches one engine: `Some(reason)` when it ended by itself, `None` when it was stopped.
-    async fn watch(&self, mut running: Running, stop: &mut oneshot::Receiver<()>) -> Option<String> {
+    async fn watch(&self, mut running: Running, orders: &mut Orders) -> Option<String> {
         let mut byte = [0];
         let mut awaiting = true;
         loop {
@@ -184,8 +181,8 @@ impl Supervisor {
                         false => format!("the engine {how}: {words}"),
                     });
                 }
-                _ = &mut *stop => {
-                    self.stop(running).await;
+                _ = power::ordered(orders, Haste::Orderly) => {
+                    stop(running, orders).await;
                     return None;
                 }
                 said = running.ready.read(&mut byte), if awaiting => {
@@ -199,20 +196,26 @@ impl Supervisor {
             }
         }
     }
+}
 
-    async fn stop(&self, mut running: Running) {
-        for (signal, limit) in [(Signal::TERM, STOP_TIMEOUT), (Signal::KILL, Duration::from_secs(1))] {
-            if let Err(error) = running.child.signal(signal) {
-                warn!(%error, ?signal, "cannot signal the engine");
-            }
-            match tokio::time::timeout(limit, &mut running.child.exit).await {
-                Ok(exit) => {
-                    let exit = exit.map(|exit| exit.to_string()).unwrap_or_default();
-                    return info!(exit, "engine stopped");
-                }
-                Err(_elapsed) => warn!(?signal, ?limit, "the engine does not end"),
-            }
+async fn stop(mut running: Running, orders: &mut Orders) {
+    for signal in [Signal::TERM, Signal::KILL] {
+        if let Err(error) = running.child.signal(signal) {
+            warn!(%error, ?signal, "cannot signal the engine");
         }
+        let hastily = async {
+            power::ordered(orders, Haste::Now).await;
+            tokio::time::sleep(Haste::Now.engine_time_max()).await;
+        };
+        tokio::select! {
+            exit = &mut running.child.exit => {
+                let exit = exit.map(|exit| exit.to_string()).unwrap_or_default();
+                return info!(exit, "engine stopped");
+            }
+            () = tokio::time::sleep(Haste::Orderly.engine_time_max()) => {}
+            () = hastily => {}
+        }
+        warn!(?signal, "the engine did not end");
     }
 }
 

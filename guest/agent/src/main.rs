@@ -31,14 +31,14 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use tokio::sync::{oneshot, watch};
+use tokio::sync::watch;
 use tokio::task::{LocalSet, spawn_blocking, spawn_local};
 use tracing::{error, info, warn};
 
 use cmdline::Options;
 use log::Log;
 use modules::Modules;
-use power::PowerSwitch;
+use power::{Haste, PowerSwitch};
 use process::Processes;
 use status::{Fault, Publisher};
 
@@ -94,7 +94,8 @@ fn prepare() -> Result<Options> {
 /// The life of the machine, from here to power-off.
 async fn supervise(options: Options, log: Log) -> Result<()> {
     info!(uptime_ms = machine::uptime_ms(), ?options, "agent started");
-    let (power, mut pressed) = power::switch();
+    let power = PowerSwitch::new();
+    let mut orders = power.orders();
     let status = Publisher::new();
     let processes = Processes::default();
     keep("collecting processes", processes.clone().collect());
@@ -106,12 +107,11 @@ async fn supervise(options: Options, log: Log) -> Result<()> {
         status: status.clone(),
         debug: options.debug,
     };
-    let (stop, stopped) = oneshot::channel();
-    let mut up = spawn_local(bring_up(supervisor, power, stopped));
+    let mut up = spawn_local(bring_up(supervisor, power));
     let mut is_up = true;
-    let reason = loop {
+    let order = loop {
         tokio::select! {
-            reason = pressed.recv() => break reason.unwrap_or_default(),
+            order = power::ordered(&mut orders, Haste::Orderly) => break order,
             // Without an engine the machine stays, so that the host can read why.
             ended = &mut up, if is_up => {
                 is_up = false;
@@ -119,23 +119,18 @@ async fn supervise(options: Options, log: Log) -> Result<()> {
             }
         }
     };
-    info!(reason, "switching off");
+    info!(reason = order.reason, haste = ?order.haste, "switching off");
     status.powering_off();
     if is_up {
-        // Whoever waits for this has ended only if the engine has.
-        let _nothing_to_stop = stop.send(());
         up.await.context("the engine's supervisor was cut off")??;
     }
-    power::off(&processes, &log).await
+    power::off(&processes, &log, &orders).await
 }
 
-/// Brings everything up, then keeps the engine running until `stop`. Ends early, without an engine, on a fault that
-/// the user has to look at.
-async fn bring_up(
-    supervisor: engine::Supervisor,
-    power: PowerSwitch,
-    mut stop: oneshot::Receiver<()>,
-) -> Result<()> {
+/// Brings everything up, then keeps the engine running until the machine is to be switched off. Ends early, without
+/// an engine, on a fault that the user has to look at.
+async fn bring_up(supervisor: engine::Supervisor, power: PowerSwitch) -> Result<()> {
+    let mut orders = power.orders();
     for problem in limits::apply() {
         warn!("{problem}");
     }
@@ -171,10 +166,10 @@ async fn bring_up(
     let started = tokio::select! {
         started = start => started?,
         // A tool at work on the disk ends with all other processes.
-        _ = &mut stop => return Ok(()),
+        _ = power::ordered(&mut orders, Haste::Orderly) => return Ok(()),
     };
     match started {
-        Ok(()) => supervisor.run(stop).await,
+        Ok(()) => supervisor.run(orders).await,
         Err(fault) => {
             error!("{fault}");
             supervisor.status.fault(fault);

@@ -1,5 +1,5 @@
 //! Kernel modules, loaded in the order that the image's builder worked out: one path a line, each after what it
-//! depends on.
+//! depends on. A dash before a path marks hardware that may be missing: failing to load it is normal.
 //!
 //! Loading is most of the time between the kernel's start and the engine's, so it is done in two parts: what drives
 //! the machine's own devices first, and the rest while disk and network are brought up.
@@ -15,9 +15,15 @@ use tracing::{debug, warn};
 /// Where the builder puts the list.
 const LIST: &str = "/etc/engine/modules";
 
-/// Module paths in the order of loading.
+/// Modules in the order of loading.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Modules(Vec<PathBuf>);
+pub struct Modules(Vec<Module>);
+
+#[derive(Debug, PartialEq, Eq)]
+struct Module {
+    path: PathBuf,
+    optional: bool,
+}
 
 impl Modules {
     /// The modules of this image, in two parts to be loaded one after the other: up to the last driver of a device
@@ -38,23 +44,31 @@ impl Modules {
     /// thing it serves (disk, network, vsock) is missing.
     pub fn load(self) {
         let began = Instant::now();
-        for path in &self.0 {
-            if let Err(error) = load_one(path) {
-                warn!(module = %path.display(), %error, "kernel module not loaded");
+        for Module { path, optional } in &self.0 {
+            match load_one(path) {
+                Ok(()) => {}
+                Err(error) if *optional => debug!(module = %path.display(), %error, "no such hardware"),
+                Err(error) => warn!(module = %path.display(), %error, "kernel module not loaded"),
             }
         }
         debug!(count = self.0.len(), took = ?began.elapsed(), "kernel modules loaded");
     }
 }
 
-fn parse(list: &str) -> Vec<PathBuf> {
+fn parse(list: &str) -> Vec<Module> {
     let lines = list.lines().map(|line| line.split('#').next().unwrap_or_default().trim());
-    lines.filter(|line| !line.is_empty()).map(PathBuf::from).collect()
+    lines
+        .filter(|line| !line.is_empty())
+        .map(|line| match line.strip_prefix('-') {
+            Some(path) => Module { path: path.into(), optional: true },
+            None => Module { path: line.into(), optional: false },
+        })
+        .collect()
 }
 
-fn split(mut modules: Vec<PathBuf>) -> (Modules, Modules) {
-    let drives_a_device = |path: &PathBuf| {
-        let name = path.file_stem().unwrap_or_default().to_string_lossy().replace('-', "_");
+fn split(mut modules: Vec<Module>) -> (Modules, Modules) {
+    let drives_a_device = |module: &Module| {
+        let name = module.path.file_stem().unwrap_or_default().to_string_lossy().replace('-', "_");
         ["virtio_blk", "virtio_net", "virtio_mmio", "virtio_pci", "vmw_vsock_virtio_transport"]
             .contains(&name.as_str())
     };
@@ -77,8 +91,12 @@ mod tests {
 
     #[track_caller]
     fn check(list: &str, devices: &[&str], rest: &[&str]) {
-        let modules = |paths: &[&str]| Modules(paths.iter().map(PathBuf::from).collect());
-        assert_eq!(split(parse(list)), (modules(devices), modules(rest)));
+        let paths = |modules: Modules| -> Vec<String> {
+            modules.0.into_iter().map(|module| module.path.to_string_lossy().into_owned()).collect()
+        };
+        let (first, second) = split(parse(list));
+        assert_eq!(paths(first), devices);
+        assert_eq!(paths(second), rest);
     }
 
     #[test]
@@ -92,6 +110,12 @@ mod tests {
         );
         check("/m/overlay.ko\n/m/virtio-blk.ko", &["/m/overlay.ko", "/m/virtio-blk.ko"], &[]);
         check("/m/overlay.ko", &[], &["/m/overlay.ko"]);
+    }
+
+    #[test]
+    fn a_dash_marks_what_may_be_missing() {
+        let module = |path: &str, optional| Module { path: path.into(), optional };
+        assert_eq!(parse("-/m/a-b.ko\n /m/c.ko\n"), [module("/m/a-b.ko", true), module("/m/c.ko", false)]);
     }
 
     #[test]

@@ -14,10 +14,10 @@ use rustix::mount::{MountFlags, MountPropagationFlags};
 /// The root of the cgroup v2 tree.
 const CGROUPS: &str = "/sys/fs/cgroup";
 /// The cgroup of PID 1.
-const AGENT_CGROUP: &str = "/sys/fs/cgroup/agent";
-/// The cgroup of the engine and the shims it starts. Containers have their own beside it: a cgroup that holds
+const AGENT_CGROUP: &str = "/sys/fs/cgroup/system/agent";
+/// The cgroup of the engine and the shims it starts. Containers are elsewhere, below `/engine`: a cgroup that holds
 /// processes cannot pass controllers on to children.
-const ENGINE_CGROUP: &str = "/sys/fs/cgroup/engine";
+const ENGINE_CGROUP: &str = "/sys/fs/cgroup/system/engine";
 
 struct Mount {
     kind: &'static str,

@@ -76,6 +76,18 @@ pub struct Outcome {
     pub output: String,
 }
 
+impl fmt::Display for Outcome {
+    /// One line, not too long: tools like to spread out.
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const LENGTH_MAX: usize = 400;
+        let lines: Vec<&str> = self.output.split(['\n', '\r', '\t']).map(str::trim).collect();
+        let line = lines.into_iter().filter(|line| !line.is_empty()).collect::<Vec<_>>().join("; ");
+        let line: String =
+            line.chars().filter(|character| !character.is_control()).take(LENGTH_MAX).collect();
+        write!(formatter, "{}: {line}", self.exit)
+    }
+}
+
 /// The children we wait for. Clones share them.
 #[derive(Clone, Debug, Default)]
 pub struct Processes {
@@ -184,6 +196,7 @@ pub mod tests {
             let outcome = processes.run("sh", &["-c", "echo out; echo err >&2; exit 7"]).await.unwrap();
             assert_eq!(outcome.exit, Exit::Status(7));
             assert_eq!(outcome.output, "out\nerr");
+            assert_eq!(outcome.to_string(), "ended with status 7: out; err");
 
             let mut sleeper = processes.spawn(Command::new("sleep").arg("1000")).unwrap();
             let quick = processes.spawn(&mut Command::new("true")).unwrap();

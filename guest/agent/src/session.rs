@@ -14,7 +14,7 @@ use tokio_vsock::{VsockAddr, VsockStream};
 use tracing::{debug, info, warn};
 
 use crate::backoff::Backoff;
-use crate::power::PowerSwitch;
+use crate::power::{Haste, PowerSwitch};
 use crate::status::Status;
 use crate::{clock, machine};
 
@@ -119,7 +119,7 @@ fn answer(
             Err(error) => Err(Failure::new(FailureKind::Failed, format!("cannot set the clock: {error}"))),
         },
         Request::PowerOff => {
-            power.press("the host asks for it");
+            power.press("the host asks for it", Haste::Orderly);
             Ok(Response::Done)
         }
         Request::Info => Ok(Response::Info(machine::gather(engine()))),
@@ -164,7 +164,8 @@ mod tests {
     async fn the_host_learns_the_state_asks_and_switches_off() {
         let (near, far) = tokio::io::duplex(64);
         let publisher = status::Publisher::new();
-        let (switch, mut pressed) = power::switch();
+        let switch = PowerSwitch::new();
+        let mut orders = switch.orders();
         let watch = publisher.watch();
         let agent = tokio::spawn(async move { drive(near, watch, &switch).await });
         let mut host = Host::new(far, guest_protocol::PROTOCOL_VERSION);
@@ -187,7 +188,7 @@ mod tests {
         host.session.request(Request::PowerOff, Duration::ZERO).unwrap();
         let done = host.next_event().await.unwrap();
         assert!(matches!(done, SessionEvent::Response { result: Ok(Response::Done), .. }), "{done:?}");
-        assert_eq!(pressed.recv().await.as_deref(), Some("the host asks for it"));
+        assert_eq!(power::ordered(&mut orders, Haste::Orderly).await.haste, Haste::Orderly);
 
         drop(host);
         let ended = agent.await.unwrap().unwrap_err().to_string();
@@ -199,7 +200,7 @@ mod tests {
         let (near, far) = tokio::io::duplex(64);
         let publisher = status::Publisher::new();
         let watch = publisher.watch();
-        let (switch, _pressed) = power::switch();
+        let switch = PowerSwitch::new();
         let agent = tokio::spawn(async move { drive(near, watch, &switch).await });
         let mut host = Host::new(far, 99);
         let error = host.next_event().await.unwrap_err().to_string();

@@ -132,7 +132,7 @@ pub async fn bring_up(processes: &Processes) -> Result<(), Fault> {
         // that stays smaller than it could be is no reason not to start.
         match processes.run("/usr/sbin/resize2fs", &[&disk.to_string_lossy()]).await {
             Ok(outcome) if outcome.exit == Exit::Status(0) => info!(size_bytes = size, "data disk grown"),
-            Ok(outcome) => warn!(exit = %outcome.exit, output = outcome.output, "cannot grow the data disk"),
+            Ok(outcome) => warn!(resize2fs = %outcome, "cannot grow the data disk"),
             Err(error) => warn!("cannot grow the data disk: {error:#}"),
         }
     }
@@ -241,7 +241,7 @@ async fn format(processes: &Processes, disk: &Path, size: u64) -> Result<()> {
     let arguments: Vec<&str> = FORMAT.iter().copied().chain([&*node]).collect();
     let outcome = processes.run("/usr/sbin/mke2fs", &arguments).await?;
     if outcome.exit != Exit::Status(0) {
-        anyhow::bail!("mke2fs {}: {}", outcome.exit, outcome.output);
+        anyhow::bail!("mke2fs {outcome}");
     }
     // First the file system, then the word that it is whole.
     file.sync_all()?;
@@ -257,13 +257,11 @@ async fn check(processes: &Processes, disk: &Path) -> Result<(), Fault> {
         .await
         .map_err(|error| fault(format!("the disk could not be checked ({error:#}). {REMEDY}")))?;
     if !check_passed(outcome.exit) {
-        let found = outcome.output.replace('\n', "; ");
         return Err(fault(format!(
-            "the file system on the disk is damaged and was not repaired (e2fsck {}: {found}). {REMEDY}",
-            outcome.exit
+            "the file system on the disk is damaged and was not repaired (e2fsck {outcome}). {REMEDY}"
         )));
     }
-    info!(exit = %outcome.exit, output = outcome.output, "data disk checked");
+    info!(e2fsck = %outcome, "data disk checked");
     Ok(())
 }
 
