@@ -268,7 +268,7 @@ impl Guest {
     }
 
     /// A stream from the host, given as one end of a socket pair, and its name.
-    fn from_host(&mut self) -> (UnixStream, Name) {
+    fn host_opens(&mut self) -> (UnixStream, Name) {
         let (near, far) = UnixStream::pair().unwrap();
         let name = self.connect(far.into());
         (near, name)
@@ -281,7 +281,7 @@ impl Guest {
     }
 
     /// A stream from the guest's `port`, and the host's end of it.
-    fn to_host(&mut self, port: u32) -> (UnixStream, Name) {
+    fn guest_opens(&mut self, port: u32) -> (UnixStream, Name) {
         let name = (port, SERVED);
         self.control(name, Operation::Request, 0);
         self.until("the host accepts a stream", |guest| guest.streams[&name].accepted);
@@ -311,7 +311,7 @@ const PERIOD: usize = 65_521;
 impl Text {
     fn new() -> Self {
         // Twice, so that any window of a period's length is one slice.
-        Self((0..2 * PERIOD).map(|position| ((position % PERIOD) * 40503 >> 7) as u8).collect())
+        Self((0..2 * PERIOD).map(|position| (((position % PERIOD) * 40503) >> 7) as u8).collect())
     }
 
     fn at(&self, position: usize, length: usize) -> &[u8] {
@@ -345,7 +345,7 @@ fn read_to_end(socket: &mut impl Read) -> Vec<u8> {
 fn one_packet_of_64_kib_in_several_descriptors_arrives_whole() {
     let text = Text::new();
     let mut guest = Guest::new();
-    let (mut host, name) = guest.to_host(5000);
+    let (mut host, name) = guest.guest_opens(5000);
     guest.send(name, text.at(0, 65_521));
     text.check(0, &read_exactly(&mut host, 65_521));
     let header = Guest::header(name, Operation::Data, 0, 65_536, &guest.streams[&name]);
@@ -359,7 +359,7 @@ fn one_packet_of_64_kib_in_several_descriptors_arrives_whole() {
 #[test]
 fn a_header_may_be_cut_anywhere() {
     let mut guest = Guest::new();
-    let (mut host, name) = guest.to_host(5000);
+    let (mut host, name) = guest.guest_opens(5000);
     for cut in 1..HEADER_BYTES {
         let header = Guest::header(name, Operation::Data, 0, 3, &guest.streams[&name]);
         guest.send_raw(header, &[cut as u8, 2, 3], &[cut]);
@@ -373,7 +373,7 @@ fn small_buffers_of_the_guest_are_filled_and_useless_ones_handed_back() {
     let text = Text::new();
     // Room for the header and a little; after the first round the buffers are of ordinary size.
     let mut guest = Guest::with(false, HEADER_BYTES as u32 + 10);
-    let (mut host, name) = guest.from_host();
+    let (mut host, name) = guest.host_opens();
     host.write_all(text.at(0, 5000)).unwrap();
     guest.until("all has come", |guest| guest.streams[&name].inbox.len() == 5000);
     text.check(0, &guest.take(name));
@@ -455,7 +455,7 @@ fn both_ways(guest: &mut Guest, host: UnixStream, name: Name, total: usize) {
 #[test]
 fn sixty_four_mebibytes_each_way_through_a_unix_socket() {
     let mut guest = Guest::new();
-    let (host, name) = guest.to_host(5000);
+    let (host, name) = guest.guest_opens(5000);
     both_ways(&mut guest, host, name, 64 << 20);
     guest.until_reset(name);
     guest.until_closed();
@@ -477,7 +477,7 @@ fn sixty_four_mebibytes_each_way_with_a_tiny_socket_buffer() {
 #[test]
 fn a_response_survives_the_guests_half_close() {
     let mut guest = Guest::new();
-    let (mut host, name) = guest.to_host(5000);
+    let (mut host, name) = guest.guest_opens(5000);
     guest.send(name, b"question");
     guest.control(name, Operation::Shutdown, SHUTDOWN_SEND);
     assert_eq!(read_to_end(&mut host), b"question");
@@ -492,7 +492,7 @@ fn a_response_survives_the_guests_half_close() {
 #[test]
 fn a_response_survives_the_hosts_half_close() {
     let mut guest = Guest::new();
-    let (mut host, name) = guest.from_host();
+    let (mut host, name) = guest.host_opens();
     host.write_all(b"question").unwrap();
     host.shutdown(std::net::Shutdown::Write).unwrap();
     guest.until_shutdown(name, SHUTDOWN_SEND);
@@ -545,7 +545,7 @@ fn a_reset_of_the_guest_reaches_a_tcp_client_as_a_reset() {
 #[test]
 fn a_reset_of_the_guest_closes_a_unix_socket() {
     let mut guest = Guest::new();
-    let (mut host, name) = guest.to_host(5000);
+    let (mut host, name) = guest.guest_opens(5000);
     guest.control(name, Operation::Reset, 0);
     assert!(read_to_end(&mut host).is_empty());
     assert_eq!(host.write(b"x").unwrap_err().kind(), io::ErrorKind::BrokenPipe);
@@ -568,7 +568,7 @@ fn a_reset_of_a_tcp_client_reaches_the_guest() {
 #[test]
 fn a_host_that_is_gone_ends_an_idle_stream() {
     let mut guest = Guest::new();
-    let (mut host, name) = guest.from_host();
+    let (mut host, name) = guest.host_opens();
     host.write_all(b"bye").unwrap();
     drop(host);
     guest.until_reset(name);
@@ -579,7 +579,7 @@ fn a_host_that_is_gone_ends_an_idle_stream() {
 #[test]
 fn a_host_that_reads_no_more_is_told_to_the_guest() {
     let mut guest = Guest::new();
-    let (host, name) = guest.to_host(5000);
+    let (host, name) = guest.guest_opens(5000);
     host.shutdown(std::net::Shutdown::Read).unwrap();
     guest.send(name, b"into the void");
     guest.until_shutdown(name, SHUTDOWN_RECEIVE);
@@ -613,7 +613,7 @@ fn ports_nobody_serves_are_refused() {
 fn a_guest_that_refuses_closes_the_hosts_socket() {
     let mut guest = Guest::new();
     guest.listening = false;
-    let (mut host, name) = guest.from_host();
+    let (mut host, name) = guest.host_opens();
     guest.control(name, Operation::Reset, 0);
     assert!(read_to_end(&mut host).is_empty());
     guest.until_closed();
@@ -623,7 +623,7 @@ fn a_guest_that_refuses_closes_the_hosts_socket() {
 fn a_host_that_leaves_before_the_answer_is_still_heard() {
     let mut guest = Guest::new();
     guest.listening = false;
-    let (mut host, name) = guest.from_host();
+    let (mut host, name) = guest.host_opens();
     host.write_all(b"power off").unwrap();
     drop(host);
     guest.control(name, Operation::Response, 0);
@@ -673,8 +673,8 @@ fn after_the_device_sockets_are_refused() {
 #[test]
 fn a_guest_that_sends_more_than_its_credit_loses_that_stream_only() {
     let mut guest = Guest::new();
-    let (_slow, greedy) = guest.to_host(5000);
-    let (mut other, good) = guest.to_host(5001);
+    let (_slow, greedy) = guest.guest_opens(5000);
+    let (mut other, good) = guest.guest_opens(5001);
     let data = vec![1; 65_536];
     // What the host socket itself takes comes on top of the credit.
     for _ in 0..(BUFFER_BYTES / 65_536 + 8) {
@@ -689,7 +689,7 @@ fn a_guest_that_sends_more_than_its_credit_loses_that_stream_only() {
 #[test]
 fn a_guest_without_credit_is_asked_once_and_gets_nothing() {
     let mut guest = Guest::new();
-    let (mut host, name) = guest.from_host();
+    let (mut host, name) = guest.host_opens();
     let text = Text::new();
     let writer = thread::spawn(move || {
         for position in 0..20 {
@@ -719,8 +719,8 @@ fn a_guest_without_credit_is_asked_once_and_gets_nothing() {
 #[test]
 fn a_reset_of_the_device_closes_every_stream() {
     let mut guest = Guest::new();
-    let (mut first, _) = guest.to_host(5000);
-    let (mut second, _) = guest.from_host();
+    let (mut first, _) = guest.guest_opens(5000);
+    let (mut second, _) = guest.host_opens();
     guest.device.reset();
     assert!(read_to_end(&mut first).is_empty());
     assert!(read_to_end(&mut second).is_empty());
@@ -730,8 +730,8 @@ fn a_reset_of_the_device_closes_every_stream() {
 #[test]
 fn streams_take_turns() {
     let mut guest = Guest::new();
-    let (mut loud, loud_name) = guest.from_host();
-    let (mut quiet, quiet_name) = guest.from_host();
+    let (mut loud, loud_name) = guest.host_opens();
+    let (mut quiet, quiet_name) = guest.host_opens();
     let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
     let flood = thread::spawn({
         let stop = Arc::clone(&stop);
@@ -776,7 +776,7 @@ fn ten_thousand_short_streams_leave_nothing_behind() {
     let mut guest = Guest::new();
     let before = open_descriptors();
     for round in 0..5_000u32 {
-        let (mut host, name) = guest.from_host();
+        let (mut host, name) = guest.host_opens();
         host.write_all(&round.to_le_bytes()).unwrap();
         host.shutdown(std::net::Shutdown::Write).unwrap();
         guest.until_shutdown(name, SHUTDOWN_SEND);
@@ -787,7 +787,7 @@ fn ten_thousand_short_streams_leave_nothing_behind() {
         guest.until_reset(name);
         guest.streams.remove(&name);
 
-        let (mut host, name) = guest.to_host(10_000 + round);
+        let (mut host, name) = guest.guest_opens(10_000 + round);
         guest.send(name, &round.to_le_bytes());
         assert_eq!(read_exactly(&mut host, 4), round.to_le_bytes());
         drop(host);
@@ -806,7 +806,7 @@ fn many_streams_at_once_all_end() {
     let mut guest = Guest::new();
     let mut hosts = Vec::new();
     for port in 0..200 {
-        hosts.push(guest.to_host(20_000 + port));
+        hosts.push(guest.guest_opens(20_000 + port));
     }
     for (position, (host, name)) in hosts.iter_mut().enumerate() {
         host.write_all(&[position as u8; 1000]).unwrap();
@@ -899,7 +899,7 @@ proptest! {
             guest.offer(RX_BUFFERS + buffer * u64::from(RX_BUFFER_BYTES), RX_BUFFER_BYTES);
         }
         guest.rx.notify();
-        let (mut host, name) = guest.to_host(77);
+        let (mut host, name) = guest.guest_opens(77);
         guest.send(name, b"hello");
         prop_assert_eq!(read_exactly(&mut host, 5), b"hello");
     }
