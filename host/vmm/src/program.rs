@@ -289,7 +289,11 @@ impl<'a> Driver<'a> {
                 self.end(Cause::Panic(line), PANIC_TIME_MAX);
             }
             Signal::Monitor(MonitorEvent::Ready) => self.ready(),
-            Signal::Monitor(event) => self.shutdown = Some(event),
+            Signal::Monitor(event) => {
+                // It is on its way out and needs no more asking.
+                self.power_at = None;
+                self.shutdown = Some(event);
+            }
             // Handled by the caller, which owns the machine.
             Signal::Ended(_) => {}
         }

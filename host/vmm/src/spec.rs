@@ -4,6 +4,7 @@
 //! machine from it. Checking it ([`MachineSpec::validate`]) touches only the files it names, so a mistake is told in
 //! one sentence before anything has been started.
 
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -124,6 +125,7 @@ impl MachineSpec {
     pub fn validate(&self) -> Result<(), SpecError> {
         self.validate_numbers()?;
         check_readable("kernel", &self.kernel)?;
+        check_kernel(&self.kernel)?;
         check_readable("initramfs", &self.initramfs)?;
         check_parent("disk", &self.disk.path)?;
         check_parent("console log", &self.console_log)
@@ -193,6 +195,22 @@ fn check_readable(what: &'static str, path: &Path) -> Result<(), SpecError> {
     Ok(())
 }
 
+/// Looks for the mark of a Linux kernel's boot header (Linux `Documentation/arch/x86/boot.rst`: `HdrS` at 0x202).
+fn check_kernel(path: &Path) -> Result<(), SpecError> {
+    let mut mark = [0; 4];
+    match std::fs::File::open(path).and_then(|file| file.read_exact_at(&mut mark, 0x202)) {
+        Ok(()) if mark == *b"HdrS" => Ok(()),
+        Err(source) if source.kind() != std::io::ErrorKind::UnexpectedEof => {
+            Err(SpecError::Unreadable { what: "kernel", path: path.to_owned(), source })
+        }
+        _ => Err(SpecError::NotUsable {
+            what: "kernel",
+            path: path.to_owned(),
+            problem: "not a Linux kernel image (bzImage)",
+        }),
+    }
+}
+
 /// The file itself may not exist yet; the folder it goes into must.
 fn check_parent(what: &'static str, path: &Path) -> Result<(), SpecError> {
     check_absolute(what, path)?;
@@ -226,9 +244,10 @@ mod tests {
     use super::*;
 
     fn spec(folder: &Path) -> MachineSpec {
-        for name in ["kernel", "initramfs"] {
-            std::fs::write(folder.join(name), b"x").unwrap();
-        }
+        let mut kernel = vec![0; 0x202];
+        kernel.extend(b"HdrS");
+        std::fs::write(folder.join("kernel"), kernel).unwrap();
+        std::fs::write(folder.join("initramfs"), b"x").unwrap();
         MachineSpec {
             cpus: 1,
             memory_mib: 512,
@@ -287,6 +306,8 @@ mod tests {
     #[test]
     fn a_missing_kernel_is_named() {
         check(|spec| std::fs::remove_file(&spec.kernel).unwrap(), "cannot read the kernel `/");
+        check(|spec| std::fs::write(&spec.kernel, b"short").unwrap(), "is not a Linux kernel image");
+        check(|spec| std::fs::write(&spec.kernel, [0; 0x300]).unwrap(), "is not a Linux kernel image");
         check(|spec| std::fs::write(&spec.initramfs, b"").unwrap(), "initramfs");
         check(|spec| spec.kernel = spec.kernel.parent().unwrap().into(), "is not a file");
         check(|spec| spec.kernel = "kernel".into(), "`kernel`, is not absolute");

@@ -35,7 +35,7 @@ impl Vmm {
         // that, and then nobody can execute the file (ETXTBSY).
         assert!(Command::new("cp").arg(file("script")).arg(&qemu).status().unwrap().success());
         fs::set_permissions(&qemu, PermissionsExt::from_mode(0o755)).unwrap();
-        fs::write(file("kernel"), b"kernel").unwrap();
+        fs::write(file("kernel"), [[0; 0x202].as_slice(), b"HdrS"].concat()).unwrap();
         fs::write(file("initramfs"), b"initramfs").unwrap();
         let spec = MachineSpec {
             cpus: 1,
