@@ -7,8 +7,8 @@
 //!   packages/          downloaded Debian packages
 //! ```
 //!
-//! A folder appears whole or not at all: it is filled under a temporary name, synced and renamed. One lock, which dies with
-//! its process, keeps concurrent builders from doing the same work twice; correctness does not depend on it.
+//! A folder appears whole or not at all: it is filled under a temporary name, synced and renamed. Locks, which die with
+//! their process, keep concurrent builders from doing the same work twice; correctness does not depend on them.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -26,7 +26,7 @@ pub(crate) struct Cache {
     root: PathBuf,
 }
 
-/// While this lives, no other builder works in the same cache.
+/// While this lives, no other builder does the same kind of work in this cache.
 pub(crate) struct Lock {
     _file: File,
 }
@@ -45,9 +45,9 @@ impl Cache {
         Ok(Self { root })
     }
 
-    /// Takes the lock, calling `waiting` first if someone else has it.
-    pub(crate) fn lock(&self, waiting: impl FnOnce()) -> Result<Lock> {
-        let path = self.root.join("builder.lock");
+    /// Takes the lock for one kind of work, calling `waiting` first if someone else has it.
+    pub(crate) fn lock(&self, work: &str, waiting: impl FnOnce()) -> Result<Lock> {
+        let path = self.root.join(format!("{work}.lock"));
         let file =
             File::create(&path).with_context(|| format!("cannot open the lock `{}`", path.display()))?;
         match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
@@ -114,14 +114,17 @@ impl Cache {
         Ok(finished)
     }
 
-    /// Removes what crashed builders left and all but the images used last. Needs the lock.
-    pub(crate) fn prune(&self, kind: &str, _lock: &Lock) -> Result<()> {
+    /// Removes what crashed builders left and all but the images used last.
+    pub(crate) fn prune(&self, kind: &str) -> Result<()> {
         let mut finished = Vec::new();
         let folder = self.folder(kind)?;
         for entry in fs::read_dir(&folder).with_context(|| format!("cannot list `{}`", folder.display()))? {
             let entry = entry?;
-            if entry.file_name().to_string_lossy().starts_with(UNFINISHED) {
-                remove(&entry.path())?;
+            if let Some(rest) = entry.file_name().to_string_lossy().strip_prefix(UNFINISHED) {
+                let builder = rest.split('-').next().unwrap_or(rest);
+                if !Path::new("/proc").join(builder).exists() {
+                    remove(&entry.path())?;
+                }
             } else if entry.file_type()?.is_dir() {
                 finished.push((entry.metadata()?.modified()?, entry.path()));
             }
@@ -242,11 +245,16 @@ mod tests {
             let age = std::time::Duration::from_secs(1000 - number as u64);
             File::open(path).unwrap().set_modified(SystemTime::now() - age).unwrap();
         }
-        fs::create_dir(cache.root.join("vm-image/.unfinished-1-99")).unwrap();
+        // No process has this number; one that lives may still be at work.
+        fs::create_dir(cache.root.join("vm-image/.unfinished-4294967295-99")).unwrap();
+        let working = format!(".unfinished-{}-98", process::id());
+        fs::create_dir(cache.root.join("vm-image").join(&working)).unwrap();
         cache.find("vm-image", "00").unwrap().unwrap();
-        let lock = cache.lock(|| panic!("nobody else has the lock")).unwrap();
-        cache.prune("vm-image", &lock).unwrap();
-        assert_eq!(names(&cache.root.join("vm-image")), ["00", "03", "04", "05", "06", "07", "08", "09"]);
+        cache.prune("vm-image").unwrap();
+        assert_eq!(
+            names(&cache.root.join("vm-image")),
+            [working.as_str(), "00", "03", "04", "05", "06", "07", "08", "09"]
+        );
     }
 
     #[test]
@@ -263,10 +271,10 @@ mod tests {
     #[test]
     fn a_second_builder_waits_for_the_first() {
         let fixture = Fixture::new("lock");
-        let first = fixture.cache.lock(|| panic!("nobody else has the lock")).unwrap();
+        let first = fixture.cache.lock("build", || panic!("nobody else has the lock")).unwrap();
         let (told, waiting) = std::sync::mpsc::channel();
         std::thread::scope(|scope| {
-            let second = scope.spawn(|| fixture.cache.lock(|| told.send(()).unwrap()).map(drop));
+            let second = scope.spawn(|| fixture.cache.lock("build", || told.send(()).unwrap()).map(drop));
             waiting.recv().unwrap();
             assert!(!second.is_finished());
             drop(first);

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
-use crate::cache::{Cache, Lock};
+use crate::cache::Cache;
 use crate::kernel::{Choice, Source};
 use crate::root::{self, Root};
 use crate::tree::Node;
@@ -57,12 +57,12 @@ impl Recipe {
     }
 
     /// The image from the cache, made first if it is not there.
-    pub(crate) fn find_or_build(&self, cache: &Cache, lock: &Lock) -> Result<PathBuf> {
+    pub(crate) fn find_or_build(&self, cache: &Cache) -> Result<PathBuf> {
         if let Some(folder) = cache.find(KIND, &self.hash)? {
             return Ok(folder);
         }
         let folder = cache.publish(KIND, &self.hash, |folder| self.build(cache, folder))?;
-        cache.prune(KIND, lock)?;
+        cache.prune(KIND)?;
         Ok(folder)
     }
 

@@ -74,7 +74,10 @@ fn build(arguments: &Arguments) -> Result<()> {
         }
     };
     let cache = Cache::open(arguments.cache.clone())?;
-    let lock = cache.lock(|| report::step(format_args!("waiting for another vm-image-builder to finish")))?;
+    // A kernel that takes ten minutes to compile must not hold up an image that needs none.
+    let _lock = cache.lock(arguments.kernel.name(), || {
+        report::step(format_args!("waiting for another vm-image-builder to finish"))
+    })?;
     let recipe = Recipe::gather(arguments.kernel, &cache, &arguments.source, &programs, arguments.refresh)?;
     let folder = match &arguments.output {
         Some(folder) => {
@@ -83,7 +86,7 @@ fn build(arguments: &Arguments) -> Result<()> {
             recipe.build(&cache, folder)?;
             folder.clone()
         }
-        None => recipe.find_or_build(&cache, &lock)?,
+        None => recipe.find_or_build(&cache)?,
     };
     if let Some(link) = &arguments.link {
         cache::link(link, &folder)?;
