@@ -1,0 +1,608 @@
+//! The index of images, and the operations on it that touch no network and no archive.
+
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use redb::{ReadableTable, WriteTransaction};
+use tokio::sync::Semaphore;
+
+use crate::{
+    AnyReference, ChainId, ContentStore, Deleted, Digest, Error, Image, ImageId, InUse, Kind, Reference,
+    Result, Snapshotter,
+    database::{self, ImageRecord, NAMES, RECORDS, Store},
+    download::{Downloads, blocking},
+    lease::Leases,
+    manifest,
+    registry::Registries,
+};
+
+/// How to keep images.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Registries that may be spoken to without TLS or without a known certificate: `host`, `host:port` or a network
+    /// (`10.0.0.0/8`). `localhost` and 127.0.0.0/8 always are.
+    pub insecure_registries: Vec<String>,
+    /// Mirrors of Docker Hub, as URLs, asked in order before it.
+    pub mirrors: Vec<String>,
+    /// A folder of archives: `hello.tar` is the image `hello:latest`, found before any registry is asked.
+    pub bundled: Option<PathBuf>,
+    /// Downloads at a time, over all pulls.
+    pub concurrent_downloads: usize,
+    /// What an image may cost at most.
+    pub limits: Limits,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        // Three is Docker's number.
+        Self {
+            insecure_registries: Vec::new(),
+            mirrors: Vec::new(),
+            bundled: None,
+            concurrent_downloads: 3,
+            limits: Limits::default(),
+        }
+    }
+}
+
+/// What an image may cost at most: the bound on decompression bombs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Bytes of one uncompressed layer.
+    pub layer_bytes_max: u64,
+    /// Files, folders and links in one layer.
+    pub layer_entries_max: u64,
+    /// Bytes of one archive given to `load`, uncompressed.
+    pub archive_bytes_max: u64,
+}
+
+impl Default for Limits {
+    /// Several times the largest images in use (machine learning: 20 GB in a layer, a million files).
+    fn default() -> Self {
+        Self { layer_bytes_max: 64 << 30, layer_entries_max: 4_000_000, archive_bytes_max: 256 << 30 }
+    }
+}
+
+/// What the store occupies.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct DiskUsage {
+    /// Bytes of all blobs.
+    pub blobs: u64,
+    /// Bytes of the files in all unpacked layers, each layer counted once.
+    pub layers: u64,
+}
+
+/// The index of images, its store and its layers. Cheap to clone.
+#[derive(Clone)]
+pub struct Images(pub(crate) Arc<Inner>);
+
+pub(crate) struct Inner {
+    pub(crate) store: Store,
+    pub(crate) content: ContentStore,
+    pub(crate) snapshotter: Snapshotter,
+    pub(crate) leases: Leases,
+    pub(crate) downloads: Downloads,
+    pub(crate) registries: Registries,
+    pub(crate) options: Options,
+    /// One unpacking of a chain at a time.
+    pub(crate) turns: Mutex<HashMap<ChainId, Arc<tokio::sync::Mutex<()>>>>,
+    /// Unpackings at a time, over all pulls and loads.
+    pub(crate) unpacking: Semaphore,
+    problems: Vec<String>,
+}
+
+impl Images {
+    /// Opens the store in `root` (made when absent), sweeping what a crash left. Blocks.
+    pub fn open(root: &Path, database: Arc<redb::Database>, options: Options) -> Result<Self> {
+        let store = Store::open(database)?;
+        let content = ContentStore::open(root, store.clone())?;
+        let snapshotter = Snapshotter::open(root, store.clone())?;
+        let problems = crate::sweep::at_start(&store, &content, &snapshotter)?;
+        let registries = Registries::new(&options.insecure_registries, &options.mirrors)?;
+        let downloads =
+            Downloads::new(content.clone(), options.concurrent_downloads, Duration::from_millis(500));
+        // Each takes a thread that decompresses and one that writes.
+        let unpacking = Semaphore::new(
+            std::thread::available_parallelism().map_or(2, std::num::NonZero::get).clamp(2, 8),
+        );
+        let leases = Leases::default();
+        Ok(Self(Arc::new(Inner {
+            store,
+            content,
+            snapshotter,
+            leases,
+            downloads,
+            registries,
+            options,
+            turns: Mutex::default(),
+            unpacking,
+            problems,
+        })))
+    }
+
+    /// Sentences about damaged or missing pieces that were found at open.
+    pub fn problems(&self) -> &[String] {
+        &self.0.problems
+    }
+
+    /// The unpacked layers and the containers' folders on top of them.
+    pub fn snapshotter(&self) -> &Snapshotter {
+        &self.0.snapshotter
+    }
+
+    /// The blobs.
+    pub fn content(&self) -> &ContentStore {
+        &self.0.content
+    }
+
+    /// All images, newest first. One whose configuration is damaged is left out, with a warning in the log.
+    pub async fn list(&self) -> Result<Vec<Image>> {
+        let inner = self.0.clone();
+        blocking(move || {
+            let transaction = inner.store.read()?;
+            let records = database::all::<ImageRecord>(&transaction.open_table(RECORDS)?)?;
+            let mut names = names_by_id(&transaction.open_table(NAMES)?)?;
+            let mut images = Vec::new();
+            for (key, record) in records {
+                let id = database::digest_of_key(&key)?;
+                match inner.image(id, record, names.remove(&id).unwrap_or_default()) {
+                    Ok(image) => images.push(image),
+                    Err(error) => tracing::warn!(image = %id, error = %error.chain(), "image is damaged"),
+                }
+            }
+            images.sort_by(|a: &Image, b: &Image| {
+                b.config.created.cmp(&a.config.created).then_with(|| a.id.cmp(&b.id))
+            });
+            Ok(images)
+        })
+        .await
+    }
+
+    /// Finds an image by name, name with digest, id or the beginning of an id.
+    pub async fn resolve(&self, name: &str) -> Result<Image> {
+        let (inner, name) = (self.0.clone(), name.to_owned());
+        blocking(move || {
+            let found = inner.find(&name)?;
+            let names =
+                names_by_id(&inner.store.read()?.open_table(NAMES)?)?.remove(&found.id).unwrap_or_default();
+            inner.image(found.id, found.record, names)
+        })
+        .await
+    }
+
+    /// Gives the image `source` (anything [`resolve`](Self::resolve) takes) the further name `target`.
+    pub async fn tag(&self, source: &str, target: &Reference) -> Result<()> {
+        let (inner, source, target) = (self.0.clone(), source.to_owned(), target.clone().with_default_tag());
+        if target.digest().is_some() {
+            return Err(Error::invalid("refusing to create a tag with a digest reference"));
+        }
+        if target.familiar_name() == "sha256" {
+            return Err(Error::invalid("refusing to create an ambiguous tag using digest algorithm as name"));
+        }
+        blocking(move || {
+            let found = inner.find(&source)?;
+            let transaction = inner.store.write()?;
+            {
+                let mut records = transaction.open_table(RECORDS)?;
+                let key = found.id.hex();
+                let record =
+                    database::get::<ImageRecord>(&records, &key)?.ok_or_else(|| no_such_image(&source))?;
+                records.insert(
+                    key.as_str(),
+                    database::encode(&ImageRecord { last_tagged: now(), ..record })?.as_slice(),
+                )?;
+                transaction.open_table(NAMES)?.insert(target.to_string().as_str(), key.as_str())?;
+            }
+            Ok(transaction.commit()?)
+        })
+        .await
+    }
+
+    /// Untags and deletes by Docker's rules, with its sentences. `in_use` lists the containers made from an image.
+    ///
+    /// An image that a stopped container uses can be deleted with `force`: the container keeps its layers.
+    pub async fn remove(
+        &self,
+        name: &str,
+        force: bool,
+        in_use: impl Fn(&ImageId) -> Vec<InUse> + Send + Sync,
+    ) -> Result<Vec<Deleted>> {
+        let (inner, text) = (self.0.clone(), name.to_owned());
+        let found = blocking(move || inner.find(&text)).await?;
+        let uses = in_use(&found.id);
+        let (inner, name, id) = (self.0.clone(), name.to_owned(), found.id);
+        let (mut deleted, gone) = blocking(move || {
+            let transaction = inner.store.write()?;
+            let removal = {
+                let mut names = transaction.open_table(NAMES)?;
+                let references = names_by_id(&names)?.remove(&id).unwrap_or_default();
+                let removal = plan_removal(&name, id, found.by_name.as_ref(), &references, force, &uses)?;
+                for reference in &removal.untag {
+                    names.remove(reference.to_string().as_str())?;
+                }
+                if removal.delete {
+                    transaction.open_table(RECORDS)?.remove(id.hex().as_str())?;
+                }
+                removal
+            };
+            transaction.commit()?;
+            let deleted: Vec<Deleted> =
+                removal.untag.iter().map(|reference| Deleted::Untagged(reference.familiar())).collect();
+            Ok((deleted, removal.delete.then_some(found.record)))
+        })
+        .await?;
+        if let Some(record) = gone {
+            deleted.push(Deleted::Deleted(id.to_string()));
+            let collected = self.collect().await?;
+            let chains = record.layers.iter().rev().map(|layer| layer.chain_id);
+            deleted.extend(
+                chains
+                    .filter(|chain| collected.layers.contains(chain))
+                    .map(|chain| Deleted::Deleted(chain.to_string())),
+            );
+        }
+        Ok(deleted)
+    }
+
+    /// Removes what nothing refers to; answers the bytes freed.
+    pub async fn collect_garbage(&self) -> Result<u64> {
+        Ok(self.collect().await?.bytes)
+    }
+
+    /// What the store occupies.
+    pub async fn disk_usage(&self) -> Result<DiskUsage> {
+        let inner = self.0.clone();
+        blocking(move || {
+            let transaction = inner.store.read()?;
+            let blobs = ContentStore::rows(&transaction.open_table(database::BLOBS)?)?
+                .iter()
+                .map(|(_, size)| size)
+                .sum();
+            let layers = database::all::<database::LayerRecord>(&transaction.open_table(database::LAYERS)?)?
+                .iter()
+                .map(|(_, layer)| layer.size)
+                .sum();
+            Ok(DiskUsage { blobs, layers })
+        })
+        .await
+    }
+}
+
+/// What a name or id stands for.
+pub(crate) struct Found {
+    pub(crate) id: ImageId,
+    pub(crate) record: ImageRecord,
+    /// The name as it is in the index, when it was found by one.
+    pub(crate) by_name: Option<Reference>,
+}
+
+impl Inner {
+    /// Docker's order: an id in full, a name, the beginning of an id.
+    pub(crate) fn find(&self, text: &str) -> Result<Found> {
+        let any = AnyReference::parse(text).map_err(|source| Error::invalid(source.to_string()))?;
+        let transaction = self.store.read()?;
+        let records = transaction.open_table(RECORDS)?;
+        let reference = match any {
+            AnyReference::Id(id) => {
+                let record = database::get(&records, &id.hex())?
+                    .ok_or_else(|| Error::not_found(format!("No such image: {id}")))?;
+                return Ok(Found { id, record, by_name: None });
+            }
+            AnyReference::Named(reference) => index_name(&reference),
+        };
+        let named = transaction
+            .open_table(NAMES)?
+            .get(reference.to_string().as_str())?
+            .map(|id| id.value().to_owned());
+        if let Some(key) = named {
+            let record = database::get(&records, &key)?.ok_or_else(|| {
+                Error::corrupt(format!(
+                    "the name {} stands for the image {key}, which is gone: remove the name",
+                    reference.familiar()
+                ))
+            })?;
+            return Ok(Found { id: database::digest_of_key(&key)?, record, by_name: Some(reference) });
+        }
+        let prefix = text.strip_prefix("sha256:").unwrap_or(text);
+        let hexadecimal = !prefix.is_empty()
+            && prefix.len() <= 64
+            && prefix.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
+        if !hexadecimal {
+            return Err(no_such_image(text));
+        }
+        let matching = records
+            .range(prefix..)?
+            .take_while(|row| row.as_ref().map_or(true, |(key, _)| key.value().starts_with(prefix)))
+            .take(2)
+            .map(|row| Ok(row?.0.value().to_owned()))
+            .collect::<Result<Vec<String>>>()?;
+        match &matching[..] {
+            [] => Err(no_such_image(text)),
+            [key] => {
+                let record = database::get(&records, key)?.ok_or_else(|| no_such_image(text))?;
+                Ok(Found { id: database::digest_of_key(key)?, record, by_name: None })
+            }
+            [first, second, ..] => Err(Error::invalid(format!(
+                "the image id `{text}` is ambiguous: it begins both sha256:{first} and sha256:{second}"
+            ))),
+        }
+    }
+
+    pub(crate) fn image(&self, id: ImageId, record: ImageRecord, names: Vec<Reference>) -> Result<Image> {
+        let bytes = self.content.read(&id, manifest::CONFIG_BYTES_MAX)?;
+        let config = manifest::parse_config(&bytes, None)?;
+        let config_json = String::from_utf8(bytes).map_err(|source| {
+            Error::because(Kind::Corrupt, format!("the configuration of image {id} is not text"), source)
+        })?;
+        let (digests, tags): (Vec<_>, Vec<_>) = names.into_iter().partition(|name| name.digest().is_some());
+        let familiar = |names: Vec<Reference>| names.iter().map(Reference::familiar).collect();
+        Ok(Image {
+            id,
+            manifest_digest: record.manifest,
+            manifest_media_type: record.manifest_media_type,
+            config,
+            config_json,
+            repo_tags: familiar(tags),
+            repo_digests: familiar(digests),
+            size: record.layers.iter().map(|layer| layer.size).sum(),
+            layers: record.layers,
+            last_tagged: record.last_tagged,
+        })
+    }
+
+    /// Writes an image and its names into the index. The caller has synced the disk and holds a lease.
+    pub(crate) fn index(
+        &self,
+        transaction: &WriteTransaction,
+        id: ImageId,
+        record: &ImageRecord,
+        names: &[Reference],
+    ) -> Result<()> {
+        let mut blobs = vec![id, record.manifest];
+        blobs.extend(&record.indexes);
+        for layer in &record.layers {
+            // Absent when the unpacked layer was here first.
+            if self.content.size(&layer.digest)?.is_some() {
+                blobs.push(layer.digest);
+            }
+        }
+        let chains: Vec<ChainId> = record.layers.iter().map(|layer| layer.chain_id).collect();
+        self.content.record(transaction, &blobs)?;
+        self.snapshotter.record_layers(transaction, &chains)?;
+        transaction.open_table(RECORDS)?.insert(id.hex().as_str(), database::encode(record)?.as_slice())?;
+        let mut table = transaction.open_table(NAMES)?;
+        for name in names {
+            table.insert(name.to_string().as_str(), id.hex().as_str())?;
+        }
+        Ok(())
+    }
+
+    /// Makes an image part of the index, durably.
+    pub(crate) fn commit(&self, id: ImageId, record: &ImageRecord, names: &[Reference]) -> Result<()> {
+        self.snapshotter.sync()?;
+        let transaction = self.store.write()?;
+        self.index(&transaction, id, record, names)?;
+        transaction.commit()?;
+        let blobs: Vec<Digest> = [id, record.manifest]
+            .into_iter()
+            .chain(record.indexes.iter().copied())
+            .chain(record.layers.iter().map(|layer| layer.digest))
+            .collect();
+        let chains: Vec<ChainId> = record.layers.iter().map(|layer| layer.chain_id).collect();
+        self.content.recorded(&blobs);
+        self.snapshotter.recorded(&chains);
+        Ok(())
+    }
+
+    /// The lock under which one chain is unpacked.
+    pub(crate) fn turn(&self, chain: ChainId) -> Arc<tokio::sync::Mutex<()>> {
+        let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
+        turns.retain(|_, turn| Arc::strong_count(turn) > 1);
+        turns.entry(chain).or_default().clone()
+    }
+}
+
+/// A name as the index has it: with a tag or with a digest. A digest says more than a tag beside it.
+fn index_name(reference: &Reference) -> Reference {
+    match reference.digest() {
+        Some(digest) => reference.with_digest(*digest),
+        None => reference.clone().with_default_tag(),
+    }
+}
+
+pub(crate) fn no_such_image(text: &str) -> Error {
+    let shown = text
+        .parse::<Reference>()
+        .map_or_else(|_| text.to_owned(), |reference| reference.with_default_tag().familiar());
+    Error::not_found(format!("No such image: {shown}"))
+}
+
+pub(crate) fn now() -> i64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| i64::try_from(since.as_secs()).unwrap_or(i64::MAX))
+}
+
+/// The names of every image, sorted, as the table is.
+pub(crate) fn names_by_id(
+    table: &impl ReadableTable<&'static str, &'static str>,
+) -> Result<HashMap<ImageId, Vec<Reference>>> {
+    let mut names: HashMap<ImageId, Vec<Reference>> = HashMap::new();
+    for row in table.iter()? {
+        let (name, id) = row?;
+        let reference = name.value().parse().map_err(|source| {
+            Error::because(Kind::Corrupt, format!("the index has the name `{}`", name.value()), source)
+        })?;
+        names.entry(database::digest_of_key(id.value())?).or_default().push(reference);
+    }
+    Ok(names)
+}
+
+/// What a remove will do.
+#[derive(Debug, PartialEq, Eq)]
+struct Removal {
+    untag: Vec<Reference>,
+    delete: bool,
+}
+
+/// dockerd's decision (`ImageDelete`): which names go, and whether the image goes with them.
+fn plan_removal(
+    text: &str,
+    id: ImageId,
+    by_name: Option<&Reference>,
+    references: &[Reference],
+    force: bool,
+    uses: &[InUse],
+) -> Result<Removal> {
+    let running = uses.iter().find(|r#use| r#use.running);
+    let stopped = uses.iter().find(|r#use| !r#use.running);
+    let short = |r#use: &InUse| r#use.container.chars().take(12).collect::<String>();
+    let unable = |how: &str, why: String| {
+        Error::conflict(format!("conflict: unable to delete {} ({how}) - {why}", id.short()))
+    };
+    let forbidden = |references: usize| {
+        if let Some(r#use) = running {
+            return Some(unable(
+                "cannot be forced",
+                format!("image is being used by running container {}", short(r#use)),
+            ));
+        }
+        if !force && references > 1 {
+            return Some(unable("must be forced", "image is referenced in multiple repositories".to_owned()));
+        }
+        stopped.filter(|_| !force).map(|r#use| {
+            unable("must be forced", format!("image is being used by stopped container {}", short(r#use)))
+        })
+    };
+    let Some(name) = by_name else {
+        // By id: the names of one repository go with it, those of several need force.
+        if is_single(references) {
+            if let Some(conflict) = forbidden(0) {
+                return Err(conflict);
+            }
+        } else if let Some(conflict) = forbidden(references.len()) {
+            return Err(conflict);
+        }
+        return Ok(Removal { untag: references.to_vec(), delete: true });
+    };
+    if !force
+        && is_single(references)
+        && let Some(r#use) = uses.first()
+    {
+        return Err(Error::conflict(format!(
+            "conflict: unable to remove repository reference \"{text}\" (must force) - container {} is using its referenced image {}",
+            short(r#use),
+            id.short()
+        )));
+    }
+    let mut untag = vec![name.clone()];
+    let mut rest: Vec<&Reference> = references.iter().filter(|reference| *reference != name).collect();
+    // With the last tag of a repository go its digests.
+    let tagged = rest.iter().any(|reference| reference.digest().is_none() && reference.name() == name.name());
+    if name.digest().is_none() && !tagged {
+        let (going, staying): (Vec<&Reference>, Vec<&Reference>) = rest
+            .into_iter()
+            .partition(|reference| reference.digest().is_some() && reference.name() == name.name());
+        untag.extend(going.into_iter().cloned());
+        rest = staying;
+    }
+    // Without a name, but in use: the image stays.
+    let delete = rest.is_empty() && forbidden(0).is_none();
+    Ok(Removal { untag, delete })
+}
+
+/// At most one tag, and digests only of its repository.
+fn is_single(references: &[Reference]) -> bool {
+    if references.len() <= 1 {
+        return true;
+    }
+    let tags = references.iter().filter(|reference| reference.digest().is_none()).count();
+    tags <= 1 && references.iter().all(|reference| reference.name() == references[0].name())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DIGEST: &str = "@sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+
+    fn references(names: &[&str]) -> Vec<Reference> {
+        names.iter().map(|name| name.parse().expect("a name")).collect()
+    }
+
+    fn used(running: bool) -> Vec<InUse> {
+        vec![InUse { container: "0123456789abcdef".to_owned(), running }]
+    }
+
+    fn plan(
+        by_name: Option<&str>,
+        names: &[&str],
+        force: bool,
+        uses: &[InUse],
+    ) -> Result<(Vec<String>, bool), String> {
+        let names = references(names);
+        let name = by_name.map(|name| name.parse::<Reference>().expect("a name"));
+        let removal =
+            plan_removal(by_name.unwrap_or("e3b0"), Digest::of(b""), name.as_ref(), &names, force, uses);
+        removal
+            .map(|removal| (removal.untag.iter().map(Reference::familiar).collect(), removal.delete))
+            .map_err(|error| error.to_string())
+    }
+
+    fn gone(names: &[&str], delete: bool) -> Result<(Vec<String>, bool), String> {
+        Ok((names.iter().map(|name| (*name).to_owned()).collect(), delete))
+    }
+
+    #[test]
+    fn a_name_goes_alone_while_others_remain() {
+        assert_eq!(plan(Some("x:1"), &["x:1", "x:2"], false, &[]), gone(&["x:1"], false));
+        assert_eq!(plan(Some("x:1"), &["x:1", "y:1"], false, &used(true)), gone(&["x:1"], false));
+    }
+
+    #[test]
+    fn the_last_name_takes_its_digests_and_the_image_along() {
+        let digest = format!("x{DIGEST}");
+        assert_eq!(plan(Some("x:1"), &["x:1"], false, &[]), gone(&["x:1"], true));
+        assert_eq!(plan(Some("x:1"), &["x:1", &digest], false, &[]), gone(&["x:1", &digest], true));
+        let other = format!("y{DIGEST}");
+        assert_eq!(plan(Some("x:1"), &["x:1", &other], false, &[]), gone(&["x:1"], false));
+    }
+
+    #[test]
+    fn the_last_name_of_a_used_image_needs_force() {
+        let refused = "conflict: unable to remove repository reference \"x:1\" (must force) - container 0123456789ab is using its referenced image e3b0c44298fc";
+        assert_eq!(plan(Some("x:1"), &["x:1"], false, &used(false)), Err(refused.to_owned()));
+        assert_eq!(plan(Some("x:1"), &["x:1"], true, &used(false)), gone(&["x:1"], true));
+        assert_eq!(
+            plan(Some("x:1"), &["x:1"], true, &used(true)),
+            gone(&["x:1"], false),
+            "it stays without a name"
+        );
+    }
+
+    #[test]
+    fn by_id_needs_force_for_several_repositories_and_stopped_containers() {
+        assert_eq!(plan(None, &[], false, &[]), gone(&[], true));
+        assert_eq!(plan(None, &["x:1"], false, &[]), gone(&["x:1"], true));
+        let error =
+            |how: &str, why: &str| Err(format!("conflict: unable to delete e3b0c44298fc ({how}) - {why}"));
+        assert_eq!(
+            plan(None, &["x:1", "y:1"], false, &[]),
+            error("must be forced", "image is referenced in multiple repositories")
+        );
+        assert_eq!(plan(None, &["x:1", "y:1"], true, &[]), gone(&["x:1", "y:1"], true));
+        assert_eq!(
+            plan(None, &["x:1"], false, &used(false)),
+            error("must be forced", "image is being used by stopped container 0123456789ab")
+        );
+        assert_eq!(plan(None, &["x:1"], true, &used(false)), gone(&["x:1"], true));
+        assert_eq!(
+            plan(None, &["x:1"], true, &used(true)),
+            error("cannot be forced", "image is being used by running container 0123456789ab")
+        );
+    }
+}

@@ -1,0 +1,393 @@
+//! Loading: from an archive (`docker save`, or a tar of an OCI layout; plain, gzip or zstd) to images in the index.
+//!
+//! The archive is read once, as a stream: every file in it goes to the content store under its digest, and only then are its
+//! tables read, which may come first or last. What the tables do not refer to is collected afterwards.
+
+use std::{
+    collections::HashMap,
+    io::{BufReader, Read, Write},
+    sync::Arc,
+};
+
+use serde::Deserialize;
+use tokio::io::AsyncRead;
+
+use crate::{
+    Digest, Error, Images, Kind, LoadedImage, Platform, Progress, Reference, Result,
+    download::blocking,
+    image::nullable,
+    lease::Lease,
+    manifest::{self, Descriptor, Document, Manifest},
+    pull::{Listener, Plan, Stage},
+    tarball::{EntryKind, Reader, TarError},
+    unpack::Compression,
+};
+
+const ENTRIES_MAX: u64 = 100_000;
+const IMAGES_MAX: usize = 1000;
+const READ_BYTES: usize = 256 << 10;
+const LINKS_MAX: usize = 8;
+
+/// The files of an archive by path, and links between them.
+#[derive(Default)]
+struct Files {
+    blobs: HashMap<String, (Digest, u64)>,
+    links: HashMap<String, String>,
+}
+
+/// One image in `manifest.json`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub(crate) struct SavedImage {
+    pub(crate) config: String,
+    #[serde(default, deserialize_with = "nullable")]
+    pub(crate) repo_tags: Vec<String>,
+    #[serde(default, deserialize_with = "nullable")]
+    pub(crate) layers: Vec<String>,
+}
+
+/// Reads the table of a `docker save` archive.
+pub(crate) fn parse_manifest_json(bytes: &[u8]) -> Result<Vec<SavedImage>> {
+    let images: Vec<SavedImage> = serde_json::from_slice(bytes).map_err(|source| {
+        Error::because(Kind::Invalid, "the archive's manifest.json is not of the expected form", source)
+    })?;
+    if images.len() > IMAGES_MAX || images.iter().any(|image| image.layers.len() > manifest::LAYERS_MAX) {
+        return Err(Error::invalid(
+            "the archive's manifest.json lists more images or layers than are supported",
+        ));
+    }
+    Ok(images)
+}
+
+impl Images {
+    /// Reads an archive of images. On failure, images of the archive that were complete before it stay.
+    pub async fn load(
+        &self,
+        reader: impl AsyncRead + Send + Unpin + 'static,
+        progress: impl Fn(Progress) + Send + Sync + 'static,
+    ) -> Result<Vec<LoadedImage>> {
+        self.load_from(tokio_util::io::SyncIoBridge::new(reader), Arc::new(progress), None).await
+    }
+
+    /// `rename` is the name that the archive's only image gets instead of its own.
+    pub(crate) async fn load_from(
+        &self,
+        reader: impl Read + Send + 'static,
+        listener: Listener,
+        rename: Option<Reference>,
+    ) -> Result<Vec<LoadedImage>> {
+        let result = self.load_images(reader, &listener, rename).await;
+        // Tables, legacy files, and everything of an archive that was refused.
+        self.collect().await?;
+        result
+    }
+
+    async fn load_images(
+        &self,
+        reader: impl Read + Send + 'static,
+        listener: &Listener,
+        rename: Option<Reference>,
+    ) -> Result<Vec<LoadedImage>> {
+        let lease = self.0.leases.lease();
+        let (images, held) = (self.clone(), lease.clone());
+        let files = blocking(move || images.spill(reader, &held)).await?;
+        let (images, held) = (self.clone(), lease.clone());
+        let plans = blocking(move || images.plans(&files, &held)).await?;
+        let mut loaded = Vec::new();
+        if rename.is_some() && plans.len() != 1 {
+            return Err(Error::invalid(format!(
+                "the archive was to hold one image, but holds {}",
+                plans.len()
+            )));
+        }
+        for mut plan in plans {
+            if let Some(name) = &rename {
+                plan.names = vec![name.clone()];
+            }
+            let names: Vec<String> = plan.names.iter().map(Reference::familiar).collect();
+            let image = self.assemble(plan, lease.clone(), listener, Stage::Load).await?;
+            let said = if names.is_empty() { vec![image.id.to_string()] } else { names.clone() };
+            said.into_iter().for_each(|name| listener(Progress::Loaded(name)));
+            tracing::info!(image = %image.id, ?names, "loaded");
+            loaded.push(LoadedImage { id: image.id, names });
+        }
+        Ok(loaded)
+    }
+
+    /// Reads the stream to its end, each file into the content store.
+    fn spill(&self, reader: impl Read + Send, lease: &Arc<Lease>) -> Result<Files> {
+        let runtime = tokio::runtime::Handle::current();
+        let unreadable =
+            |source: TarError| Error::because(Kind::Invalid, "the archive cannot be read", source);
+        let input = BufReader::with_capacity(READ_BYTES, reader);
+        let (_, decoder) =
+            Compression::decoder(input).map_err(|source| unreadable(TarError::from(source)))?;
+        let mut archive = Reader::new(BufReader::with_capacity(READ_BYTES, decoder));
+        let mut files = Files::default();
+        let (mut entries, mut total) = (0u64, 0u64);
+        while let Some(entry) = archive.next().map_err(unreadable)? {
+            entries += 1;
+            let limits = &self.0.options.limits;
+            total = total.saturating_add(entry.size);
+            if entries > ENTRIES_MAX || total > limits.archive_bytes_max {
+                return Err(Error::invalid(format!(
+                    "the archive is larger than the limit of {} bytes in {ENTRIES_MAX} files",
+                    limits.archive_bytes_max
+                )));
+            }
+            let path = plain_path(&entry.path).ok_or_else(|| {
+                Error::invalid(format!(
+                    "the archive is refused: it has an entry `{}`",
+                    String::from_utf8_lossy(&entry.path)
+                ))
+            })?;
+            match entry.kind {
+                EntryKind::File if entry.sparse.is_none() => {
+                    let mut ingest = self.0.content.ingest()?;
+                    let mut piece = vec![0; READ_BYTES];
+                    loop {
+                        let length =
+                            archive.read(&mut piece).map_err(|source| unreadable(TarError::from(source)))?;
+                        if length == 0 {
+                            break;
+                        }
+                        ingest.write_all(&piece[..length]).map_err(|source| ingest.failed(source))?;
+                    }
+                    // Held before it has a name, so that the collector cannot come between.
+                    runtime.block_on(lease.hold([ingest.digest()]));
+                    files.blobs.insert(path, ingest.finish(None)?);
+                }
+                EntryKind::Symlink | EntryKind::HardLink => {
+                    let target = String::from_utf8_lossy(&entry.link).into_owned();
+                    let from = if entry.kind == EntryKind::Symlink {
+                        path.rsplit_once('/').map_or("", |(folder, _)| folder)
+                    } else {
+                        ""
+                    };
+                    if let Some(target) = plain_path(format!("{from}/{target}").as_bytes()) {
+                        files.links.insert(path, target);
+                    }
+                }
+                EntryKind::Directory => {}
+                _ => {
+                    return Err(Error::invalid(format!(
+                        "the archive is refused: entry `{path}` is neither a file, nor a folder, nor a link"
+                    )));
+                }
+            }
+        }
+        Ok(files)
+    }
+
+    /// What the archive's tables say is in it.
+    fn plans(&self, files: &Files, lease: &Arc<Lease>) -> Result<Vec<Plan>> {
+        if let Some((table, _)) = files.find("manifest.json") {
+            let table = self.0.content.read(&table, manifest::MANIFEST_BYTES_MAX)?;
+            return parse_manifest_json(&table)?
+                .into_iter()
+                .map(|saved| self.plan_saved(files, saved, lease))
+                .collect();
+        }
+        if let Some((index, _)) = files.find("index.json") {
+            let Document::Index(index) =
+                Document::parse(&self.0.content.read(&index, manifest::MANIFEST_BYTES_MAX)?)?
+            else {
+                return Err(Error::invalid("the archive's index.json is not an index"));
+            };
+            if index.manifests.len() > IMAGES_MAX {
+                return Err(Error::invalid("the archive's index.json lists more images than are supported"));
+            }
+            return index.manifests.iter().map(|entry| self.plan_laid_out(files, entry)).collect();
+        }
+        Err(Error::invalid("the archive holds no image: it has neither a manifest.json nor an index.json"))
+    }
+
+    /// An image of a `docker save` archive: it has no manifest, so one is made.
+    fn plan_saved(&self, files: &Files, saved: SavedImage, lease: &Arc<Lease>) -> Result<Plan> {
+        let missing = |path: &str| {
+            Error::invalid(format!(
+                "the archive is incomplete: its manifest.json names `{path}`, which is not in it"
+            ))
+        };
+        let (config, size) = files.find(&saved.config).ok_or_else(|| missing(&saved.config))?;
+        let bytes = self.0.content.read(&config, manifest::CONFIG_BYTES_MAX)?;
+        let parsed = manifest::parse_config(&bytes, Some(saved.layers.len()))?;
+        let mut layers = Vec::new();
+        for path in &saved.layers {
+            let (digest, size) = files.find(path).ok_or_else(|| missing(path))?;
+            let mut start = [0; 4];
+            let length = self
+                .0
+                .content
+                .open_blob(&digest)?
+                .read(&mut start)
+                .map_err(|source| Error::io("read", &self.0.content.path(&digest), source))?;
+            let suffix = match Compression::detect(&start[..length]) {
+                Compression::None => "",
+                Compression::Gzip => "+gzip",
+                Compression::Zstd => "+zstd",
+            };
+            layers.push(Descriptor {
+                media_type: format!("{}{suffix}", manifest::OCI_LAYER),
+                digest,
+                size,
+                platform: None,
+                annotations: Default::default(),
+            });
+        }
+        let config = Descriptor {
+            media_type: manifest::OCI_CONFIG.to_owned(),
+            digest: config,
+            size,
+            platform: None,
+            annotations: Default::default(),
+        };
+        let manifest =
+            Manifest { schema_version: 2, media_type: manifest::OCI_MANIFEST.to_owned(), config, layers };
+        let bytes = crate::database::encode(&manifest)?;
+        tokio::runtime::Handle::current().block_on(lease.hold([Digest::of(&bytes)]));
+        let manifest_digest = self.0.content.insert(&bytes)?;
+        let names = saved.repo_tags.iter().map(|name| {
+            name.parse::<Reference>().map(Reference::with_default_tag).map_err(|source| {
+                Error::because(Kind::Invalid, format!("the archive names an image `{name}`"), source)
+            })
+        });
+        Ok(Plan {
+            manifest_digest,
+            manifest,
+            indexes: Vec::new(),
+            config: parsed,
+            source: None,
+            names: names.collect::<Result<_>>()?,
+        })
+    }
+
+    /// An image of an OCI layout.
+    fn plan_laid_out(&self, files: &Files, entry: &Descriptor) -> Result<Plan> {
+        let missing = |digest: &Digest| {
+            Error::invalid(format!("the archive is incomplete: blob {digest} is not in it"))
+        };
+        let have = |digest: &Digest| {
+            files
+                .find(&format!("blobs/sha256/{}", digest.hex()))
+                .filter(|(found, _)| found == digest)
+                .ok_or_else(|| missing(digest))
+        };
+        let (mut digest, mut indexes) = (entry.digest, Vec::new());
+        let manifest = loop {
+            have(&digest)?;
+            match Document::parse(&self.0.content.read(&digest, manifest::MANIFEST_BYTES_MAX)?)? {
+                Document::Manifest(manifest) => break manifest,
+                Document::Index(_) if indexes.len() > 2 => {
+                    return Err(Error::invalid("the image is an index of indexes of indexes: refused"));
+                }
+                Document::Index(index) => {
+                    let wanted = Platform::host();
+                    let chosen = index.choose(&wanted).ok_or_else(|| {
+                        Error::not_found(format!("no matching manifest for {wanted} in the archive"))
+                    })?;
+                    indexes.push(digest);
+                    digest = chosen.digest;
+                }
+            }
+        };
+        for blob in manifest.layers.iter().chain([&manifest.config]) {
+            let (_, size) = have(&blob.digest)?;
+            if size != blob.size {
+                return Err(Error::invalid(format!(
+                    "blob {} of the archive has {size} bytes, but its manifest says {}: refused",
+                    blob.digest, blob.size
+                )));
+            }
+        }
+        let config = manifest::parse_config(
+            &self.0.content.read(&manifest.config.digest, manifest::CONFIG_BYTES_MAX)?,
+            Some(manifest.layers.len()),
+        )?;
+        // containerd's word has the whole name; the specification's is often a tag only, which names nothing.
+        let name = entry.annotations.get("io.containerd.image.name").or_else(|| {
+            entry
+                .annotations
+                .get("org.opencontainers.image.ref.name")
+                .filter(|name| name.contains([':', '/']))
+        });
+        let name = name
+            .map(|name| {
+                name.parse::<Reference>().map_err(|source| {
+                    Error::because(Kind::Invalid, format!("the archive names an image `{name}`"), source)
+                })
+            })
+            .transpose()?;
+        Ok(Plan {
+            manifest_digest: digest,
+            manifest,
+            indexes,
+            config,
+            source: None,
+            names: name.map(Reference::with_default_tag).into_iter().collect(),
+        })
+    }
+}
+
+impl Files {
+    /// A file, through links.
+    fn find(&self, path: &str) -> Option<(Digest, u64)> {
+        let mut path = plain_path(path.as_bytes())?;
+        for _ in 0..LINKS_MAX {
+            if let Some(found) = self.blobs.get(&path) {
+                return Some(*found);
+            }
+            path = self.links.get(&path)?.clone();
+        }
+        None
+    }
+}
+
+/// A path without `.` and `..`; `None` when it leads out or is not text.
+fn plain_path(path: &[u8]) -> Option<String> {
+    let mut parts = Vec::new();
+    for part in std::str::from_utf8(path).ok()?.split('/') {
+        match part {
+            "" | "." => {}
+            ".." => drop(parts.pop()?),
+            part => parts.push(part),
+        }
+    }
+    Some(parts.join("/"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_are_made_plain() {
+        assert_eq!(plain_path(b"./a//b/../c").as_deref(), Some("a/c"));
+        assert_eq!(plain_path(b"../x"), None);
+        assert_eq!(plain_path(&[0xff]), None);
+    }
+
+    #[test]
+    fn the_table_of_a_saved_archive_is_read() {
+        let images =
+            parse_manifest_json(br#"[{"Config":"c.json","RepoTags":null,"Layers":["a/layer.tar"]}]"#)
+                .expect("a table");
+        assert_eq!(
+            images,
+            [SavedImage {
+                config: "c.json".to_owned(),
+                repo_tags: Vec::new(),
+                layers: vec!["a/layer.tar".to_owned()]
+            }]
+        );
+        assert!(parse_manifest_json(b"{}").is_err());
+    }
+
+    #[test]
+    fn links_in_circles_lead_nowhere() {
+        let mut files = Files::default();
+        files.links.insert("a".to_owned(), "b".to_owned());
+        files.links.insert("b".to_owned(), "a".to_owned());
+        assert_eq!(files.find("a"), None);
+    }
+}

@@ -1,0 +1,167 @@
+//! Mounting an overlay, by the new mount API where the kernel has it, else by mount(2).
+//!
+//! The new API takes each lower folder by a call of its own (`lowerdir+`, Linux 6.8), so their number is not bounded by one page
+//! of options. The old call gets `/proc/self/fd/N` for each, which is short enough for two hundred layers.
+
+use std::{
+    fs, io,
+    os::fd::{AsRawFd, OwnedFd},
+    path::Path,
+};
+
+use rustix::{
+    fs::{CWD, Mode, OFlags},
+    io::Errno,
+    mount::{
+        FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags,
+        fsconfig_create, fsconfig_set_string, fsmount, fsopen, move_mount, open_tree,
+    },
+};
+
+use crate::{Error, Kind, Mounts, Result};
+
+/// Behaviours of overlayfs that depend on how the kernel was built, set to the one that layers need: what is written
+/// is a plain changeset, without references between layers.
+const OPTIONS: [(&str, &str); 3] = [("index", "off"), ("metacopy", "off"), ("redirect_dir", "off")];
+
+/// Mounts at `target`, a folder. A snapshot on nothing is its upper folder itself.
+pub(crate) fn mount(mounts: &Mounts, target: &Path) -> Result<()> {
+    if mounts.lower.is_empty() {
+        return bind(&mounts.upper, target);
+    }
+    match mount_by_parts(mounts, target) {
+        Err(Failure { source: Errno::INVAL | Errno::NOSYS | Errno::NODEV | Errno::OPNOTSUPP, .. }) => {
+            mount_by_string(mounts, target).map_err(|failure| failure.describe(mounts, target))
+        }
+        result => result.map_err(|failure| failure.describe(mounts, target)),
+    }
+}
+
+/// Unmounts; fine when nothing is mounted. A busy one is taken out of sight and goes when its last user does.
+pub(crate) fn unmount(target: &Path) -> Result<()> {
+    match rustix::mount::unmount(target, UnmountFlags::NOFOLLOW) {
+        Err(Errno::BUSY) => rustix::mount::unmount(target, UnmountFlags::NOFOLLOW | UnmountFlags::DETACH),
+        result => result,
+    }
+    .or_else(|source| match source {
+        Errno::INVAL | Errno::NOENT => Ok(()),
+        source => Err(Error::io("unmount", target, source)),
+    })
+}
+
+struct Failure {
+    source: Errno,
+    /// What the kernel wrote about it.
+    log: String,
+}
+
+impl From<Errno> for Failure {
+    fn from(source: Errno) -> Self {
+        Self { source, log: String::new() }
+    }
+}
+
+impl Failure {
+    fn describe(self, mounts: &Mounts, target: &Path) -> Error {
+        if let Some(missing) = mounts.lower.iter().find(|lower| !lower.is_dir()) {
+            return Error::corrupt(format!(
+                "layer `{}` is gone: remove the image and pull it again",
+                missing.display()
+            ));
+        }
+        let log = if self.log.is_empty() { String::new() } else { format!(" ({})", self.log) };
+        if crate::error::is_no_space(&io::Error::from(self.source)) {
+            return Error::io("mount", target, self.source);
+        }
+        Error::because(
+            Kind::Internal,
+            format!(
+                "could not mount an overlay of {} layers at `{}`{log}",
+                mounts.lower.len(),
+                target.display()
+            ),
+            io::Error::from(self.source),
+        )
+    }
+}
+
+fn mount_by_parts(mounts: &Mounts, target: &Path) -> Result<(), Failure> {
+    let context = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    let configure = || -> rustix::io::Result<()> {
+        fsconfig_set_string(&context, "source", "overlay")?;
+        for lower in &mounts.lower {
+            fsconfig_set_string(&context, "lowerdir+", lower)?;
+        }
+        fsconfig_set_string(&context, "upperdir", &mounts.upper)?;
+        fsconfig_set_string(&context, "workdir", &mounts.work)?;
+        for (name, value) in OPTIONS {
+            fsconfig_set_string(&context, name, value)?;
+        }
+        fsconfig_create(&context)
+    };
+    configure().map_err(|source| Failure { source, log: kernel_log(&context) })?;
+    let mount = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?;
+    Ok(move_mount(&mount, "", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?)
+}
+
+/// What the kernel says about the last call on a mount context: lines such as `e overlay: …`.
+fn kernel_log(context: &OwnedFd) -> String {
+    let mut log = Vec::new();
+    let mut line = [0; 1024];
+    while let Ok(length) = rustix::io::read(context, &mut line) {
+        if length == 0 {
+            break;
+        }
+        log.push(String::from_utf8_lossy(&line[..length]).trim().to_owned());
+    }
+    log.join("; ")
+}
+
+fn mount_by_string(mounts: &Mounts, target: &Path) -> Result<(), Failure> {
+    let open = |path: &Path| {
+        rustix::fs::open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+    };
+    let lower = mounts.lower.iter().map(|lower| open(lower)).collect::<rustix::io::Result<Vec<_>>>()?;
+    let (upper, work) = (open(&mounts.upper)?, open(&mounts.work)?);
+    let named = |folder: &OwnedFd| format!("/proc/self/fd/{}", folder.as_raw_fd());
+    let lower: Vec<String> = lower.iter().map(named).collect();
+    let mut options =
+        format!("lowerdir={},upperdir={},workdir={}", lower.join(":"), named(&upper), named(&work));
+    for (name, value) in OPTIONS {
+        options.push_str(&format!(",{name}={value}"));
+    }
+    let options = std::ffi::CString::new(options).map_err(|_| Errno::INVAL)?;
+    Ok(rustix::mount::mount("overlay", target, "overlay", MountFlags::empty(), Some(options.as_c_str()))?)
+}
+
+fn bind(folder: &Path, target: &Path) -> Result<()> {
+    let by_tree = || -> rustix::io::Result<()> {
+        let tree = open_tree(CWD, folder, OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC)?;
+        move_mount(&tree, "", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+    };
+    by_tree().map_err(|source| Error::io("mount a folder at", target, source))
+}
+
+/// Whether something is mounted at `target`.
+pub(crate) fn is_mounted(target: &Path) -> Result<bool> {
+    let table = fs::read_to_string("/proc/self/mountinfo")
+        .map_err(|source| Error::io("read", Path::new("/proc/self/mountinfo"), source))?;
+    let target = fs::canonicalize(target).map_err(|source| Error::io("find", target, source))?;
+    let escaped = target
+        .to_string_lossy()
+        .replace('\\', "\\134")
+        .replace(' ', "\\040")
+        .replace('\t', "\\011")
+        .replace('\n', "\\012");
+    Ok(table.lines().any(|line| line.split(' ').nth(4) == Some(&escaped)))
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// Mounts by the old call only.
+    pub(crate) fn mount_the_old_way(mounts: &Mounts, target: &Path) -> Result<()> {
+        mount_by_string(mounts, target).map_err(|failure| failure.describe(mounts, target))
+    }
+}

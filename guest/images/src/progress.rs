@@ -1,0 +1,149 @@
+//! What a pull or a load tells its caller while it works, in the words of Docker's JSON progress.
+
+use crate::{Digest, Reference};
+
+/// One step. Everything a client prints can be made from these.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Progress {
+    /// `Pulling from library/debian`, with the tag or digest as id.
+    PullingFrom(Reference),
+    /// One layer moved on. `id` is the short form of the blob's digest (12 digits).
+    Layer {
+        /// The short form of the layer's digest.
+        id: String,
+        /// What it is doing.
+        state: LayerProgress,
+    },
+    /// `Digest: sha256:…` of what the name stood for at the registry.
+    Digest(Digest),
+    /// `Status: Downloaded newer image for debian:latest`.
+    Downloaded(Reference),
+    /// `Status: Image is up to date for debian:latest`.
+    UpToDate(Reference),
+    /// `Loaded image: debian:latest`, from an archive; or an id, for an image to which the archive gave no name.
+    Loaded(String),
+}
+
+/// What one layer is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LayerProgress {
+    /// It is needed and not here.
+    PullingFsLayer,
+    /// It waits for its turn.
+    Waiting,
+    /// Bytes have arrived.
+    Downloading {
+        /// Bytes here.
+        current: u64,
+        /// Bytes in all.
+        total: u64,
+    },
+    /// The transfer failed and is tried again after a pause.
+    Retrying {
+        /// The pause.
+        seconds: u64,
+    },
+    /// All bytes are here.
+    VerifyingChecksum,
+    /// The blob is verified and stored.
+    DownloadComplete,
+    /// The blob is being unpacked.
+    Extracting {
+        /// Bytes of the blob read.
+        current: u64,
+        /// Bytes of the blob.
+        total: u64,
+    },
+    /// The layer is ready.
+    PullComplete,
+    /// The layer was here before.
+    AlreadyExists,
+    /// A layer of an archive is being read.
+    Loading {
+        /// Bytes of the blob read.
+        current: u64,
+        /// Bytes of the blob.
+        total: u64,
+    },
+}
+
+impl LayerProgress {
+    /// Docker's word for it.
+    pub fn status(&self) -> String {
+        match self {
+            Self::PullingFsLayer => "Pulling fs layer".to_owned(),
+            Self::Waiting => "Waiting".to_owned(),
+            Self::Downloading { .. } => "Downloading".to_owned(),
+            Self::Retrying { seconds: 1 } => "Retrying in 1 second".to_owned(),
+            Self::Retrying { seconds } => format!("Retrying in {seconds} seconds"),
+            Self::VerifyingChecksum => "Verifying Checksum".to_owned(),
+            Self::DownloadComplete => "Download complete".to_owned(),
+            Self::Extracting { .. } => "Extracting".to_owned(),
+            Self::PullComplete => "Pull complete".to_owned(),
+            Self::AlreadyExists => "Already exists".to_owned(),
+            Self::Loading { .. } => "Loading layer".to_owned(),
+        }
+    }
+
+    /// Bytes done and bytes in all, for the states that count (`progressDetail`).
+    pub fn detail(&self) -> Option<(u64, u64)> {
+        match *self {
+            Self::Downloading { current, total }
+            | Self::Extracting { current, total }
+            | Self::Loading { current, total } => Some((current, total)),
+            _ => None,
+        }
+    }
+}
+
+impl Progress {
+    /// The id of Docker's progress line: a layer, or the tag of a `Pulling from` line.
+    pub fn id(&self) -> Option<String> {
+        match self {
+            Self::PullingFrom(reference) => Some(match (reference.digest(), reference.tag()) {
+                (Some(digest), _) => digest.to_string(),
+                (None, tag) => tag.unwrap_or("latest").to_owned(),
+            }),
+            Self::Layer { id, .. } => Some(id.clone()),
+            _ => None,
+        }
+    }
+
+    /// The text of Docker's progress line. ([`Progress::Loaded`] is a `stream` line with dockerd, not a status.)
+    pub fn status(&self) -> String {
+        match self {
+            Self::PullingFrom(reference) => format!("Pulling from {}", reference.path()),
+            Self::Layer { state, .. } => state.status(),
+            Self::Digest(digest) => format!("Digest: {digest}"),
+            Self::Downloaded(reference) => {
+                format!("Status: Downloaded newer image for {}", reference.familiar())
+            }
+            Self::UpToDate(reference) => format!("Status: Image is up to date for {}", reference.familiar()),
+            Self::Loaded(id) if id.starts_with("sha256:") => format!("Loaded image ID: {id}"),
+            Self::Loaded(name) => format!("Loaded image: {name}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_read_as_dockers_do() {
+        let reference: Reference = "debian".parse().expect("a name");
+        let reference = reference.with_default_tag();
+        let line = Progress::PullingFrom(reference.clone());
+        assert_eq!(
+            (line.id().as_deref(), line.status().as_str()),
+            (Some("latest"), "Pulling from library/debian")
+        );
+        assert_eq!(
+            Progress::Downloaded(reference).status(),
+            "Status: Downloaded newer image for debian:latest"
+        );
+        let layer = LayerProgress::Downloading { current: 1, total: 2 };
+        assert_eq!((layer.status().as_str(), layer.detail()), ("Downloading", Some((1, 2))));
+        assert_eq!(LayerProgress::Retrying { seconds: 1 }.status(), "Retrying in 1 second");
+    }
+}
