@@ -1,6 +1,7 @@
 //! The `engine-vmm` process against a script in QEMU's place: how it starts, stops and dies.
 //!
 //! What needs a real guest is in tests/e2e.
+#![forbid(unsafe_code)]
 
 use std::fs;
 use std::os::fd::AsFd;

@@ -1,4 +1,5 @@
 //! `engine-vmm`: the process that holds one virtual machine. Started by `engined`, not by people.
+#![forbid(unsafe_code)]
 
 use std::os::fd::RawFd;
 use std::os::unix::net::UnixStream;
