@@ -80,8 +80,24 @@ impl RestartPolicy {
     }
 }
 
+/// The engine's command. `debug` has it explain itself at length.
+pub fn command(debug: bool) -> Result<Command> {
+    let mut command = Command::new(PROGRAM);
+    command
+        .args(ARGUMENTS)
+        .env_clear()
+        .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+        .env("HOME", "/root")
+        .env("LANG", "C.UTF-8");
+    if debug {
+        command.env("RUST_LOG", "debug").env("RUST_BACKTRACE", "1");
+    }
+    sys::start_in_cgroup(&mut command, mounts::open_engine_cgroup()?);
+    Ok(command)
+}
+
 /// What the engine's process needs from the agent.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Supervisor {
     /// Starts it and learns of its end.
     pub processes: Processes,
@@ -89,8 +105,8 @@ pub struct Supervisor {
     pub log: Log,
     /// Is told its state.
     pub status: Publisher,
-    /// The engine explains itself at length.
-    pub debug: bool,
+    /// Makes the command that starts it: [`command`], but for tests.
+    pub launch: Rc<dyn Fn() -> Result<Command>>,
 }
 
 /// One engine.
@@ -129,23 +145,14 @@ impl Supervisor {
     fn start(&self) -> Result<Running> {
         let (ready, ready_writer) = io::pipe()?;
         let (output, output_writer) = io::pipe()?;
-        let mut command = Command::new(PROGRAM);
-        command
-            .args(ARGUMENTS)
-            .env_clear()
-            .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
-            .env("HOME", "/root")
-            .env("LANG", "C.UTF-8")
-            .stdin(Stdio::null())
-            .stdout(output_writer.try_clone()?)
-            .stderr(output_writer);
-        if self.debug {
-            command.env("RUST_LOG", "debug").env("RUST_BACKTRACE", "1");
-        }
+        let mut command = (self.launch)()?;
+        command.stdin(Stdio::null()).stdout(output_writer.try_clone()?).stderr(output_writer);
         let mapping = FdMapping { parent_fd: OwnedFd::from(ready_writer), child_fd: READY_FD };
         command.fd_mappings(vec![mapping])?;
-        sys::start_in_cgroup(&mut command, mounts::open_engine_cgroup()?);
-        let child = self.processes.spawn(&mut command).with_context(|| format!("cannot run {PROGRAM}"))?;
+        let child = self
+            .processes
+            .spawn(&mut command)
+            .with_context(|| format!("cannot run {:?}", command.get_program()))?;
         info!(pid = child.pid.as_raw_nonzero(), uptime_ms = machine::uptime_ms(), "engine started");
 
         let last_words = Rc::new(RefCell::new(String::new()));
@@ -228,6 +235,10 @@ fn excerpt(line: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::power::PowerSwitch;
+    use crate::status::Status;
+    use tokio::sync::watch;
+    use tokio::task::LocalSet;
 
     #[test]
     fn an_engine_that_keeps_dying_is_started_ever_less_often() {
@@ -244,6 +255,73 @@ mod tests {
         }
         assert_eq!(policy.ended(WELL_AFTER), Duration::from_millis(200));
         assert_eq!(policy.ended(Duration::ZERO), Duration::from_millis(400));
+    }
+
+    /// Runs a supervisor whose engine is a line of shell, and a test beside it.
+    fn supervise<T>(
+        script: &'static str,
+        test: impl AsyncFnOnce(&mut watch::Receiver<Status>, PowerSwitch) -> T,
+    ) -> T {
+        let _children = crate::process::tests::CHILDREN.lock().unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        LocalSet::new().block_on(&runtime, async {
+            let processes = Processes::default();
+            let collector = tokio::task::spawn_local(processes.clone().collect());
+            let (status, power) = (Publisher::new(), PowerSwitch::new());
+            let launch = Rc::new(move || {
+                let mut command = Command::new("sh");
+                command.args(["-c", script]);
+                Ok(command)
+            });
+            let supervisor = Supervisor { processes, log: Log::default(), status: status.clone(), launch };
+            let running = tokio::task::spawn_local(supervisor.run(power.orders()));
+            let result = test(&mut status.watch(), power.clone()).await;
+            power.press("the test is over", Haste::Now);
+            running.await.unwrap();
+            collector.abort();
+            result
+        })
+    }
+
+    async fn until(
+        status: &mut watch::Receiver<Status>,
+        wanted: impl Fn(&EngineState) -> bool,
+    ) -> EngineState {
+        let found = status.wait_for(|status| wanted(&status.engine));
+        let found = tokio::time::timeout(Duration::from_secs(20), found).await.expect("the state in time");
+        found.unwrap().engine.clone()
+    }
+
+    #[test]
+    fn an_engine_is_ready_when_it_says_so_and_ends_when_told() {
+        supervise("trap 'exit 0' TERM; echo x >&3; while :; do sleep 0.05; done", async |status, power| {
+            until(status, |state| *state == EngineState::Ready).await;
+            power.press("enough", Haste::Orderly);
+        });
+    }
+
+    #[test]
+    fn an_engine_that_dies_is_reported_with_its_last_words_and_started_again() {
+        let failed =
+            supervise("echo x >&3; sleep 0.1; echo 'error: no space' >&2; exit 4", async |status, _| {
+                until(status, |state| *state == EngineState::Ready).await;
+                let failed = until(status, |state| matches!(state, EngineState::Failed { .. })).await;
+                until(status, |state| *state == EngineState::Ready).await;
+                failed
+            });
+        let reason = "the engine ended with status 4: error: no space".to_owned();
+        assert_eq!(failed, EngineState::Failed { reason, retry_in_ms: 200 });
+    }
+
+    #[test]
+    fn an_engine_that_will_not_end_is_killed_in_haste() {
+        let began = Instant::now();
+        supervise("trap '' TERM; echo x >&3; while :; do sleep 0.05; done", async |status, power| {
+            until(status, |state| *state == EngineState::Ready).await;
+            power.press("the plug will be pulled", Haste::Now);
+        });
+        let took = began.elapsed();
+        assert!(took >= Haste::Now.engine_time_max() && took < Haste::Orderly.engine_time_max(), "{took:?}");
     }
 
     #[test]

@@ -28,9 +28,11 @@ mod status;
 mod sys;
 
 use std::process::ExitCode;
+use std::rc::Rc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use rustix::system::RebootCommand;
 use tokio::sync::watch;
 use tokio::task::{LocalSet, spawn_blocking, spawn_local};
 use tracing::{error, info, warn};
@@ -87,6 +89,8 @@ fn prepare() -> Result<Options> {
     mounts::leave_initramfs()?;
     mounts::mount_all()?;
     mounts::open_console()?;
+    // Ctrl-Alt-Del is a signal to us instead of the kernel's own reset.
+    rustix::system::reboot(RebootCommand::CadOff).context("cannot take over Ctrl-Alt-Del")?;
     let cmdline = std::fs::read_to_string("/proc/cmdline").context("cannot read the kernel command line")?;
     Ok(Options::parse(&cmdline))
 }
@@ -105,7 +109,7 @@ async fn supervise(options: Options, log: Log) -> Result<()> {
         processes: processes.clone(),
         log: log.clone(),
         status: status.clone(),
-        debug: options.debug,
+        launch: Rc::new(move || engine::command(options.debug)),
     };
     let mut up = spawn_local(bring_up(supervisor, power));
     let mut is_up = true;

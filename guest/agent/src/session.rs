@@ -80,11 +80,15 @@ where
             }
             told = Some(news);
         }
-        output.extend(session.take_output());
+        if output.is_empty() {
+            // The rest stays in the session, which gives up a host that does not read.
+            output = session.take_output();
+        }
         let deadline = session.next_deadline().context("the session has ended")?;
         // All of these may be dropped when another comes first. Bytes are taken before time passes.
         tokio::select! {
             biased;
+            length = writer.write(&output), if !output.is_empty() => drop(output.drain(..length?)),
             length = reader.read(&mut input) => match length? {
                 0 => bail!("the host hung up"),
                 length => {
@@ -96,7 +100,6 @@ where
                     }
                 }
             },
-            length = writer.write(&output), if !output.is_empty() => drop(output.drain(..length?)),
             changed = status.changed(), if established => changed.context("the agent is ending")?,
             () = tokio::time::sleep_until(began + deadline) => session.tick(began.elapsed())?,
         }

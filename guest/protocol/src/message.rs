@@ -87,7 +87,8 @@ pub enum EngineState {
     Failed {
         /// Why, as a sentence for the user.
         reason: String,
-        /// Milliseconds until the next attempt, counted from the moment of sending.
+        /// Milliseconds until the next attempt, counted from the moment of sending; 0 when there will be none
+        /// because the machine is at fault ([`Notice::Fault`]).
         retry_in_ms: u64,
     },
 }

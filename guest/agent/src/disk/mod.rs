@@ -10,9 +10,10 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags};
 use tracing::{info, warn};
 
@@ -29,6 +30,9 @@ const SERIAL: &str = "engine-data";
 
 /// How long the disk may take to appear after its driver was loaded.
 const APPEAR_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long mounts may stay busy at power-off, all together.
+const BUSY_TIME_MAX: Duration = Duration::from_secs(1);
 
 /// How `mke2fs` makes the file system; the device comes last. Inode tables and the journal are zeroed later by the
 /// kernel, and nothing is discarded on a disk that was never written to: formatting takes the same fraction of a
@@ -147,8 +151,9 @@ fn unmountable(error: &anyhow::Error) -> String {
 pub fn take_down() -> io::Result<Vec<String>> {
     let mountinfo = fs::read_to_string("/proc/self/mountinfo")?;
     let mut busy = Vec::new();
+    let deadline = Instant::now() + BUSY_TIME_MAX;
     for target in mounts::mounted_below(&mountinfo, DATA) {
-        if unmount_patiently(&target).is_err() {
+        if unmount_patiently(&target, deadline).is_err() {
             // Nothing more is written, and what was is on the disk; then the mount may go when it likes. Failing
             // here too leaves the journal to the next boot.
             let read_only = rustix::mount::mount_remount(&target, MountFlags::RDONLY, c"");
@@ -160,22 +165,18 @@ pub fn take_down() -> io::Result<Vec<String>> {
 }
 
 /// A killed container's mount namespace is taken apart a moment after its last process has gone.
-fn unmount_patiently(target: &str) -> rustix::io::Result<()> {
-    const TRIES: u32 = 50;
-    let mut result = Ok(());
-    for _ in 0..TRIES {
-        result = rustix::mount::unmount(target, UnmountFlags::NOFOLLOW);
-        if result != Err(rustix::io::Errno::BUSY) {
-            return result;
+fn unmount_patiently(target: &str, deadline: Instant) -> rustix::io::Result<()> {
+    loop {
+        match rustix::mount::unmount(target, UnmountFlags::NOFOLLOW) {
+            Err(Errno::BUSY) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(10)),
+            result => return result,
         }
-        std::thread::sleep(Duration::from_millis(20));
     }
-    result
 }
 
 /// The device node of the data disk: the one with our serial number, else the first virtio disk.
 async fn find() -> Result<PathBuf> {
-    let deadline = tokio::time::Instant::now() + APPEAR_TIMEOUT;
+    let deadline = Instant::now() + APPEAR_TIMEOUT;
     loop {
         if let Some(name) = choose(&disks()?) {
             let node = Path::new("/dev").join(name);
@@ -184,7 +185,7 @@ async fn find() -> Result<PathBuf> {
                 return Ok(node);
             }
         }
-        if tokio::time::Instant::now() > deadline {
+        if Instant::now() > deadline {
             let seconds = APPEAR_TIMEOUT.as_secs();
             anyhow::bail!(
                 "no disk appeared within {seconds} s: the machine was started without its data disk"

@@ -408,6 +408,8 @@ impl Session {
     }
 
     /// All bytes that are to be written to the stream, in order. They are gone from the session with this call.
+    ///
+    /// Take them when the last ones have been written, not before: what nobody takes is what [`OUTPUT_MAX`] counts.
     pub fn take_output(&mut self) -> Vec<u8> {
         std::mem::take(&mut self.output)
     }
