@@ -1,7 +1,8 @@
 //! Mistakes and hostile input: a sentence, the right exit code, and nothing left.
 
-use anyhow::{Result, ensure};
-use tests_harness::{Engine, Finished, IMAGE, Layer, TestImage};
+use anyhow::{Context, Result, ensure};
+use std::process::Command;
+use tests_harness::{Engine, Finished, IMAGE, Layer, Processes, Stage, TestImage, run};
 
 crate::scenarios![
     mistakes_on_the_command_line_are_named,
@@ -10,6 +11,9 @@ crate::scenarios![
     a_broken_archive_is_refused,
     what_is_not_offered_yet_is_refused_by_name,
     a_home_too_long_for_a_socket_is_refused,
+    what_the_host_lacks_is_named,
+    a_busy_socket_is_left_alone,
+    a_full_disk_is_an_error_and_no_more,
 ];
 
 fn mistakes_on_the_command_line_are_named(engine: &Engine) -> Result<()> {
@@ -57,7 +61,7 @@ fn a_hostile_archive_is_refused_whole(engine: &Engine) -> Result<()> {
         let loaded = load(engine, Layer::raw(&entries)?, &tag)?;
         // Either refused, or kept inside: never outside, and never half an image.
         let listed = engine.engine(["images", "-q", &tag])?.ok()?;
-        ensure!((loaded.code == 0) == !listed.is_empty(), "{how}: {loaded:?}, listed `{listed}`");
+        ensure!((loaded.code == 0) != listed.is_empty(), "{how}: {loaded:?}, listed `{listed}`");
         for escaped in ["/escaped", "/escaped-by-link"] {
             ensure!(!std::path::Path::new(escaped).exists(), "{how}: `{escaped}` was written");
         }
@@ -98,7 +102,7 @@ fn a_broken_archive_is_refused(engine: &Engine) -> Result<()> {
 
 fn what_is_not_offered_yet_is_refused_by_name(engine: &Engine) -> Result<()> {
     let Some(command) = engine.docker(["run", "--rm", "-p", "8080:80", IMAGE, "true"]) else { return Ok(()) };
-    let published = tests_harness::run(command)?;
+    let published = run(command)?;
     ensure!(published.code == 125 && published.stderr.contains("port"), "{published:?}");
     let left = engine.engine(["ps", "-aq"])?.ok()?;
     ensure!(left.is_empty(), "a refused container is left: {left}");
@@ -108,5 +112,107 @@ fn what_is_not_offered_yet_is_refused_by_name(engine: &Engine) -> Result<()> {
 fn a_home_too_long_for_a_socket_is_refused(engine: &Engine) -> Result<()> {
     let mut command = engine.command(["machine", "status"]);
     command.env_remove("ENGINE_HOST").env("ENGINE_HOME", format!("/tmp/{}", "x".repeat(120)));
-    tests_harness::run(command)?.fails_with(1, "set `ENGINE_HOME` to a shorter path")
+    run(command)?.fails_with(1, "set `ENGINE_HOME` to a shorter path")
+}
+
+/// A command with a home of its own below the engine's, whose daemon is ended afterwards.
+fn elsewhere(engine: &Engine, name: &str, change: impl FnOnce(&mut Command)) -> Result<Finished> {
+    let home = engine.path(name);
+    let mut command = engine.command(["machine", "start"]);
+    command.env_remove("ENGINE_HOST").env("ENGINE_HOME", &home);
+    change(&mut command);
+    let finished = run(command)?;
+    let mut end = engine.command(["machine", "shutdown"]);
+    end.env_remove("ENGINE_HOST").env("ENGINE_HOME", &home);
+    run(end)?.ok()?;
+    Processes::of(&home).expect_none(std::time::Duration::from_secs(30))?;
+    Ok(finished)
+}
+
+fn what_the_host_lacks_is_named(engine: &Engine) -> Result<()> {
+    if engine.stage == Stage::Native {
+        return Ok(());
+    }
+    let no_qemu = elsewhere(engine, "no-qemu", |command| {
+        command.env("PATH", "/nowhere");
+    })?;
+    no_qemu.fails_with(1, "qemu-system-x86")?;
+    let no_image = elsewhere(engine, "no-image", |command| {
+        command.env("ENGINE_IMAGE", "/nowhere");
+    })?;
+    no_image.fails_with(1, "installer/quickstart")?;
+    let no_kernel = engine.path("no-kernel-image");
+    std::fs::create_dir(&no_kernel)?;
+    std::fs::write(no_kernel.join("manifest.json"), r#"{"digest":"none","cmdline":""}"#)?;
+    std::fs::write(no_kernel.join("initramfs"), "x")?;
+    elsewhere(engine, "no-kernel", |command| {
+        command.env("ENGINE_IMAGE", &no_kernel);
+    })?
+    .fails_with(1, "kernel")?;
+    let wrong = elsewhere(engine, "wrong", |command| {
+        command.env("ENGINE_MACHINE_MEMORY_MIB", "a lot");
+    })?;
+    wrong.fails_with(1, "`a lot`")
+}
+
+fn a_busy_socket_is_left_alone(engine: &Engine) -> Result<()> {
+    if engine.stage == Stage::Native {
+        return Ok(());
+    }
+    let home = engine.path("busy");
+    std::fs::create_dir(&home)?;
+    let socket = home.join("engine.sock");
+    let _other = std::os::unix::net::UnixListener::bind(&socket)?;
+    let mut command = engine.command(["machine", "status"]);
+    command.env("ENGINE_HOME", &home);
+    run(command)?.fails_with(1, "another program already answers")?;
+    std::os::unix::net::UnixStream::connect(&socket).context("the other program's socket was taken")?;
+    Processes::of(&home).expect_none(std::time::Duration::from_secs(30))
+}
+
+/// Natively a full data root, with the machine a full host.
+fn a_full_disk_is_an_error_and_no_more(engine: &Engine) -> Result<()> {
+    if !rustix::process::geteuid().is_root() {
+        crate::skip("a small file system can be mounted by root only");
+        return Ok(());
+    }
+    let home = engine.path("small");
+    std::fs::create_dir(&home)?;
+    let image = engine.path("too-large.tar");
+    std::fs::write(&image, TestImage::new(vec![Layer::noise("noise", 300 << 20, 9)?]).archive("large:1")?)?;
+    let (size, start, end) = match engine.stage {
+        Stage::Native => (
+            "64m",
+            format!(
+                "{} --native --socket $home/s --data-root $home/data 2> $home/../small.log & pid=$!; \
+                 export ENGINE_HOST=unix://$home/s; for i in $(seq 100); do $engine version > /dev/null 2>&1 && break; sleep 0.1; done",
+                engine.program("guest-engine").display()
+            ),
+            "kill $pid; wait $pid",
+        ),
+        Stage::Qemu => {
+            ("200m", "export ENGINE_HOME=$home; $engine machine start".to_owned(), "$engine machine shutdown")
+        }
+    };
+    // In a mount namespace of its own: nothing stays mounted, whatever happens.
+    let script = format!(
+        "set -u; home={}; engine={}; mount -t tmpfs -o size={size} none $home || exit 90\n{start}\n\
+         $engine load -i {}; code=$?\n$engine images -q large:1; $engine ps -a > /dev/null; alive=$?\n{end}\n\
+         echo load $code alive $alive",
+        home.display(),
+        engine.program("engine").display(),
+        image.display(),
+    );
+    let mut command = Command::new("unshare");
+    engine.environment(&mut command);
+    command.args(["--mount", "--propagation", "private", "--", "sh", "-c", &script]);
+    let finished = run(command)?;
+    std::fs::remove_file(&image)?;
+    // An error with a sentence. Natively the engine goes on; a machine whose disk cannot take writes may have to stop.
+    ensure!(finished.stdout.contains("load 1 ") && !finished.stderr.trim().is_empty(), "{finished:?}");
+    ensure!(!finished.stdout.contains("sha256"), "half an image is listed: {finished:?}");
+    if engine.stage == Stage::Native {
+        ensure!(finished.stdout.contains("alive 0") && finished.stderr.contains("space"), "{finished:?}");
+    }
+    Processes::of(&home).expect_none(std::time::Duration::from_secs(60))
 }
