@@ -145,10 +145,12 @@ impl Cgroup {
                     match fs::remove_dir(&group) {
                         Ok(()) => break,
                         Err(error) if error.kind() == io::ErrorKind::NotFound => break,
-                        // A process that has ended leaves its group only when it is reaped.
+                        // Not empty: a process that has ended leaves its group only when it is reaped, and one that was
+                        // just joining arrives late.
                         Err(error)
                             if error.kind() == io::ErrorKind::ResourceBusy && Instant::now() < deadline =>
                         {
+                            self.kill()?;
                             sleep(POLL_INTERVAL);
                         }
                         Err(error) => return Err(failed("remove", &group)(error)),

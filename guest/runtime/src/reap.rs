@@ -1,7 +1,9 @@
 //! Cleaning up after a shim that cannot do it itself.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -59,6 +61,7 @@ pub fn reap(dir: &Path) -> Result<Option<Exit>, ReapError> {
     if let Some(state) = record::read::<StateRecord>(dir, STATE_FILE)? {
         // The shim first, or it would go on making what is being removed.
         end(&state.shim)?;
+        end_children(dir)?;
         // Once the shim is gone its record is final: one written since the read names init.
         let state = record::read::<StateRecord>(dir, STATE_FILE)?.unwrap_or(state);
         release(&state)?;
@@ -72,9 +75,11 @@ pub fn release(state: &StateRecord) -> Result<(), ReapError> {
     if let Some(init) = &state.init {
         signal(init)?;
     }
-    let cgroup = Cgroup::open(&state.cgroup)?;
-    cgroup.kill()?;
-    cgroup.remove()?;
+    if let Some(path) = &state.cgroup {
+        let cgroup = Cgroup::open(path)?;
+        cgroup.kill()?;
+        cgroup.remove()?;
+    }
     Ok(())
 }
 
@@ -123,6 +128,41 @@ fn end(process: &ProcessStamp) -> Result<(), ReapError> {
     }
 }
 
+/// Ends what a shim had forked to make a container and that is not in its cgroup yet. Nothing names such a process but
+/// its command line, which it shares with the shim until it executes something else.
+fn end_children(dir: &Path) -> Result<(), ReapError> {
+    loop {
+        let children = children_of(dir);
+        if children.is_empty() {
+            return Ok(());
+        }
+        // One that was forking while it was killed leaves another: look again.
+        children.iter().try_for_each(end)?;
+    }
+}
+
+fn children_of(dir: &Path) -> Vec<ProcessStamp> {
+    let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
+    entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .filter(|pid| fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| is_shim_of(&line, dir)))
+        .filter_map(|pid| ProcessStamp::of(pid).ok())
+        .collect()
+}
+
+/// Whether a command line is `shim --dir DIR` for this folder.
+fn is_shim_of(command_line: &[u8], dir: &Path) -> bool {
+    let mut arguments = command_line.split(|byte| *byte == 0);
+    let (_program, flag, folder) = (arguments.next(), arguments.next(), arguments.next());
+    let same = |folder: &[u8]| {
+        let folder = Path::new(OsStr::from_bytes(folder));
+        folder == dir
+            || folder.canonicalize().ok().is_some_and(|one| dir.canonicalize().is_ok_and(|two| one == two))
+    };
+    flag == Some(b"--dir") && folder.is_some_and(same)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -141,11 +181,20 @@ mod tests {
     }
 
     #[test]
+    fn children_are_known_by_their_command_line() {
+        let dir = Path::new("/run/engine/c1");
+        assert!(is_shim_of(b"/usr/bin/shim\0--dir\0/run/engine/c1\0", dir));
+        assert!(!is_shim_of(b"/usr/bin/shim\0--dir\0/run/engine/c2\0", dir));
+        assert!(!is_shim_of(b"ls\0/run/engine/c1\0", dir));
+        assert!(!is_shim_of(b"", dir));
+    }
+
+    #[test]
     fn a_record_of_dead_processes_is_no_obstacle() {
         let dir = std::env::temp_dir().join(format!("reap-dead-{}", std::process::id()));
         fs::create_dir_all(&dir).unwrap();
         let gone = ProcessStamp { pid: 1, started: u64::MAX };
-        let cgroup = format!("/reap-test-{}", std::process::id()).into();
+        let cgroup = Some(format!("/reap-test-{}", std::process::id()).into());
         let state = StateRecord { container: "c".into(), shim: gone, init: Some(gone), cgroup };
         record::write(&dir, STATE_FILE, &state).unwrap();
         assert_eq!(reap(&dir).unwrap(), None);

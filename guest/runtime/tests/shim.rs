@@ -257,6 +257,9 @@ impl Shim {
 
 impl Drop for Shim {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            println!("the shim of {} said: {}", self.dir.display(), self.errors());
+        }
         if self.child.is_some() {
             self.kill_shim();
             reap(&self.dir).unwrap();
@@ -348,18 +351,18 @@ fn open_input_survives_a_client_and_closes_on_request() {
         shim.connect().create().unwrap();
         shim.connect().start(None).unwrap();
         let mut watcher = shim.connect().attach(None, false, true, false).unwrap();
-        for word in ["one ", "two"] {
+        for word in ["one\n", "two\n"] {
             let mut feeder = shim.connect().attach(None, true, false, false).unwrap();
             feeder.write_all(word.as_bytes()).unwrap();
             feeder.close_stdin().unwrap();
-            drop(feeder);
         }
-        let mut first = [0; 12];
-        watcher.read_exact(&mut first).unwrap();
+        wait_until("both words in the log", || {
+            let log = fs::read_to_string(shim.dir.join("json.log")).unwrap();
+            log.contains("one") && log.contains("two")
+        });
+        assert_eq!(shim.connect().state().unwrap().status, Status::Running);
         shim.connect().ask(&Request::CloseStdin { process: None }).unwrap();
-        let (rest, _) = watcher.read_split().unwrap();
-        let shown = [&first[8..], &rest].concat();
-        assert!(shown.starts_with(b"one "), "{shown:?}");
+        assert_eq!(watcher.read_split().unwrap().0, b"one\ntwo\n");
         assert_eq!(shim.connect().wait(None).unwrap().code, 0);
         shim.delete();
     });
@@ -401,7 +404,7 @@ fn a_terminal_has_a_size_echoes_and_can_be_resized() {
 fn a_process_starts_with_nothing_blocked_confined_and_in_its_environment() {
     isolated(|| {
         let bench = Bench::new();
-        let script = "cat /proc/self/status; env; ls -l /proc/self/fd; cat /proc/sysrq-trigger | wc -c; wc -c < /proc/kcore";
+        let script = "cat /proc/self/status; ls /proc/self/fd | wc -l; echo HOME=$HOME";
         let check = |shown: &str| {
             for line in [
                 "SigBlk:\t0000000000000000",
@@ -417,9 +420,8 @@ fn a_process_starts_with_nothing_blocked_confined_and_in_its_environment() {
             ] {
                 assert!(shown.lines().any(|shown| shown == line), "{line:?} in {shown}");
             }
-            assert!(shown.find("B=2") < shown.find("A=1"), "{shown}");
             // The three streams, and the folder being listed.
-            assert_eq!(shown.lines().filter(|line| line.contains(" -> ")).count(), 4, "{shown}");
+            assert!(shown.lines().any(|line| line == "4"), "{shown}");
         };
         let shim = bench.shell(script);
         let (exit, stdout, stderr) = shim.run();
@@ -430,6 +432,20 @@ fn a_process_starts_with_nothing_blocked_confined_and_in_its_environment() {
         let (code, shown) = shim.exec_output("e", &["sh", "-c", script]);
         assert_eq!(code, 0, "{shown}");
         check(&shown);
+        shim.delete();
+    });
+}
+
+#[test]
+fn the_environment_keeps_its_order_and_gains_a_home() {
+    isolated(|| {
+        let bench = Bench::new();
+        let expected = "PATH=/sbin:/bin\nB=2\nA=1\nHOME=/root\n";
+        let shim = bench.shim(&["env"]);
+        assert_eq!(shim.run().1, expected);
+        shim.delete();
+        let shim = bench.idle();
+        assert_eq!(shim.exec_output("e", &["env"]), (0, expected.to_owned()));
         shim.delete();
     });
 }
@@ -507,7 +523,7 @@ fn a_program_that_cannot_run_is_named_and_leaves_nothing() {
             let shim = bench.shim(&[program]);
             assert_eq!(refusal(shim.connect().create()), (kind, message.to_owned()));
             assert!(!Cgroup::open(&shim.cgroup).unwrap().exists());
-            assert!(!shim.dir.join("runtime").exists() && !shim.dir.join("state.json").exists());
+            assert!(!shim.dir.join("runtime").exists() && !shim.dir.join("bundle").exists());
             assert_eq!(shim.connect().state().unwrap().status, Status::Empty);
             shim.delete();
         }
@@ -727,21 +743,21 @@ fn a_killed_shim_is_cleaned_up_after_at_any_moment() {
             shim.assert_clean();
             reap(&shim.dir).unwrap();
         }
-        // At a random moment of a creation.
-        for delay_ms in [0, 1, 2, 4, 6, 8, 12, 16] {
+        // At some moment of a creation.
+        let mut slowest = Duration::ZERO;
+        for delay_ms in [0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 25, 30] {
             let mut shim = bench.shell("sleep 1000");
             let mut connection = shim.connect();
             let creating = std::thread::spawn(move || connection.create().is_ok());
             std::thread::sleep(Duration::from_millis(delay_ms));
             shim.kill_shim();
+            let before = Instant::now();
+            reap(&shim.dir).unwrap();
+            slowest = slowest.max(before.elapsed());
             creating.join().unwrap();
-            // What was being forked when the shim died may join the group a moment later, and then ends by itself.
-            wait_until("the container to be gone", || {
-                reap(&shim.dir).unwrap();
-                !Cgroup::open(&shim.cgroup).unwrap().exists()
-            });
             shim.assert_clean();
         }
+        println!("measured: slowest reap of a half-made container: {} ms", slowest.as_millis());
     });
 }
 
@@ -827,7 +843,7 @@ fn short_lines_stream_fast() {
     isolated(|| {
         const TOTAL: usize = 64 << 20;
         let bench = Bench::new();
-        let script = format!("yes 'a line of forty bytes, newline included.' | head -c {TOTAL}");
+        let script = format!("yes 'a line of forty bytes, newline included' | head -c {TOTAL}");
         for (what, driver) in
             [("with a json-file log", LogDriver::JsonFile), ("without a log", LogDriver::None)]
         {
@@ -846,7 +862,7 @@ fn short_lines_stream_fast() {
             );
             if driver == LogDriver::JsonFile {
                 let log = fs::read_to_string(shim.dir.join("json.log")).unwrap();
-                assert_eq!(log.lines().count(), TOTAL.div_ceil(42));
+                assert_eq!(log.lines().count(), TOTAL.div_ceil(40));
             }
             shim.delete();
         }

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -14,8 +15,8 @@ pub const STATE_FILE: &str = "state.json";
 /// The name of the file holding init's [`Exit`](super::Exit).
 pub const EXIT_FILE: &str = "exit.json";
 
-/// What must be cleaned up when the shim cannot do it itself. Written before the container is made, and again with
-/// `init` once it exists.
+/// What must be cleaned up when the shim cannot do it itself. Written before the shim listens, again with `cgroup` before
+/// the container is made, and with `init` once it exists.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StateRecord {
     /// The container's id.
@@ -24,8 +25,16 @@ pub struct StateRecord {
     pub shim: ProcessStamp,
     /// The container's init, once there is one.
     pub init: Option<ProcessStamp>,
-    /// The container's cgroup, absolute, relative to the root of each hierarchy.
-    pub cgroup: PathBuf,
+    /// The container's cgroup below the root of each hierarchy, once it may exist.
+    pub cgroup: Option<PathBuf>,
+}
+
+/// A descriptor of the living shim of a folder (readable when it ends, as of `pidfd_open`), or `None` when there is none.
+///
+/// The one sure sign: a connection may outlive its shim in a process that was being forked when it died.
+pub fn shim_process(folder: &Path) -> Result<Option<OwnedFd>, RecordError> {
+    let Some(state) = read::<StateRecord>(folder, STATE_FILE)? else { return Ok(None) };
+    state.shim.open().map_err(|source| RecordError::File { path: folder.join(STATE_FILE), source })
 }
 
 /// Why a record could not be written or read.

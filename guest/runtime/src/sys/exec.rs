@@ -2,26 +2,59 @@
 
 use std::ffi::CString;
 use std::io;
+use std::os::fd::RawFd;
 use std::path::Path;
+
+/// The kernel's signals are numbered from 1 to this.
+const SIGNAL_MAX: i32 = 64;
 
 /// Gives signals the state a program expects at its birth: nothing blocked, everything at its default.
 ///
-/// The Rust runtime ignores SIGPIPE, and an ignored signal survives `execve`.
+/// An ignored signal survives `execve`. The Rust runtime ignores SIGPIPE; glibc's `posix_spawn`, by which a shim itself
+/// is started, leaves its two internal signals ignored, and its `signal` function refuses to touch those: so the kernel
+/// is asked directly.
 pub fn reset_signals() -> io::Result<()> {
-    // SAFETY: the set is initialised by sigemptyset before it is read; sigprocmask and signal have no other
-    // preconditions, and SIG_DFL installs no handler of ours.
-    unsafe {
-        let mut none = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
-        libc::sigemptyset(none.as_mut_ptr());
-        if libc::sigprocmask(libc::SIG_SETMASK, none.as_ptr(), std::ptr::null_mut()) != 0 {
-            return Err(io::Error::last_os_error());
-        }
-        for number in 1..=libc::SIGRTMAX() {
-            // KILL, STOP and the two signals the C library keeps for itself answer EINVAL; they are at their default.
-            libc::signal(number, libc::SIG_DFL);
+    // `struct sigaction` of the kernel: handler (0 is SIG_DFL), flags, restorer, mask; 8 bytes each.
+    let default = [0_u64; 4];
+    for number in 1..=SIGNAL_MAX {
+        // SAFETY: `default` is a whole kernel sigaction, only read during the call, and SIG_DFL installs no handler; the
+        // old action is not asked for. SIGKILL and SIGSTOP answer EINVAL and always are at their default.
+        unsafe {
+            libc::syscall(
+                libc::SYS_rt_sigaction,
+                number,
+                default.as_ptr(),
+                std::ptr::null_mut::<u64>(),
+                size_of::<u64>(),
+            );
         }
     }
-    Ok(())
+    let none = 0_u64;
+    // SAFETY: `none` is a whole kernel signal set of the size given, only read during the call.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_rt_sigprocmask,
+            libc::SIG_SETMASK,
+            &raw const none,
+            std::ptr::null_mut::<u64>(),
+            size_of::<u64>(),
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Closes descriptors that a fork has inherited and its process must not keep open.
+///
+/// Only for a process that will execute a program or exit, and never use or drop what owns these descriptors: a
+/// container's init, which may wait for its start for days, and must not keep the shim's connections open if that dies.
+pub fn close_inherited(descriptors: &[RawFd]) {
+    for descriptor in descriptors {
+        // SAFETY: closing an integer has no memory effects; by this function's contract nobody in this process uses the
+        // descriptor afterwards, so no other file can be hit through a reused number.
+        unsafe {
+            libc::close(*descriptor);
+        }
+    }
 }
 
 /// Replaces this process by a program, with exactly these arguments and environment, in this order.

@@ -10,7 +10,7 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
@@ -140,8 +140,15 @@ impl Runtime {
         })
     }
 
+    /// Leaves the word of which process is the shim.
+    pub fn announce(&self) -> Result<(), RuntimeError> {
+        let shim = ProcessStamp::of_self().map_err(setup("read this process's start time"))?;
+        let record = StateRecord { container: self.id.clone(), shim, init: None, cgroup: None };
+        Ok(record::write(&self.dir, STATE_FILE, &record)?)
+    }
+
     /// Makes the container. After a failure nothing of it is left.
-    pub fn create(&mut self, wanted: &Wanted) -> Result<Made, RuntimeError> {
+    pub fn create(&mut self, wanted: &Wanted, foreign: &[RawFd]) -> Result<Made, RuntimeError> {
         let mut spec = self.load_spec()?;
         let process = spec.process().clone().ok_or_else(|| invalid("it has no process"))?;
         let score = process.oom_score_adj();
@@ -160,11 +167,12 @@ impl Runtime {
         let seccomp = linux.seccomp().clone();
         self.write_bundle(&spec)?;
         let shim = ProcessStamp::of_self().map_err(setup("read this process's start time"))?;
-        let mut record = StateRecord { container: self.id.clone(), shim, init: None, cgroup: cgroup_path };
+        let mut record =
+            StateRecord { container: self.id.clone(), shim, init: None, cgroup: Some(cgroup_path) };
         record::write(&self.dir, STATE_FILE, &record)?;
 
         let before = fs::read_to_string("/proc/self/oom_score_adj").map_err(setup("read the oom score"))?;
-        let made = self.build_init(&spec, wanted).and_then(|(container, made)| {
+        let made = self.build_init(&spec, wanted, foreign).and_then(|(container, made)| {
             record.init = Some(ProcessStamp::of(made.pid).map_err(setup("read init's start time"))?);
             record::write(&self.dir, STATE_FILE, &record)?;
             if let (Some(folder), Some(rules)) = (cgroup.pure_unified(), &devices) {
@@ -186,9 +194,11 @@ impl Runtime {
             }
             Err(error) => {
                 // What failed first is what the user must read.
-                if let Err(left) = reap::release(&record).and_then(|()| reap::remove_runtime(&self.dir)) {
+                let cleaned = reap::release(&record).and_then(|()| reap::remove_runtime(&self.dir));
+                if let Err(left) = cleaned {
                     crate::report(&left);
                 }
+                self.announce()?;
                 Err(error)
             }
         }
@@ -249,10 +259,15 @@ impl Runtime {
         Ok(record::write(&self.dir.join(BUNDLE_DIR), "config.json", spec)?)
     }
 
-    fn build_init(&mut self, spec: &Spec, wanted: &Wanted) -> Result<(Container, Made), RuntimeError> {
+    fn build_init(
+        &mut self,
+        spec: &Spec,
+        wanted: &Wanted,
+        foreign: &[RawFd],
+    ) -> Result<(Container, Made), RuntimeError> {
         let user = spec.process().as_ref().map(|process| process.user().uid()).unwrap_or_default();
-        let (program, outcome) =
-            Program::new(wanted.size, None).map_err(setup("make a pipe for the program's outcome"))?;
+        let (program, outcome) = Program::new(wanted.size, None, foreign)
+            .map_err(setup("make a pipe for the program's outcome"))?;
         let (builder, wiring) = self.wire(program, wanted, user)?;
         self.events.clear();
         let built = builder
@@ -282,7 +297,12 @@ impl Runtime {
     }
 
     /// Makes and starts another process.
-    pub fn exec(&mut self, process: &Process, wanted: &Wanted) -> Result<Made, RuntimeError> {
+    pub fn exec(
+        &mut self,
+        process: &Process,
+        wanted: &Wanted,
+        foreign: &[RawFd],
+    ) -> Result<Made, RuntimeError> {
         let mut process = self.correct(process.clone(), wanted.terminal)?;
         let user = process.user().uid();
         let created = self.created.as_ref().ok_or_else(not_created)?;
@@ -295,7 +315,9 @@ impl Runtime {
         let name = format!("process-{}.json", self.made_execs);
         let runtime = self.dir.join(RUNTIME_DIR);
         record::write(&runtime, &name, &process)?;
-        let made = self.build_exec(&runtime.join(&name), wanted, user, confinement);
+        let program = Program::new(wanted.size, confinement, foreign)
+            .map_err(setup("make a pipe for the program's outcome"));
+        let made = program.and_then(|program| self.build_exec(&runtime.join(&name), wanted, user, program));
         fs::remove_file(runtime.join(&name)).map_err(setup("remove the process's description"))?;
         sys::trim_heap();
         made
@@ -306,10 +328,8 @@ impl Runtime {
         description: &Path,
         wanted: &Wanted,
         user: u32,
-        confinement: Option<Confinement>,
+        (program, outcome): (Program, Outcome),
     ) -> Result<Made, RuntimeError> {
-        let (program, outcome) =
-            Program::new(wanted.size, confinement).map_err(setup("make a pipe for the program's outcome"))?;
         let (builder, wiring) = self.wire(program, wanted, user)?;
         self.events.clear();
         let pid = builder

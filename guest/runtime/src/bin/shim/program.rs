@@ -7,7 +7,7 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::OwnedFd;
+use std::os::fd::{OwnedFd, RawFd};
 use std::path::PathBuf;
 use std::rc::Rc;
 
@@ -48,6 +48,7 @@ pub struct Program {
     report: Rc<OwnedFd>,
     size: Option<ConsoleSize>,
     confinement: Option<Confinement>,
+    foreign: Vec<RawFd>,
     found: RefCell<PathBuf>,
     home: RefCell<Option<String>>,
 }
@@ -59,13 +60,19 @@ pub struct Outcome {
 }
 
 impl Program {
-    /// A program that will be executed in a terminal of this size, if it has one.
-    pub fn new(size: Option<ConsoleSize>, confinement: Option<Confinement>) -> io::Result<(Self, Outcome)> {
+    /// A program that will be executed in a terminal of this size, if it has one. `foreign` are the shim's own
+    /// descriptors: the process lets go of them as early as it can.
+    pub fn new(
+        size: Option<ConsoleSize>,
+        confinement: Option<Confinement>,
+        foreign: &[RawFd],
+    ) -> io::Result<(Self, Outcome)> {
         let (reader, writer) = pipe_with(PipeFlags::CLOEXEC)?;
         let program = Self {
             report: Rc::new(writer),
             size,
             confinement,
+            foreign: foreign.to_vec(),
             found: RefCell::default(),
             home: RefCell::default(),
         };
@@ -113,6 +120,7 @@ fn kernel_set(capabilities: &Option<Capabilities>) -> CapabilitySet {
 
 impl Executor for Program {
     fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
+        exec::close_inherited(&self.foreign);
         let process = spec.process().as_ref();
         let environment = process.and_then(|process| process.env().clone()).unwrap_or_default();
         let program =
@@ -198,10 +206,10 @@ mod tests {
 
     #[test]
     fn silence_means_executed_and_a_failure_is_told() {
-        let (program, outcome) = Program::new(None, None).unwrap();
+        let (program, outcome) = Program::new(None, None, &[]).unwrap();
         drop(program);
         assert_eq!(outcome.wait(), None);
-        let (program, outcome) = Program::new(None, None).unwrap();
+        let (program, outcome) = Program::new(None, None, &[]).unwrap();
         program.fail(&LookupError::NotInPath { program: "foo".into() });
         drop(program);
         let failure = outcome.wait().unwrap();

@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::io::{self, Read};
 use std::mem;
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -50,6 +51,8 @@ const INIT: usize = 0;
 
 #[derive(Debug, Error)]
 pub enum ServerError {
+    #[error(transparent)]
+    Runtime(#[from] RuntimeError),
     #[error("cannot {step}")]
     Io {
         step: &'static str,
@@ -124,6 +127,7 @@ impl Server {
         listener.set_nonblocking(true).map_err(io_error("prepare the socket"))?;
         let runtime =
             Runtime::new(&dir, &spec, events).map_err(io_error("read this process's capabilities"))?;
+        runtime.announce()?;
         let init = Process::new(None, spec.terminal, spec.stdin, spec.console_size);
         Ok(Self {
             dir,
@@ -304,17 +308,17 @@ impl Server {
 
     fn read_client(&mut self, index: usize) {
         let Some(client) = self.clients[index].as_mut() else { return };
-        let mut buffer = mem::take(&mut self.buffer);
-        match client.stream.read(&mut buffer) {
+        let read = client.stream.read(&mut self.buffer);
+        match read {
             Ok(0) => self.client_ended(index),
             Ok(count) => match client.attachment() {
-                Some(attachment) => {
-                    if let Some(process) = self.process(attachment.process) {
-                        process.feed(&buffer[..count]);
+                Some(Attachment { process, .. }) => {
+                    if let Some(process) = self.processes.get_mut(process).and_then(Option::as_mut) {
+                        process.feed(&self.buffer[..count]);
                     }
                 }
                 None => {
-                    client.input.extend(&buffer[..count]);
+                    client.input.extend(&self.buffer[..count]);
                     self.serve_requests(index);
                 }
             },
@@ -324,7 +328,6 @@ impl Server {
                 self.drop_client(index);
             }
         }
-        self.buffer = buffer;
     }
 
     fn client_ended(&mut self, index: usize) {
@@ -506,8 +509,9 @@ impl Server {
                     .map_err(|source| Refusal::Io { step: "open the container's log", source })?,
             ),
         };
+        let foreign = self.descriptors();
         let Some(init) = self.processes[INIT].as_mut() else { return Err(self.unknown()) };
-        let made = self.runtime.create(&init.wanted());
+        let made = self.runtime.create(&init.wanted(), &foreign);
         let adopted = made.map_err(Refusal::from).and_then(|made| {
             let pid = made.pid;
             init.log = log;
@@ -520,6 +524,12 @@ impl Server {
             self.reap_children();
         }
         adopted
+    }
+
+    /// The sockets a child must not keep.
+    fn descriptors(&self) -> Vec<RawFd> {
+        let clients = self.clients.iter().flatten().map(|client| client.stream.as_raw_fd());
+        clients.chain([self.listener.as_raw_fd()]).collect()
     }
 
     fn unknown(&self) -> Refusal {
@@ -561,11 +571,15 @@ impl Server {
     }
 
     fn start_exec(&mut self, index: usize) -> Result<Reply, Refusal> {
+        let foreign = self.descriptors();
         let Some(process) = self.processes[index].as_mut() else { return Err(self.unknown()) };
         process.started = true;
         let Some(description) = process.description.take() else { return Err(self.unknown()) };
-        let result =
-            self.runtime.exec(&description, &process.wanted()).map_err(Refusal::from).and_then(|made| {
+        let result = self
+            .runtime
+            .exec(&description, &process.wanted(), &foreign)
+            .map_err(Refusal::from)
+            .and_then(|made| {
                 let pid = made.pid;
                 process.adopt(made).map_err(|source| Refusal::Io { step: "watch the process", source })?;
                 // libcontainer has already waited for the program's execution.
