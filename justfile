@@ -24,7 +24,7 @@ vm-image *options:
 test *stages:
     ./tests/run {{stages}}
 
-# formatting, clippy, import rules
+# formatting, clippy, shell scripts, import rules
 check:
     ./tests/run lint
 

@@ -119,9 +119,8 @@ impl Apt {
         let release = fs::read_to_string("/etc/os-release").context("cannot read `/etc/os-release`")?;
         let codename = os_release(&release, "VERSION_CODENAME")
             .context("`/etc/os-release` has no VERSION_CODENAME; the kernel comes from Debian's packages")?;
-        let format = "$(REPO_URI) $(RELEASE) $(COMPONENT)";
-        let targets = command::output(Command::new("apt-get").args(["indextargets", "--format", format]))?;
-        let sources = private_sources(&targets, codename)
+        let indices = command::output(Command::new("apt-get").args(["update", "--print-uris"]))?;
+        let sources = private_sources(&indices, codename)
             .with_context(|| format!("apt's sources name no mirror of Debian `{codename}`"))?;
         let list = state.join("sources.list");
         fs::write(&list, sources).with_context(|| format!("cannot write `{}`", list.display()))?;
@@ -168,10 +167,14 @@ impl Apt {
 }
 
 /// The sources of a private apt: the machine's own mirrors of this release, and backports where the release itself is.
-fn private_sources(targets: &str, codename: &str) -> Option<String> {
+///
+/// `indices` is what `apt-get update --print-uris` prints: `'URI/dists/SUITE/InRelease' FILE SIZE` for each suite.
+fn private_sources(indices: &str, codename: &str) -> Option<String> {
     let mut lines = Vec::new();
-    for target in targets.lines() {
-        let [uri, release, "main"] = target.split(' ').collect::<Vec<_>>()[..] else { continue };
+    for line in indices.lines() {
+        let place = line.strip_prefix('\'').and_then(|rest| rest.split_once('\'')).map(|(uri, _)| uri);
+        let place = place.and_then(|uri| uri.strip_suffix("/InRelease")?.split_once("/dists/"));
+        let Some((uri, release)) = place else { continue };
         let suites = if [codename, "stable", "oldstable"].contains(&release) {
             vec![release.to_owned(), format!("{codename}-backports")]
         } else if release.strip_prefix(codename).is_some_and(|rest| rest.starts_with('-')) {
@@ -232,21 +235,22 @@ mod tests {
 
     #[test]
     fn private_sources_are_the_machines_mirrors_and_backports() {
-        let targets = "\
-            http://mirror.example/debian/ bookworm main\n\
-            http://mirror.example/debian/ bookworm contrib\n\
-            http://mirror.example/security/ bookworm-security main\n\
-            http://vendor.example/apt cloud-bookworm main\n";
+        let indices = "\
+            'http://mirror.example/debian/dists/bookworm/InRelease' mirror_bookworm_InRelease 0 \n\
+            'http://mirror.example/security/dists/bookworm-security/InRelease' mirror_security_InRelease 0 \n\
+            'http://vendor.example/apt/dists/cloud-bookworm/InRelease' vendor_InRelease 0 \n\
+            'http://odd.example/Packages' odd 0\n\
+            noise\n";
         let key = "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg]";
         assert_eq!(
-            private_sources(targets, "bookworm").unwrap(),
+            private_sources(indices, "bookworm").unwrap(),
             format!(
-                "{key} http://mirror.example/debian/ bookworm main\n\
-                 {key} http://mirror.example/debian/ bookworm-backports main\n\
-                 {key} http://mirror.example/security/ bookworm-security main\n"
+                "{key} http://mirror.example/debian bookworm main\n\
+                 {key} http://mirror.example/debian bookworm-backports main\n\
+                 {key} http://mirror.example/security bookworm-security main\n"
             )
         );
-        assert_eq!(private_sources("http://vendor.example/apt cloud-bookworm main\n", "bookworm"), None);
+        assert_eq!(private_sources("'http://vendor.example/apt/dists/sid/InRelease' x 0", "bookworm"), None);
     }
 
     #[test]
