@@ -73,6 +73,8 @@ pub(super) enum Verdict {
     Keep,
     /// It is over for the guest, which is told by a reset; the host socket still has to take the backlog.
     Detach,
+    /// The same, and the guest knows.
+    Linger,
     /// It is over, and the guest is told by a reset.
     Reset,
     /// It is over, and the guest knows.
@@ -202,7 +204,7 @@ impl Connection {
             return match (orderly, self.backlog.is_empty()) {
                 (false, _) => Verdict::Abort,
                 (true, true) => Verdict::Remove,
-                (true, false) => Verdict::Detach,
+                (true, false) => Verdict::Linger,
             };
         }
         self.guest_credit(header);

@@ -244,10 +244,12 @@ impl Muxer {
                 }
                 return;
             }
-            Verdict::Detach => {
+            Verdict::Detach | Verdict::Linger => {
                 connection.detach();
                 self.by_key.remove(&key);
-                self.refuse(key, MAX_RESETS);
+                if verdict == Verdict::Detach {
+                    self.refuse(key, MAX_RESETS);
+                }
                 return;
             }
             Verdict::Abort => connection.abort(),
