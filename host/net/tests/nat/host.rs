@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::support::{GATEWAY, GUEST, Guest, HOST};
+use crate::support::{GATEWAY, GUEST, Guest, HOST, dns_query, pattern, receive_pattern, send_pattern};
 use host_net::{Config, Counters, Handle};
 use smoltcp::iface::SocketHandle;
 use smoltcp::socket::{dhcpv4, tcp, udp};
@@ -106,41 +106,6 @@ fn listener() -> (TcpListener, u16) {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let port = listener.local_addr().unwrap().port();
     (listener, port)
-}
-
-/// A byte stream that shows any byte lost, doubled or moved.
-fn pattern(at: usize) -> u8 {
-    (at.wrapping_mul(2_654_435_761) >> 13) as u8
-}
-
-fn send_pattern(socket: &mut tcp::Socket<'_>, sent: &mut usize, total: usize) {
-    while *sent < total && socket.can_send() {
-        let start = *sent;
-        let count = socket
-            .send(|buffer| {
-                let count = buffer.len().min(total - start);
-                for (i, byte) in buffer[..count].iter_mut().enumerate() {
-                    *byte = pattern(start + i);
-                }
-                (count, count)
-            })
-            .unwrap();
-        *sent += count;
-    }
-}
-
-fn receive_pattern(socket: &mut tcp::Socket<'_>, received: &mut usize) {
-    while socket.can_recv() {
-        let start = *received;
-        *received += socket
-            .recv(|buffer| {
-                for (i, byte) in buffer.iter().enumerate() {
-                    assert_eq!(*byte, pattern(start + i), "byte {}", start + i);
-                }
-                (buffer.len(), buffer.len())
-            })
-            .unwrap();
-    }
 }
 
 const BULK: usize = 64 << 20;
@@ -456,17 +421,6 @@ fn a_refused_datagram_is_reported_by_icmp() {
     bench.until_counted("an error", |counters| counters.frames_out >= before + 2);
 }
 
-fn query(id: u16, name: &str) -> Vec<u8> {
-    let mut message = id.to_be_bytes().to_vec();
-    message.extend([1, 0, 0, 1, 0, 0, 0, 0, 0, 0]);
-    for label in name.split('.') {
-        message.push(label.len() as u8);
-        message.extend(label.as_bytes());
-    }
-    message.extend([0, 0, 1, 0, 1]);
-    message
-}
-
 fn ask(bench: &mut Bench, message: &[u8]) -> Vec<u8> {
     let handle = bench.guest.bind_udp();
     let to = IpEndpoint::new(IpAddress::Ipv4(GATEWAY), 53);
@@ -489,8 +443,8 @@ fn own_names_are_answered_and_others_fail_when_no_resolver_listens() {
     // Nobody listens on port 53 of this loopback address.
     std::fs::write(&resolv_conf, "nameserver 127.99.88.77\n").unwrap();
     let mut bench = Bench::with(Config { resolv_conf, ..Config::default() }, Guest::new(1500));
-    assert!(ask(&mut bench, &query(3, "host.docker.internal")).ends_with(&[198, 18, 0, 254]));
-    let failure = ask(&mut bench, &query(4, "example.com"));
+    assert!(ask(&mut bench, &dns_query(3, "host.docker.internal")).ends_with(&[198, 18, 0, 254]));
+    let failure = ask(&mut bench, &dns_query(4, "example.com"));
     assert_eq!(failure[..4], [0, 4, 0x81, 0x82], "SERVFAIL at once: every resolver refused");
     bench.until_counted("the flow ends", |counters| counters.flows_open == 0);
 }

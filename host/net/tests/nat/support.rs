@@ -130,3 +130,50 @@ impl Guest {
 pub fn instant(now: Duration) -> Instant {
     Instant::from_micros(now.as_micros() as i64)
 }
+
+/// A byte stream that shows any byte lost, doubled or moved.
+pub fn pattern(at: usize) -> u8 {
+    (at.wrapping_mul(2_654_435_761) >> 13) as u8
+}
+
+pub fn send_pattern(socket: &mut tcp::Socket<'_>, sent: &mut usize, total: usize) {
+    while *sent < total && socket.can_send() {
+        let start = *sent;
+        let count = socket
+            .send(|buffer| {
+                let count = buffer.len().min(total - start);
+                for (i, byte) in buffer[..count].iter_mut().enumerate() {
+                    *byte = pattern(start + i);
+                }
+                (count, count)
+            })
+            .unwrap();
+        *sent += count;
+    }
+}
+
+pub fn receive_pattern(socket: &mut tcp::Socket<'_>, received: &mut usize) {
+    while socket.can_recv() {
+        let start = *received;
+        *received += socket
+            .recv(|buffer| {
+                for (i, byte) in buffer.iter().enumerate() {
+                    assert_eq!(*byte, pattern(start + i), "byte {}", start + i);
+                }
+                (buffer.len(), buffer.len())
+            })
+            .unwrap();
+    }
+}
+
+/// An A question.
+pub fn dns_query(id: u16, name: &str) -> Vec<u8> {
+    let mut message = id.to_be_bytes().to_vec();
+    message.extend([1, 0, 0, 1, 0, 0, 0, 0, 0, 0]);
+    for label in name.split('.') {
+        message.push(label.len() as u8);
+        message.extend(label.as_bytes());
+    }
+    message.extend([0, 0, 1, 0, 1]);
+    message
+}
