@@ -1,1 +1,63 @@
-fn main() {}
+//! `guest-engine`: the Docker-compatible server.
+//!
+//! It runs in our machine, listening on a vsock port, and as well natively on a Linux host with a socket and a data
+//! root of its own. What it owns: containers, their records and their drivers, and the API. What others own: images
+//! ([`guest_images`]), network objects ([`guest_network`]), and the processes of containers, whose parents are shims
+//! ([`guest_runtime`]) that go on when this program ends.
+#![forbid(unsafe_code)]
+
+mod config;
+mod engine;
+mod failure;
+mod http;
+mod plan;
+mod relay;
+mod services;
+mod store;
+
+use std::os::fd::OwnedFd;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::Parser;
+use tracing_subscriber::EnvFilter;
+
+use crate::config::{Flags, Settings};
+
+fn main() -> ExitCode {
+    let flags = Flags::parse();
+    let filter = EnvFilter::try_from_env("ENGINE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .with_ansi(false)
+        .init();
+    match run(flags) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(flags: Flags) -> anyhow::Result<()> {
+    let settings = Settings::resolve(flags)?;
+    // Before anything else opens a descriptor.
+    let ready = settings.ready_fd.map(inherited).transpose()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start")?;
+    let result = runtime.block_on(engine::run(settings, ready));
+    // Blocking work that hangs must not keep us.
+    runtime.shutdown_timeout(std::time::Duration::from_secs(1));
+    result
+}
+
+/// A descriptor our parent left open for us; not passed on to shims.
+fn inherited(number: i32) -> anyhow::Result<OwnedFd> {
+    let descriptor = command_fds::inherited::take_fd_ownership(number)
+        .with_context(|| format!("--ready-fd {number}: not an open descriptor"))?;
+    rustix::io::fcntl_setfd(&descriptor, rustix::io::FdFlags::CLOEXEC)
+        .with_context(|| format!("--ready-fd {number}: cannot be kept from other programs"))?;
+    Ok(descriptor)
+}

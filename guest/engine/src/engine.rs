@@ -1,0 +1,134 @@
+//! The composition root: builds the services, serves until told to end, and ends cleanly.
+
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use guest_images::{Images, Options};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::config::Settings;
+use crate::http::{Listeners, Services, bind_unix};
+use crate::services::containers::{Containers, Context};
+use crate::services::events::Events;
+use crate::services::exec::Execs;
+use crate::services::images::ImagesService;
+use crate::services::networks::Networks;
+use crate::services::system::System;
+use crate::store::{self, Store};
+
+/// How long open connections may take to finish once we are told to end.
+const DRAIN_DEADLINE: Duration = Duration::from_secs(2);
+
+/// Runs the engine until SIGTERM or SIGINT. `ready` gets one byte once the API answers.
+pub async fn run(settings: Settings, ready: Option<OwnedFd>) -> anyhow::Result<()> {
+    let settings = Arc::new(settings);
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    // First of all, so that a second engine ends here and touches nothing of the first one's.
+    let (services, tasks) = open(&settings).await?;
+    let listeners = Listeners {
+        unix: settings
+            .socket
+            .as_ref()
+            .map(|path| anyhow::Ok((bind_unix(path)?, path.clone())))
+            .transpose()?,
+        vsock: settings.vsock.map(Listeners::bind_vsock).transpose()?,
+    };
+    let stop = CancellationToken::new();
+    let serving = tokio::spawn(listeners.serve(services.clone(), tasks.clone(), stop.clone()));
+    if let Some(ready) = ready {
+        File::from(ready).write_all(b"\n").context("cannot tell that the API answers")?;
+    }
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), data_root = %settings.data_root.display(), "the API answers");
+
+    // The bridge and the firewall take some milliseconds: not the first container's.
+    let networks = services.networks.clone();
+    tasks.spawn(async move {
+        if !networks.is_wanted_early() {
+            return;
+        }
+        if let Err(error) = networks.bridge().await {
+            tracing::warn!(%error, "the default network is not there yet; the first container tries again");
+        }
+    });
+
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    tracing::info!(stop_containers = settings.stop_containers_on_exit, "ending");
+    stop.cancel();
+    serving.await.context("the listener failed")?;
+    services.containers.shut_down(settings.stop_containers_on_exit).await;
+    tasks.close();
+    if tokio::time::timeout(DRAIN_DEADLINE, tasks.wait()).await.is_err() {
+        tracing::debug!(tasks = tasks.len(), "open connections are cut");
+    }
+    Ok(())
+}
+
+async fn open(settings: &Arc<Settings>) -> anyhow::Result<(Arc<Services>, TaskTracker)> {
+    for folder in [&settings.data_root, &settings.run_root] {
+        std::fs::create_dir_all(folder)
+            .with_context(|| format!("cannot make the folder `{}`", folder.display()))?;
+    }
+    let store = Store::open(&settings.data_root.join("engine.redb"))?;
+    let engine_id = engine_id(&store).await?;
+    let images = {
+        let (root, database) = (settings.data_root.join("images"), store.database());
+        let options = Options {
+            insecure_registries: settings.insecure_registries.clone(),
+            mirrors: settings.registry_mirrors.clone(),
+            bundled: settings.bundled_images.clone(),
+            ..Options::default()
+        };
+        tokio::task::spawn_blocking(move || Images::open(&root, database, options)).await??
+    };
+    for problem in images.problems() {
+        tracing::warn!(problem, "image store");
+    }
+    let events = Events::default();
+    let networks =
+        Arc::new(Networks::new(settings.bridge.clone(), &settings.run_root.join("netns"), &engine_id)?);
+    let tasks = TaskTracker::new();
+    let context = Context {
+        store,
+        images: images.clone(),
+        networks: networks.clone(),
+        events: events.clone(),
+        shim: settings.shim.clone(),
+        native: settings.native,
+        data: settings.data_root.join("containers"),
+        run: settings.run_root.join("containers"),
+        grantable: guest_runtime::defaults::grantable().context("cannot tell this process's capabilities")?,
+    };
+    let containers = Arc::new(Containers::open(Arc::new(context), tasks.clone()).await?);
+    let images = ImagesService::new(images, events.clone());
+    let execs = Execs::new(containers.clone(), tasks.clone());
+    let system = System {
+        settings: settings.clone(),
+        engine_id,
+        containers: containers.clone(),
+        images: images.clone(),
+        events: events.clone(),
+    };
+    let services = Services { containers, images, execs, events, networks, system, tasks: tasks.clone() };
+    Ok((Arc::new(services), tasks))
+}
+
+/// The id of this data root, made on first use.
+async fn engine_id(store: &Store) -> anyhow::Result<String> {
+    const KEY: &str = "id";
+    if let Some(id) = store.get::<String>(store::ENGINE, KEY)? {
+        return Ok(id);
+    }
+    let hex = hex::encode(rand::random::<[u8; 16]>());
+    let id = [&hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]].join("-");
+    store.put(store::ENGINE, KEY, &id).await?;
+    Ok(id)
+}

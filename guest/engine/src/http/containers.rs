@@ -1,0 +1,290 @@
+//! `/containers/…`.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use guest_api::container::ContainerCreate;
+use guest_api::frame::{MULTIPLEXED, RAW};
+use guest_api::{ApiVersion, WaitResult};
+use guest_images::Image;
+use tokio::io::AsyncWriteExt;
+use tokio::sync::mpsc;
+
+use super::Services;
+use super::hijack::{Client, hijack};
+use super::request::Call;
+use super::respond::{self, Answer};
+use crate::failure::Failure;
+use crate::relay::{DetachKeys, End, relay};
+use crate::services::containers::{
+    Attachment, ListQuery, LogQuery, Record, RemoveQuery, Streams, View, WaitCondition, parse_signal,
+    shim_failure,
+};
+
+/// Before this version `wait` knew no conditions.
+const CONDITIONS_SINCE: ApiVersion = ApiVersion::new(1, 30);
+/// From this version on frames have a content type of their own.
+const MULTIPLEXED_SINCE: ApiVersion = ApiVersion::new(1, 42);
+
+pub async fn list(services: &Services, call: &Call) -> Answer {
+    let query = ListQuery {
+        all: call.query.flag("all"),
+        limit: call
+            .query
+            .number::<i64>("limit")?
+            .and_then(|limit| usize::try_from(limit).ok())
+            .filter(|limit| *limit > 0),
+        filters: call.query.filters()?,
+    };
+    let images = if query.filters.get("ancestor").is_some() {
+        services.images.store().list().await.map_err(|error| crate::services::images::failure(&error))?
+    } else {
+        Vec::new()
+    };
+    let mut lines =
+        services.containers.list(&query, |record, wanted| is_ancestor(&images, record, wanted))?;
+    if call.query.flag("size") {
+        for line in &mut lines {
+            line.size_rw = Some(services.containers.written_bytes(&line.id).await?);
+            line.size_root_fs = line.size_rw;
+        }
+    }
+    respond::json(200, &lines)
+}
+
+/// Whether a container's image is the one named, or has all its layers below its own.
+fn is_ancestor(images: &[Image], record: &Record, wanted: &str) -> bool {
+    let named = |image: &&Image| {
+        let id = image.id.to_string();
+        let hex = id.trim_start_matches("sha256:");
+        let tagged = |name: &String| name == wanted || name.strip_suffix(":latest") == Some(wanted);
+        image.repo_tags.iter().any(tagged)
+            || image.repo_digests.iter().any(|name| name == wanted)
+            || id == wanted
+            || (wanted.len() >= 4 && hex.starts_with(wanted))
+    };
+    let layers =
+        |image: &Image| image.layers.iter().map(|layer| layer.chain_id.to_string()).collect::<Vec<_>>();
+    let own = images.iter().find(|image| image.id.to_string() == record.image_id);
+    images.iter().filter(named).any(|image| {
+        image.id.to_string() == record.image_id
+            || own.is_some_and(|own| {
+                let (below, all) = (layers(image), layers(own));
+                !below.is_empty() && all.starts_with(&below)
+            })
+    })
+}
+
+pub async fn create(services: &Services, call: Call) -> Answer {
+    let name = call.query.text("name").to_owned();
+    let create: ContainerCreate = call.json().await?;
+    let created = services.containers.create(Some(&name), create).await?;
+    respond::json(201, &created)
+}
+
+pub async fn inspect(services: &Services, call: &Call, id: &str) -> Answer {
+    let mut inspect = services.containers.inspect(id, |id| services.execs.of_container(id))?;
+    if call.query.flag("size") {
+        inspect.size_rw = Some(services.containers.written_bytes(&inspect.id).await?);
+        inspect.size_root_fs = inspect.size_rw;
+    }
+    respond::json(200, &inspect)
+}
+
+pub async fn start(services: &Services, id: &str) -> Answer {
+    services.containers.start(id).await?;
+    Ok(respond::empty(204))
+}
+
+fn signal(call: &Call) -> Result<Option<i32>, Failure> {
+    match call.query.text("signal") {
+        "" => Ok(None),
+        text => parse_signal(text).map(Some),
+    }
+}
+
+pub async fn stop(services: &Services, call: &Call, id: &str) -> Answer {
+    services.containers.stop(id, signal(call)?, call.query.number("t")?).await?;
+    Ok(respond::empty(204))
+}
+
+pub async fn restart(services: &Services, call: &Call, id: &str) -> Answer {
+    services.containers.restart(id, signal(call)?, call.query.number("t")?).await?;
+    Ok(respond::empty(204))
+}
+
+pub async fn kill(services: &Services, call: &Call, id: &str) -> Answer {
+    let signal = signal(call)?.map_or_else(|| parse_signal("KILL"), Ok)?;
+    services.containers.kill(id, signal).await?;
+    Ok(respond::empty(204))
+}
+
+pub async fn pause(services: &Services, id: &str) -> Answer {
+    services.containers.pause(id).await?;
+    Ok(respond::empty(204))
+}
+
+pub async fn unpause(services: &Services, id: &str) -> Answer {
+    services.containers.unpause(id).await?;
+    Ok(respond::empty(204))
+}
+
+/// `h` and `w`.
+pub fn size(call: &Call) -> Result<(u16, u16), Failure> {
+    let number = |name: &str| {
+        call.query.number::<u16>(name)?.ok_or_else(|| {
+            Failure::invalid(format!("query parameter '{name}' is missing: the terminal's size"))
+        })
+    };
+    Ok((number("h")?, number("w")?))
+}
+
+pub async fn resize(services: &Services, call: &Call, id: &str) -> Answer {
+    let (height, width) = size(call)?;
+    services.containers.resize(id, width, height).await?;
+    Ok(respond::empty(200))
+}
+
+pub async fn rename(services: &Services, call: &Call, id: &str) -> Answer {
+    services.containers.rename(id, call.query.text("name")).await?;
+    Ok(respond::empty(204))
+}
+
+pub async fn remove(services: &Services, call: &Call, id: &str) -> Answer {
+    if call.query.flag("link") {
+        return Err(Failure::not_implemented("links: not supported by this version of the engine"));
+    }
+    services.containers.remove(id, RemoveQuery { force: call.query.flag("force") }).await?;
+    Ok(respond::empty(204))
+}
+
+/// The head of the answer goes out at once: clients start the container only when they have seen it.
+pub fn wait(services: &Services, call: &Call, id: &str) -> Answer {
+    let condition = match call.query.text("condition") {
+        _ if call.version < CONDITIONS_SINCE => WaitCondition::NotRunning,
+        "" | "not-running" => WaitCondition::NotRunning,
+        "next-exit" => WaitCondition::NextExit,
+        "removed" => WaitCondition::Removed,
+        other => return Err(Failure::invalid(format!("invalid condition: \"{other}\""))),
+    };
+    let waiting = services.containers.wait(id, condition)?;
+    let (results, lines) = mpsc::channel::<WaitResult>(1);
+    services.tasks.spawn(async move {
+        let result = tokio::select! {
+            result = waiting => result,
+            () = results.closed() => return,
+        };
+        let result = result.unwrap_or_else(|failure| WaitResult {
+            error: Some(guest_api::container::WaitError { message: failure.message }),
+            status_code: -1,
+        });
+        // The client may have gone in this moment.
+        let _ = results.send(result).await;
+    });
+    Ok(respond::json_lines(lines))
+}
+
+fn log_query(call: &Call) -> Result<LogQuery, Failure> {
+    let tail = match call.query.text("tail") {
+        "" | "all" => None,
+        // dockerd takes a negative number, or none, for all.
+        text => text.parse::<usize>().ok(),
+    };
+    Ok(LogQuery {
+        stdout: call.query.flag("stdout"),
+        stderr: call.query.flag("stderr"),
+        timestamps: call.query.flag("timestamps"),
+        follow: call.query.flag("follow"),
+        since: call.query.moment("since")?,
+        until: call.query.moment("until")?,
+        tail,
+    })
+}
+
+pub fn logs(services: &Services, call: &Call, id: &str) -> Answer {
+    let tty = services.containers.view(id)?.record.config.tty;
+    let batches = services.containers.logs(id, log_query(call)?)?;
+    let mut response = respond::with_status(200, respond::stream(batches));
+    let kind = if tty || call.version < MULTIPLEXED_SINCE { RAW } else { MULTIPLEXED };
+    respond::content_type(&mut response, kind);
+    Ok(response)
+}
+
+pub async fn attach(services: &Arc<Services>, call: Call, id: &str) -> Answer {
+    let keys = DetachKeys::parse(call.query.text("detachKeys"))
+        .map_err(|error| Failure::invalid(error.to_string()))?;
+    let view = services.containers.view(id)?;
+    let config = &view.record.config;
+    let streams = Streams {
+        stdin: call.query.flag("stdin") && config.open_stdin,
+        stdout: call.query.flag("stdout"),
+        stderr: call.query.flag("stderr"),
+    };
+    let (logs, live) = (call.query.flag("logs"), call.query.flag("stream"));
+    // The stream first, then the log up to now: what is written between is seen twice rather than never.
+    let attachment = if live { Some(services.containers.attach(id, streams).await?) } else { None };
+    let past = if logs {
+        let query = LogQuery { stdout: streams.stdout, stderr: streams.stderr, ..LogQuery::default() };
+        Some(services.containers.logs(id, query)?)
+    } else {
+        None
+    };
+    let keys = (config.tty && streams.stdin).then_some(keys);
+    let session = Session { streams, attachment, past, keys, services: services.clone(), view: view.clone() };
+    Ok(hijack(&services.tasks, call, config.tty, move |client| async move {
+        match client {
+            Client::Upgraded(stream) => session.run(stream).await,
+            Client::Body(stream) => session.run(stream).await,
+        }
+    }))
+}
+
+/// One attached client.
+struct Session {
+    streams: Streams,
+    attachment: Option<Attachment>,
+    past: Option<mpsc::Receiver<std::io::Result<Bytes>>>,
+    keys: Option<DetachKeys>,
+    services: Arc<Services>,
+    view: Arc<View>,
+}
+
+impl Session {
+    async fn run<C>(self, mut client: C)
+    where
+        C: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
+    {
+        let mut past = self.past;
+        while let Some(Ok(batch)) = match &mut past {
+            Some(past) => past.recv().await,
+            None => None,
+        } {
+            if client.write_all(&batch).await.is_err() {
+                return;
+            }
+        }
+        let stream = match self.attachment {
+            None => None,
+            Some(Attachment::Now(shim)) => match shim.attach(None, self.streams).await {
+                Ok(stream) => Some(stream),
+                Err(error) => {
+                    // It may have ended in this moment: then there is nothing more to see.
+                    tracing::debug!(container = self.view.record.short_id(), error = %shim_failure(error), "cannot attach");
+                    None
+                }
+            },
+            // Never started, or removed before: nothing comes.
+            Some(Attachment::Later(stream)) => stream.await.ok(),
+        };
+        let Some(stream) = stream else {
+            // The client may have gone.
+            let _ = client.shutdown().await;
+            return;
+        };
+        let end = relay(client, stream, self.streams.stdin, self.keys, std::future::ready(())).await;
+        if end == End::Detached {
+            let record = &self.view.record;
+            self.services.events.publish("container", "detach", &record.id, record.event_attributes());
+        }
+    }
+}

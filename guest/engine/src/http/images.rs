@@ -1,0 +1,133 @@
+//! `/images/…`.
+
+use std::sync::Arc;
+
+use base64::Engine;
+use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
+use futures_util::TryStreamExt;
+use guest_api::ApiVersion;
+use guest_api::image::AuthConfig;
+use http_body_util::BodyStream;
+use hyper::HeaderMap;
+use tokio_util::io::StreamReader;
+
+use super::Services;
+use super::request::Call;
+use super::respond::{self, Answer};
+use crate::failure::Failure;
+use crate::services::images::PullQuery;
+
+/// Until this version sizes were told twice.
+const VIRTUAL_SIZE_UNTIL: ApiVersion = ApiVersion::new(1, 44);
+
+/// base64 for URLs; clients disagree about the padding.
+const BASE64: GeneralPurpose = GeneralPurpose::new(
+    &base64::alphabet::URL_SAFE,
+    GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
+);
+
+pub async fn list(services: &Services, call: &Call) -> Answer {
+    let mut images = services.images.list(&call.query.filters()?).await?;
+    if call.version < VIRTUAL_SIZE_UNTIL {
+        images.iter_mut().for_each(|image| image.virtual_size = Some(image.size));
+    }
+    respond::json(200, &images)
+}
+
+pub async fn inspect(services: &Services, call: &Call, name: &str) -> Answer {
+    let mut image = services.images.inspect(name).await?;
+    if call.version < VIRTUAL_SIZE_UNTIL {
+        image.virtual_size = Some(image.size);
+    }
+    respond::json(200, &image)
+}
+
+pub async fn history(services: &Services, name: &str) -> Answer {
+    respond::json(200, &services.images.history(name).await?)
+}
+
+pub async fn tag(services: &Services, call: &Call, name: &str) -> Answer {
+    services.images.tag(name, call.query.text("repo"), call.query.text("tag")).await?;
+    Ok(respond::empty(201))
+}
+
+pub async fn remove(services: &Services, call: &Call, name: &str) -> Answer {
+    let containers = services.containers.clone();
+    let in_use = move |id: &str| containers.using_image(id);
+    let deleted = services.images.remove(name, call.query.flag("force"), in_use).await?;
+    respond::json(200, &deleted)
+}
+
+pub fn search() -> Answer {
+    Err(Failure::not_implemented(
+        "searching for images: not supported by this version of the engine; look for images on the registry's own site",
+    ))
+}
+
+pub fn create(services: &Arc<Services>, call: Call) -> Answer {
+    if !call.query.text("fromSrc").is_empty() {
+        return Err(Failure::not_implemented(
+            "importing images: not supported by this version of the engine",
+        ));
+    }
+    let query = PullQuery {
+        image: call.query.text("fromImage").to_owned(),
+        tag: call.query.text("tag").to_owned(),
+        platform: call.query.text("platform").to_owned(),
+    };
+    let (lines, work) = services.images.pull(&query, auth(&call.headers)?)?;
+    services.tasks.spawn(work);
+    Ok(respond::json_lines(lines))
+}
+
+pub fn load(services: &Arc<Services>, call: Call) -> Answer {
+    let quiet = call.query.flag("quiet");
+    let frames = BodyStream::new(call.request.into_body()).map_err(std::io::Error::other);
+    let data = frames.try_filter_map(|frame| std::future::ready(Ok(frame.into_data().ok())));
+    let (lines, work) = services.images.load(StreamReader::new(Box::pin(data)), quiet);
+    services.tasks.spawn(work);
+    Ok(respond::json_lines(lines))
+}
+
+/// The credentials in `X-Registry-Auth`; absent and `{}` are none.
+fn auth(headers: &HeaderMap) -> Result<Option<AuthConfig>, Failure> {
+    let Some(value) = headers.get("x-registry-auth") else { return Ok(None) };
+    let invalid = || Failure::invalid("invalid X-Registry-Auth header: it is base64url of a JSON object");
+    let text = value.to_str().map_err(|_| invalid())?.trim().replace('+', "-").replace('/', "_");
+    if text.is_empty() {
+        return Ok(None);
+    }
+    let json = BASE64.decode(text).map_err(|_| invalid())?;
+    guest_api::decode(&json).map(Some).map_err(|_| invalid())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(value: &str) -> Result<Option<AuthConfig>, Failure> {
+        let mut headers = HeaderMap::new();
+        headers.insert("x-registry-auth", value.parse().unwrap());
+        auth(&headers)
+    }
+
+    #[test]
+    fn credentials_come_with_and_without_padding() {
+        // {"username":"me","password":"p?>"}
+        let padded = "eyJ1c2VybmFtZSI6Im1lIiwicGFzc3dvcmQiOiJwPz4ifQ==";
+        for text in [padded, padded.trim_end_matches('=')] {
+            let auth = read(text).unwrap().unwrap();
+            assert_eq!((auth.username.as_str(), auth.password.as_str()), ("me", "p?>"));
+        }
+        assert_eq!(read("e30=").unwrap(), Some(AuthConfig::default()));
+        assert_eq!(read("").unwrap(), None);
+        assert_eq!(auth(&HeaderMap::new()).unwrap(), None);
+    }
+
+    #[test]
+    fn nonsense_is_refused_without_being_repeated() {
+        let failure = read("c2VjcmV0").unwrap_err();
+        assert!(!failure.message.contains("c2VjcmV0") && !failure.message.contains("secret"));
+        assert!(read("!!!").is_err());
+    }
+}

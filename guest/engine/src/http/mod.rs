@@ -1,0 +1,171 @@
+//! The Docker API over HTTP: parse, call a service, render. No logic.
+//!
+//! One `match` is the whole routing table ([`route`]). Paths may begin with `/v1.N`; without it they mean the newest
+//! version. Answers carry the headers clients negotiate by.
+
+mod containers;
+mod exec;
+mod hijack;
+mod images;
+mod listener;
+mod networks;
+mod request;
+mod respond;
+mod system;
+
+use std::convert::Infallible;
+use std::sync::Arc;
+
+use guest_api::ErrorKind;
+use hyper::Method;
+use hyper::body::Incoming;
+use tokio_util::task::TaskTracker;
+
+pub use listener::{Listeners, bind_unix};
+use request::Call;
+use respond::{Answer, Response};
+
+use crate::failure::Failure;
+use crate::services::containers::Containers;
+use crate::services::events::Events;
+use crate::services::exec::Execs;
+use crate::services::images::ImagesService;
+use crate::services::networks::Networks;
+use crate::services::system::System;
+
+/// The services that routes call.
+pub struct Services {
+    pub containers: Arc<Containers>,
+    pub images: ImagesService,
+    pub execs: Arc<Execs>,
+    pub events: Events,
+    pub networks: Arc<Networks>,
+    pub system: System,
+    /// Owns tasks that outlive their request: streams, mostly.
+    pub tasks: TaskTracker,
+}
+
+/// Answers one request.
+pub async fn serve(
+    services: Arc<Services>,
+    request: hyper::Request<Incoming>,
+) -> Result<Response, Infallible> {
+    let head = request.method() == Method::HEAD;
+    let answer = match Call::new(request) {
+        Ok(call) => route(&services, call).await,
+        Err(failure) => Err(failure),
+    };
+    let response = answer.unwrap_or_else(|failure| {
+        if failure.kind == ErrorKind::Internal {
+            tracing::warn!(error = %failure, "request failed");
+        }
+        respond::error(&failure)
+    });
+    Ok(respond::finish(response, head))
+}
+
+async fn route(services: &Arc<Services>, call: Call) -> Answer {
+    const GET: &Method = &Method::GET;
+    const HEAD: &Method = &Method::HEAD;
+    const POST: &Method = &Method::POST;
+    const DELETE: &Method = &Method::DELETE;
+    let (method, path) = (call.method.clone(), call.segments.clone());
+    let path: Vec<&str> = path.iter().map(String::as_str).collect();
+    match (&method, path.as_slice()) {
+        (method, ["_ping"]) if method == GET || method == HEAD => Ok(system::ping()),
+        (method, ["version"]) if method == GET => system::version(services),
+        (method, ["info"]) if method == GET => system::info(services).await,
+        (method, ["events"]) if method == GET => system::events(services, &call),
+        (method, ["auth"]) if method == POST => system::auth(),
+        (method, ["system", "df"]) if method == GET => system::disk_usage(),
+
+        (method, ["images", "json"]) if method == GET => images::list(services, &call).await,
+        (method, ["images", "search"]) if method == GET => images::search(),
+        (method, ["images", "create"]) if method == POST => images::create(services, call),
+        (method, ["images", "load"]) if method == POST => images::load(services, call),
+        (method, ["images", name @ .., "json"]) if method == GET && !name.is_empty() => {
+            images::inspect(services, &call, &name.join("/")).await
+        }
+        (method, ["images", name @ .., "history"]) if method == GET && !name.is_empty() => {
+            images::history(services, &name.join("/")).await
+        }
+        (method, ["images", name @ .., "tag"]) if method == POST && !name.is_empty() => {
+            images::tag(services, &call, &name.join("/")).await
+        }
+        (method, ["images", name @ ..]) if method == DELETE && !name.is_empty() => {
+            images::remove(services, &call, &name.join("/")).await
+        }
+
+        (method, ["containers", "json"]) if method == GET => containers::list(services, &call).await,
+        (method, ["containers", "create"]) if method == POST => containers::create(services, call).await,
+        (method, ["containers", id, "json"]) if method == GET => {
+            containers::inspect(services, &call, id).await
+        }
+        (method, ["containers", id, "logs"]) if method == GET => containers::logs(services, &call, id),
+        (method, ["containers", id, "start"]) if method == POST => containers::start(services, id).await,
+        (method, ["containers", id, "stop"]) if method == POST => containers::stop(services, &call, id).await,
+        (method, ["containers", id, "restart"]) if method == POST => {
+            containers::restart(services, &call, id).await
+        }
+        (method, ["containers", id, "kill"]) if method == POST => containers::kill(services, &call, id).await,
+        (method, ["containers", id, "pause"]) if method == POST => containers::pause(services, id).await,
+        (method, ["containers", id, "unpause"]) if method == POST => containers::unpause(services, id).await,
+        (method, ["containers", id, "wait"]) if method == POST => containers::wait(services, &call, id),
+        (method, ["containers", id, "attach"]) if method == POST => {
+            containers::attach(services, call, id).await
+        }
+        (method, ["containers", id, "resize"]) if method == POST => {
+            containers::resize(services, &call, id).await
+        }
+        (method, ["containers", id, "rename"]) if method == POST => {
+            containers::rename(services, &call, id).await
+        }
+        (method, ["containers", id, "exec"]) if method == POST => exec::create(services, call, id).await,
+        (method, ["containers", id]) if method == DELETE => containers::remove(services, &call, id).await,
+
+        (method, ["exec", id, "start"]) if method == POST => exec::start(services, call, id).await,
+        (method, ["exec", id, "resize"]) if method == POST => exec::resize(services, &call, id).await,
+        (method, ["exec", id, "json"]) if method == GET => exec::inspect(services, id),
+
+        (method, ["networks"]) if method == GET => networks::list(services, &call),
+        (method, ["networks", "create" | "prune"]) if method == POST => not_yet("networks of your own"),
+        (method, ["networks", _, "connect" | "disconnect"]) if method == POST => {
+            not_yet("networks of your own")
+        }
+        (method, ["networks", id]) if method == GET => networks::inspect(services, id),
+        (method, ["networks", id]) if method == DELETE => networks::remove(services, id),
+
+        (method, ["volumes"]) if method == GET => networks::volumes(),
+        (method, ["volumes", "create" | "prune"]) if method == POST => not_yet("volumes"),
+        (method, ["volumes", name]) if method == GET || method == DELETE => networks::no_volume(name),
+
+        (method, ["swarm" | "services" | "tasks" | "nodes" | "secrets" | "configs", ..])
+            if method == GET || method == POST =>
+        {
+            Err(Failure::new(
+                ErrorKind::Unavailable,
+                "This node is not a swarm manager. Use \"docker swarm init\" or \"docker swarm join\" to connect this \
+                 node to swarm and try again.",
+            ))
+        }
+        (method, ["plugins"]) if method == GET => respond::json(200, &[(); 0]),
+        (method, ["plugins", name, ..]) if method == GET => {
+            Err(Failure::not_found(format!("plugin \"{name}\" not found")))
+        }
+
+        (_, ["build", ..] | ["grpc"] | ["session"]) => not_yet("building images"),
+        (_, ["commit"])
+        | (_, ["containers", _, "export"])
+        | (_, ["images", "get"])
+        | (_, ["images", .., "get"]) => not_yet("exporting images and containers"),
+        (method, ["images", .., "push"]) if method == POST => not_yet("pushing images"),
+        (_, ["containers", _, "archive"]) => not_yet("copying files"),
+        (_, ["containers", _, "stats" | "top" | "changes" | "update"])
+        | (_, ["containers" | "images", "prune"]) => not_yet("this request"),
+        _ => Err(Failure::not_found("page not found")),
+    }
+}
+
+fn not_yet(what: &str) -> Answer {
+    Err(Failure::not_implemented(format!("{what}: not supported by this version of the engine")))
+}

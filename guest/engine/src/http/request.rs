@@ -1,0 +1,213 @@
+//! One request, taken apart: version, path segments, query, body.
+
+use std::collections::HashMap;
+
+use guest_api::version::{NEWEST, OLDEST};
+use guest_api::{ApiVersion, Filters};
+use http_body_util::{BodyExt, Limited};
+use hyper::body::Incoming;
+use hyper::{HeaderMap, Method};
+use jiff::Timestamp;
+use serde::de::DeserializeOwned;
+
+use crate::failure::Failure;
+
+/// Longest JSON body read: a create with a large environment fits many times.
+const BODY_MAX_BYTES: usize = 8 << 20;
+
+/// A request taken apart.
+pub struct Call {
+    pub method: Method,
+    pub version: ApiVersion,
+    /// The path after the version, split at slashes, decoded.
+    pub segments: Vec<String>,
+    pub query: Query,
+    pub headers: HeaderMap,
+    pub request: hyper::Request<Incoming>,
+}
+
+impl Call {
+    pub fn new(request: hyper::Request<Incoming>) -> Result<Self, Failure> {
+        let (version, segments) = split_path(request.uri().path())?;
+        Ok(Self {
+            method: request.method().clone(),
+            version,
+            segments,
+            query: Query::parse(request.uri().query().unwrap_or_default()),
+            headers: request.headers().clone(),
+            request,
+        })
+    }
+
+    /// Reads the whole body as JSON; an empty body is an empty object.
+    pub async fn json<T: DeserializeOwned>(self) -> Result<T, Failure> {
+        let body = Limited::new(self.request.into_body(), BODY_MAX_BYTES).collect().await;
+        let bytes = body
+            .map_err(|error| Failure::invalid(format!("cannot read the request body: {error}")))?
+            .to_bytes();
+        decode(&bytes)
+    }
+}
+
+/// Reads JSON; nothing is an empty object. Fuzzed.
+pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Failure> {
+    let bytes = if bytes.trim_ascii().is_empty() { b"{}" } else { bytes };
+    guest_api::decode(bytes).map_err(|error| Failure::invalid(format!("invalid JSON: {error}")))
+}
+
+/// Splits `/v1.44/containers/json`; the version is the newest when there is none.
+fn split_path(path: &str) -> Result<(ApiVersion, Vec<String>), Failure> {
+    let mut segments: Vec<String> =
+        path.trim_start_matches('/').split('/').map(|part| percent_decode(part, false)).collect();
+    let named = segments.first().and_then(|first| first.strip_prefix('v')?.parse::<ApiVersion>().ok());
+    let Some(version) = named else { return Ok((NEWEST, segments)) };
+    if version < OLDEST {
+        return Err(Failure::invalid(format!(
+            "client version {version} is too old. Minimum supported API version is {OLDEST}, please upgrade your \
+             client to a newer version"
+        )));
+    }
+    if version > NEWEST {
+        return Err(Failure::invalid(format!(
+            "client version {version} is too new. Maximum supported API version is {NEWEST}"
+        )));
+    }
+    segments.remove(0);
+    Ok((version, segments))
+}
+
+fn percent_decode(text: &str, plus_is_space: bool) -> String {
+    let bytes = text.as_bytes();
+    let digit = |at: usize| bytes.get(at).and_then(|byte| char::from(*byte).to_digit(16));
+    let mut decoded = Vec::with_capacity(bytes.len());
+    let mut at = 0;
+    while at < bytes.len() {
+        match (bytes[at], digit(at + 1), digit(at + 2)) {
+            (b'%', Some(high), Some(low)) => {
+                decoded.push((high * 16 + low) as u8);
+                at += 3;
+                continue;
+            }
+            (b'+', ..) if plus_is_space => decoded.push(b' '),
+            (byte, ..) => decoded.push(byte),
+        }
+        at += 1;
+    }
+    String::from_utf8_lossy(&decoded).into_owned()
+}
+
+/// The query of a request. Of a repeated name the first counts.
+#[derive(Debug, Default)]
+pub struct Query(HashMap<String, String>);
+
+impl Query {
+    pub fn parse(text: &str) -> Self {
+        let mut values = HashMap::new();
+        for pair in text.split('&').filter(|pair| !pair.is_empty()) {
+            let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+            values.entry(percent_decode(name, true)).or_insert_with(|| percent_decode(value, true));
+        }
+        Self(values)
+    }
+
+    /// A value; empty when absent.
+    pub fn text(&self, name: &str) -> &str {
+        self.0.get(name).map_or("", String::as_str)
+    }
+
+    /// Docker's idea of true: anything but nothing, 0, no, false and none.
+    pub fn flag(&self, name: &str) -> bool {
+        !matches!(self.text(name).trim().to_ascii_lowercase().as_str(), "" | "0" | "no" | "false" | "none")
+    }
+
+    /// The same, with another default when absent.
+    pub fn flag_or(&self, name: &str, default: bool) -> bool {
+        if self.text(name).is_empty() { default } else { self.flag(name) }
+    }
+
+    /// A number; `None` when absent.
+    pub fn number<T: std::str::FromStr>(&self, name: &str) -> Result<Option<T>, Failure> {
+        match self.text(name) {
+            "" => Ok(None),
+            text => text.parse().map(Some).map_err(|_| {
+                Failure::invalid(format!("invalid value '{text}' for query parameter '{name}'"))
+            }),
+        }
+    }
+
+    /// A moment as unix seconds with up to nine decimals; `None` when absent or 0.
+    pub fn moment(&self, name: &str) -> Result<Option<Timestamp>, Failure> {
+        moment(self.text(name)).map_err(|()| {
+            Failure::invalid(format!("invalid value '{}' for query parameter '{name}'", self.text(name)))
+        })
+    }
+
+    pub fn filters(&self) -> Result<Filters, Failure> {
+        Filters::parse(self.text("filters"))
+            .map_err(|error| Failure::invalid(format!("invalid filter: {error}")))
+    }
+}
+
+fn moment(text: &str) -> Result<Option<Timestamp>, ()> {
+    if text.is_empty() || text == "0" {
+        return Ok(None);
+    }
+    if let Ok(moment) = text.parse::<Timestamp>() {
+        return Ok(Some(moment));
+    }
+    let (seconds, fraction) = text.split_once('.').unwrap_or((text, ""));
+    if fraction.len() > 9 || !fraction.bytes().all(|byte| byte.is_ascii_digit()) {
+        return Err(());
+    }
+    let nanoseconds: i32 = format!("{fraction:0<9}").parse().map_err(|_| ())?;
+    let seconds: i64 = seconds.parse().map_err(|_| ())?;
+    Timestamp::new(seconds, nanoseconds).map(Some).map_err(|_| ())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_taken_off_the_path() {
+        let split = |path: &str| {
+            split_path(path).map(|(version, segments)| (version.to_string(), segments.join("|")))
+        };
+        assert_eq!(split("/v1.44/containers/json").unwrap(), ("1.44".into(), "containers|json".into()));
+        assert_eq!(split("/_ping").unwrap(), ("1.51".into(), "_ping".into()));
+        assert_eq!(split("/version").unwrap().1, "version");
+        assert_eq!(split("/images/a%2Fb%20c/json").unwrap().1, "images|a/b c|json");
+        let old = split("/v1.12/_ping").unwrap_err().message;
+        assert!(old.starts_with(
+            "client version 1.12 is too old. Minimum supported API version is 1.24, please upgrade"
+        ));
+        assert!(split("/v1.99/_ping").unwrap_err().message.contains("too new"));
+    }
+
+    #[test]
+    fn queries_are_decoded() {
+        let query = Query::parse("all=1&name=a%2Fb+c&none&f=false&all=0&bad=%zz");
+        assert!(query.flag("all") && !query.flag("f") && !query.flag("none") && !query.flag("absent"));
+        assert!(query.flag_or("absent", true));
+        assert_eq!(query.text("name"), "a/b c");
+        assert_eq!(query.text("bad"), "%zz");
+        assert_eq!(query.number::<i64>("all").unwrap(), Some(1));
+        assert!(query.number::<i64>("name").unwrap_err().message.contains("'a/b c'"));
+    }
+
+    #[test]
+    fn moments_have_nine_decimals() {
+        assert_eq!(moment("0"), Ok(None));
+        assert_eq!(moment("1700000000.5").unwrap().unwrap().as_nanosecond(), 1_700_000_000_500_000_000);
+        assert_eq!(moment("1700000000").unwrap().unwrap().as_second(), 1_700_000_000);
+        assert_eq!(moment("2026-01-02T03:04:05Z").unwrap().unwrap().to_string(), "2026-01-02T03:04:05Z");
+        assert!(moment("yesterday").is_err());
+        assert!(moment("1.0000000001").is_err());
+    }
+
+    #[test]
+    fn bodies_may_be_empty_but_not_wrong() {
+        assert!(decode::<guest_api::exec::ExecStart>(b" \n").is_ok());
+        assert!(decode::<guest_api::exec::ExecStart>(b"{").unwrap_err().message.starts_with("invalid JSON"));
+    }
+}

@@ -1,0 +1,138 @@
+//! The three files every container gets over its image's: /etc/hosts, /etc/hostname and /etc/resolv.conf. Pure text.
+
+use std::net::{IpAddr, Ipv4Addr};
+
+use guest_api::HostConfig;
+
+use crate::failure::Failure;
+
+/// /etc/hosts. `own` is the container's address, `host_gateway` what `host-gateway` stands for.
+pub fn hosts(
+    hostname: &str,
+    domainname: &str,
+    own: Option<Ipv4Addr>,
+    extra: &[String],
+    host_gateway: Ipv4Addr,
+) -> Result<String, Failure> {
+    let mut text = String::from(
+        "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\nfe00::\tip6-localnet\n\
+         ff00::\tip6-mcastprefix\nff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n",
+    );
+    for entry in extra {
+        let (name, address) = extra_host(entry)?;
+        let address = address.map_or_else(|| host_gateway.to_string(), |address| address.to_string());
+        text.push_str(&format!("{address}\t{name}\n"));
+    }
+    if let Some(own) = own {
+        let full = if domainname.is_empty() { String::new() } else { format!("{hostname}.{domainname} ") };
+        text.push_str(&format!("{own}\t{full}{hostname}\n"));
+    }
+    Ok(text)
+}
+
+/// Splits `name:address` (or, as newer clients write, `name=address`); `None` is `host-gateway`.
+pub fn extra_host(entry: &str) -> Result<(&str, Option<IpAddr>), Failure> {
+    let bad = || Failure::invalid(format!("bad format for add-host: \"{entry}\""));
+    let (name, address) = entry.split_once(['=', ':']).ok_or_else(bad)?;
+    if name.is_empty() || name.contains(char::is_whitespace) {
+        return Err(bad());
+    }
+    if address == "host-gateway" {
+        return Ok((name, None));
+    }
+    let bare = address.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(address);
+    let parsed = bare
+        .parse()
+        .map_err(|_| Failure::invalid(format!("invalid IP address in add-host: \"{address}\"")))?;
+    Ok((name, Some(parsed)))
+}
+
+/// /etc/resolv.conf from the host's, with the container's own settings over it. Name servers on loopback addresses
+/// cannot be reached from the container's network and are left out, unless it uses the host's network.
+pub fn resolv_conf(host_file: &str, settings: &HostConfig, uses_host_network: bool) -> String {
+    let words = |keyword: &str| -> Vec<String> {
+        host_file
+            .lines()
+            .filter_map(|line| line.trim().strip_prefix(keyword))
+            .filter(|rest| rest.starts_with(char::is_whitespace))
+            .flat_map(|rest| rest.split_whitespace().map(str::to_owned).collect::<Vec<_>>())
+            .collect()
+    };
+    let reachable = |server: &String| {
+        let address = server.split('%').next().unwrap_or_default();
+        uses_host_network || address.parse::<IpAddr>().is_ok_and(|address| !address.is_loopback())
+    };
+    let given = |list: &Option<Vec<String>>| list.clone().filter(|list| !list.is_empty());
+    let servers =
+        given(&settings.dns).unwrap_or_else(|| words("nameserver").into_iter().filter(reachable).collect());
+    let search = given(&settings.dns_search).unwrap_or_else(|| words("search"));
+    let options = given(&settings.dns_options).unwrap_or_else(|| words("options"));
+
+    let mut text = String::new();
+    for server in servers {
+        text.push_str(&format!("nameserver {server}\n"));
+    }
+    // A search domain of `.` means none at all.
+    if !search.is_empty() && search != ["."] {
+        text.push_str(&format!("search {}\n", search.join(" ")));
+    }
+    if !options.is_empty() {
+        text.push_str(&format!("options {}\n", options.join(" ")));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GATEWAY: Ipv4Addr = Ipv4Addr::new(172, 17, 0, 1);
+
+    #[test]
+    fn hosts_has_the_own_address_last() {
+        let own = Some(Ipv4Addr::new(172, 17, 0, 2));
+        let extra = ["db:10.0.0.9".to_owned(), "up:host-gateway".to_owned(), "six=[::1]".to_owned()];
+        let text = hosts("web", "example.org", own, &extra, GATEWAY).unwrap();
+        assert!(text.starts_with("127.0.0.1\tlocalhost\n"));
+        assert!(
+            text.ends_with("10.0.0.9\tdb\n172.17.0.1\tup\n::1\tsix\n172.17.0.2\tweb.example.org web\n"),
+            "{text}"
+        );
+        assert!(!hosts("web", "", None, &[], GATEWAY).unwrap().contains("web"));
+    }
+
+    #[test]
+    fn bad_extra_hosts_are_named() {
+        assert_eq!(extra_host("db").unwrap_err().message, "bad format for add-host: \"db\"");
+        assert_eq!(
+            extra_host("db:nowhere").unwrap_err().message,
+            "invalid IP address in add-host: \"nowhere\""
+        );
+        assert!(extra_host("d b:1.2.3.4").is_err());
+    }
+
+    #[test]
+    fn loopback_name_servers_are_left_out() {
+        let file = "# by hand\nnameserver 127.0.0.53\nnameserver 9.9.9.9\nsearch a.example b.example\noptions ndots:2\n";
+        let settings = HostConfig::default();
+        assert_eq!(
+            resolv_conf(file, &settings, false),
+            "nameserver 9.9.9.9\nsearch a.example b.example\noptions ndots:2\n"
+        );
+        assert!(resolv_conf(file, &settings, true).contains("127.0.0.53"));
+    }
+
+    #[test]
+    fn the_containers_settings_win() {
+        let settings = HostConfig {
+            dns: Some(vec!["1.1.1.1".into()]),
+            dns_search: Some(vec![".".into()]),
+            dns_options: Some(vec!["use-vc".into()]),
+            ..HostConfig::default()
+        };
+        assert_eq!(
+            resolv_conf("nameserver 9.9.9.9\nsearch x\n", &settings, false),
+            "nameserver 1.1.1.1\noptions use-vc\n"
+        );
+    }
+}

@@ -1,0 +1,343 @@
+//! Reading a container's json-file log: one JSON object a line, rotated files named `.1`, `.2`, … (newest first).
+//!
+//! Synchronous and bounded: each call returns one batch, ready to be sent. Following is the caller's loop.
+
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use guest_api::frame::{Header, Stream};
+use jiff::Timestamp;
+use serde::Deserialize;
+
+/// Bytes of output in one batch, about.
+const BATCH_BYTES: usize = 128 << 10;
+/// Longest line read; the shim writes at most 16 KiB of output a line, escaped at worst six-fold.
+const LINE_MAX: u64 = 1 << 20;
+/// Read backwards in steps of this.
+const TAIL_BLOCK: u64 = 64 << 10;
+
+/// What a client asks for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LogQuery {
+    pub stdout: bool,
+    pub stderr: bool,
+    pub timestamps: bool,
+    pub follow: bool,
+    pub since: Option<Timestamp>,
+    pub until: Option<Timestamp>,
+    /// Only so many last lines; `None` is all.
+    pub tail: Option<usize>,
+}
+
+#[derive(Deserialize)]
+struct Line<'a> {
+    #[serde(borrow, default)]
+    log: std::borrow::Cow<'a, str>,
+    #[serde(borrow, default)]
+    stream: std::borrow::Cow<'a, str>,
+    time: Timestamp,
+}
+
+/// What a batch was.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Batch {
+    /// Bytes to send; may be empty when all lines were filtered out.
+    Output(Vec<u8>),
+    /// Nothing more for now.
+    Idle,
+    /// `until` has passed: nothing more at all.
+    Done,
+}
+
+/// A reader of one container's log.
+pub struct LogReader {
+    path: PathBuf,
+    query: LogQuery,
+    tty: bool,
+    /// Rotated files still to be read, oldest last.
+    older: Vec<File>,
+    current: Option<BufReader<File>>,
+    /// The start of a line whose end has not been written yet.
+    partial: Vec<u8>,
+    done: bool,
+}
+
+impl LogReader {
+    /// Opens the log. One that does not exist yet is empty. `tty`: no frames.
+    pub fn open(path: &Path, query: LogQuery, tty: bool) -> io::Result<Self> {
+        let mut reader = Self {
+            path: path.to_owned(),
+            query,
+            tty,
+            older: Vec::new(),
+            current: None,
+            partial: Vec::new(),
+            done: false,
+        };
+        let mut files = Vec::new();
+        for number in 0.. {
+            let name = if number == 0 { path.to_owned() } else { numbered(path, number) };
+            match File::open(name) {
+                Ok(file) => files.push(file),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => break,
+                Err(error) => return Err(error),
+            }
+        }
+        if let Some(tail) = reader.query.tail {
+            files = last_lines(files, tail)?;
+        }
+        reader.current = files.pop().map(BufReader::new);
+        // `files` is newest first; what is left is read from its end.
+        reader.older = files;
+        Ok(reader)
+    }
+
+    /// The next batch.
+    pub fn next(&mut self) -> io::Result<Batch> {
+        if self.done {
+            return Ok(Batch::Done);
+        }
+        let mut output = Vec::new();
+        let mut read_something = false;
+        while output.len() < BATCH_BYTES {
+            let Some(current) = &mut self.current else {
+                // Not there at the start: look again.
+                match File::open(&self.path) {
+                    Ok(file) => self.current = Some(BufReader::new(file)),
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => break,
+                    Err(error) => return Err(error),
+                }
+                continue;
+            };
+            let count = current.take(LINE_MAX).read_until(b'\n', &mut self.partial)?;
+            if self.partial.last() == Some(&b'\n') || self.partial.len() as u64 >= LINE_MAX {
+                read_something = true;
+                let line = std::mem::take(&mut self.partial);
+                self.render(&line, &mut output);
+                if self.done {
+                    break;
+                }
+            } else if count == 0 && !self.next_file()? {
+                break;
+            }
+        }
+        match (read_something, self.done) {
+            (true, _) => Ok(Batch::Output(output)),
+            (false, true) => Ok(Batch::Done),
+            (false, false) => Ok(Batch::Idle),
+        }
+    }
+
+    /// Goes on to the file written after this one, if there is one.
+    fn next_file(&mut self) -> io::Result<bool> {
+        if let Some(file) = self.older.pop() {
+            self.partial.clear();
+            self.current = Some(BufReader::new(file));
+            return Ok(true);
+        }
+        let Some(current) = &self.current else { return Ok(false) };
+        let ours = current.get_ref().metadata()?;
+        let there = match std::fs::metadata(&self.path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            other => other?,
+        };
+        if (ours.dev(), ours.ino()) == (there.dev(), there.ino()) {
+            return Ok(false);
+        }
+        // Rotated while we followed. Lines between the two looks are read first: the old file is complete now.
+        self.partial.clear();
+        self.current = Some(BufReader::new(File::open(&self.path)?));
+        Ok(true)
+    }
+
+    fn render(&mut self, line: &[u8], output: &mut Vec<u8>) {
+        // A line cut by a full disk is skipped, as dockerd does.
+        let Ok(line) = serde_json::from_slice::<Line<'_>>(line) else { return };
+        let stream = if line.stream == "stderr" { Stream::Stderr } else { Stream::Stdout };
+        if self.query.until.is_some_and(|until| line.time > until) {
+            self.done = true;
+            return;
+        }
+        let wanted = if stream == Stream::Stderr { self.query.stderr } else { self.query.stdout };
+        if !wanted || self.query.since.is_some_and(|since| line.time < since) {
+            return;
+        }
+        let stamp = if self.query.timestamps { format!("{:.9} ", line.time) } else { String::new() };
+        let length = stamp.len() + line.log.len();
+        if !self.tty {
+            let header = Header { stream, length: u32::try_from(length).unwrap_or(u32::MAX) };
+            output.extend_from_slice(&header.encode());
+        }
+        output.extend_from_slice(stamp.as_bytes());
+        output.extend_from_slice(line.log.as_bytes());
+    }
+}
+
+/// The name of a rotated file.
+pub fn numbered(path: &Path, number: u32) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(format!(".{number}"));
+    PathBuf::from(name)
+}
+
+/// Positions files (newest first) so that only their `tail` last lines are left to read.
+fn last_lines(files: Vec<File>, tail: usize) -> io::Result<Vec<File>> {
+    let mut kept = Vec::new();
+    let mut wanted = tail;
+    for mut file in files {
+        let (start, found) = line_start(&mut file, wanted)?;
+        file.seek(SeekFrom::Start(start))?;
+        kept.push(file);
+        if found >= wanted {
+            break;
+        }
+        wanted -= found;
+    }
+    Ok(kept)
+}
+
+/// Where the last `wanted` lines begin, and how many of them there are.
+fn line_start(file: &mut File, wanted: usize) -> io::Result<(u64, usize)> {
+    let length = file.metadata()?.len();
+    if wanted == 0 {
+        return Ok((length, 0));
+    }
+    let mut end = length;
+    let mut found = 0;
+    let mut block = Vec::new();
+    while end > 0 {
+        let start = end.saturating_sub(TAIL_BLOCK);
+        file.seek(SeekFrom::Start(start))?;
+        block.clear();
+        file.by_ref().take(end - start).read_to_end(&mut block)?;
+        for (offset, byte) in block.iter().enumerate().rev() {
+            let position = start + offset as u64;
+            // The newline at the very end closes the last line; it does not begin another.
+            if *byte == b'\n' && position + 1 != length {
+                found += 1;
+                if found == wanted {
+                    return Ok((position + 1, found));
+                }
+            }
+        }
+        end = start;
+    }
+    Ok((0, if length > 0 { found + 1 } else { 0 }))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+    use crate::store::tests::folder;
+
+    fn line(stream: &str, text: &str, second: u32) -> String {
+        format!(
+            "{}\n",
+            serde_json::json!({"log": text, "stream": stream, "time": format!("2026-01-02T03:04:{second:02}.5Z")})
+        )
+    }
+
+    fn all() -> LogQuery {
+        LogQuery { stdout: true, stderr: true, ..LogQuery::default() }
+    }
+
+    fn read(reader: &mut LogReader) -> String {
+        let mut text = Vec::new();
+        while let Batch::Output(bytes) = reader.next().unwrap() {
+            text.extend(bytes);
+        }
+        String::from_utf8(text).unwrap()
+    }
+
+    fn with_log(lines: &str, check: impl FnOnce(&Path)) {
+        let folder = folder();
+        let path = folder.join("log");
+        std::fs::write(&path, lines).unwrap();
+        check(&path);
+        std::fs::remove_dir_all(folder).unwrap();
+    }
+
+    fn read_all(path: &Path, query: LogQuery) -> String {
+        read(&mut LogReader::open(path, query, true).unwrap())
+    }
+
+    #[test]
+    fn lines_are_framed_by_stream_unless_there_is_a_terminal() {
+        with_log(&(line("stdout", "a\n", 1) + &line("stderr", "bc\n", 2)), |path| {
+            let framed = read(&mut LogReader::open(path, all(), false).unwrap());
+            assert_eq!(framed.as_bytes(), b"\x01\0\0\0\0\0\0\x02a\n\x02\0\0\0\0\0\0\x03bc\n");
+            assert_eq!(read_all(path, all()), "a\nbc\n");
+        });
+    }
+
+    #[test]
+    fn queries_select() {
+        let lines = line("stdout", "1\n", 1) + &line("stderr", "2\n", 2) + &line("stdout", "3\n", 3);
+        with_log(&lines, |path| {
+            let at = |second: u32| Some(format!("2026-01-02T03:04:{second:02}Z").parse().unwrap());
+            assert_eq!(read_all(path, LogQuery { stderr: false, ..all() }), "1\n3\n");
+            assert_eq!(read_all(path, LogQuery { since: at(2), ..all() }), "2\n3\n");
+            assert_eq!(read_all(path, LogQuery { until: at(3), ..all() }), "1\n2\n");
+            assert_eq!(read_all(path, LogQuery { tail: Some(1), ..all() }), "3\n");
+            assert_eq!(read_all(path, LogQuery { tail: Some(0), ..all() }), "");
+            assert_eq!(read_all(path, LogQuery { tail: Some(99), ..all() }), "1\n2\n3\n");
+            assert_eq!(
+                read_all(path, LogQuery { tail: Some(1), timestamps: true, ..all() }),
+                "2026-01-02T03:04:03.500000000Z 3\n"
+            );
+        });
+    }
+
+    #[test]
+    fn rotated_files_are_read_oldest_first_and_tail_spans_them() {
+        with_log(&line("stdout", "5\n", 5), |path| {
+            std::fs::write(numbered(path, 1), line("stdout", "3\n", 3) + &line("stdout", "4\n", 4)).unwrap();
+            std::fs::write(numbered(path, 2), line("stdout", "1\n", 1) + &line("stdout", "2\n", 2)).unwrap();
+            assert_eq!(read_all(path, all()), "1\n2\n3\n4\n5\n");
+            assert_eq!(read_all(path, LogQuery { tail: Some(4), ..all() }), "2\n3\n4\n5\n");
+        });
+    }
+
+    #[test]
+    fn following_sees_growth_halves_of_lines_and_rotation() {
+        with_log("", |path| {
+            let mut reader = LogReader::open(path, all(), true).unwrap();
+            assert_eq!(reader.next().unwrap(), Batch::Idle);
+            let text = line("stdout", "first\n", 1);
+            let mut file = std::fs::OpenOptions::new().append(true).open(path).unwrap();
+            file.write_all(&text.as_bytes()[..10]).unwrap();
+            assert_eq!(reader.next().unwrap(), Batch::Idle);
+            file.write_all(&text.as_bytes()[10..]).unwrap();
+            assert_eq!(read(&mut reader), "first\n");
+
+            file.write_all(line("stdout", "last of old\n", 2).as_bytes()).unwrap();
+            std::fs::rename(path, numbered(path, 1)).unwrap();
+            std::fs::write(path, line("stdout", "first of new\n", 3)).unwrap();
+            assert_eq!(read(&mut reader), "last of old\nfirst of new\n");
+        });
+    }
+
+    #[test]
+    fn a_missing_log_is_empty_and_broken_lines_are_skipped() {
+        let folder = folder();
+        let mut reader = LogReader::open(&folder.join("none"), all(), true).unwrap();
+        assert_eq!(reader.next().unwrap(), Batch::Idle);
+        std::fs::remove_dir_all(folder).unwrap();
+        with_log(&format!("{{\"log\":\"half\n{}", line("stdout", "good\n", 1)), |path| {
+            assert_eq!(read_all(path, all()), "good\n");
+        });
+    }
+
+    #[test]
+    fn the_tail_of_a_large_log_is_found_from_its_end() {
+        let lines: String = (0..5000).map(|number| line("stdout", &format!("{number}\n"), 1)).collect();
+        with_log(&lines, |path| {
+            assert_eq!(read_all(path, LogQuery { tail: Some(2), ..all() }), "4998\n4999\n");
+            assert_eq!(read_all(path, LogQuery { tail: Some(5000), ..all() }).lines().count(), 5000);
+        });
+    }
+}

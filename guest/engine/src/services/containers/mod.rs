@@ -1,0 +1,39 @@
+//! Containers: what they are ([`record`]), which request is legal when ([`table`]), the task that drives each
+//! ([`driver`]), and what it takes to run one ([`run`], [`spec`]).
+//!
+//! The service keeps an index of drivers and hands requests to them; lists and inspections read published views and
+//! never wait for a driver. It does not own images, networks or processes: those have owners of their own.
+
+mod create;
+mod driver;
+mod files;
+mod follow;
+mod index;
+mod inspect;
+mod list;
+mod log;
+mod names;
+mod record;
+mod rootfs;
+mod run;
+mod service;
+mod shim;
+mod signal;
+mod spec;
+mod status;
+mod table;
+mod user;
+
+pub use driver::Attachment;
+pub use inspect::NEVER;
+pub use list::ListQuery;
+pub use log::LogQuery;
+pub use record::{EndpointRecord, Record, View};
+pub use rootfs::read_text;
+pub use run::{Context, runtime_text, shim_failure};
+pub use service::{Containers, RemoveQuery, WaitCondition};
+pub use shim::{Shim, ShimError, Streams};
+pub use signal::parse as parse_signal;
+pub use spec::exec_process;
+pub use table::{Phase, Request, Verdict, admit};
+pub use user::resolve as resolve_user;

@@ -1,0 +1,432 @@
+//! The container service: makes containers, finds them, hands requests to their drivers, and takes over at its start
+//! those that an earlier engine left running.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use guest_api::{
+    ContainerConfig, ContainerCreate, ContainerCreated, ContainerInspect, ContainerSummary, WaitResult,
+};
+use guest_images::InUse;
+use jiff::Timestamp;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::timeout;
+use tokio_util::task::TaskTracker;
+
+use super::driver::{Attachment, Command, Driver};
+use super::index::{Handle, Index};
+use super::list::{self, ListQuery};
+use super::log::{LogQuery, LogReader};
+use super::record::{LastRun, Record, View};
+use super::run::{self, Context};
+use super::shim::Streams;
+use super::table::Phase;
+use super::{create, follow, inspect, names};
+use crate::failure::Failure;
+use crate::store;
+
+/// Requests one driver may have waiting; more make their senders wait.
+const COMMANDS_WAITING: usize = 64;
+/// Batches of a log that may wait for a slow client.
+const LOG_BATCHES_WAITING: usize = 4;
+/// How long containers have to stop when the engine ends with them.
+const SHUTDOWN_STOP_SECONDS: i64 = 8;
+const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(12);
+
+/// What a `wait` waits for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WaitCondition {
+    #[default]
+    NotRunning,
+    NextExit,
+    Removed,
+}
+
+/// The query of a removal.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RemoveQuery {
+    pub force: bool,
+}
+
+/// The container service.
+pub struct Containers {
+    context: Arc<Context>,
+    index: Arc<Index>,
+    tasks: TaskTracker,
+}
+
+impl Containers {
+    /// Takes over what an earlier engine left: containers that run go on, leavings of others go.
+    pub async fn open(context: Arc<Context>, tasks: TaskTracker) -> anyhow::Result<Self> {
+        let service = Self { context, index: Arc::default(), tasks };
+        std::fs::create_dir_all(&service.context.data)?;
+        std::fs::create_dir_all(&service.context.run)?;
+        let records: Vec<Record> =
+            service.context.store.all(store::CONTAINERS)?.into_iter().map(|(_, record)| record).collect();
+        let known: BTreeSet<String> = records.iter().map(|record| record.id.clone()).collect();
+        service.sweep_unknown(&known).await?;
+
+        let mut restored = tokio::task::JoinSet::new();
+        for record in records {
+            restored.spawn(restore(service.context.clone(), service.index.clone(), record));
+        }
+        while let Some(driver) = restored.join_next().await {
+            let (driver, live) = driver?;
+            service.tasks.spawn(async move {
+                let mut driver = driver;
+                if !live {
+                    driver.resume_policy().await;
+                }
+                driver.drive().await;
+            });
+        }
+        let live: Vec<String> = service
+            .index
+            .all()
+            .iter()
+            .map(Handle::view)
+            .filter(|view| view.live.is_some())
+            .map(|view| view.record.id.clone())
+            .collect();
+        for failure in service.context.networks.sweep(&live).await {
+            tracing::warn!(error = %failure, "left behind");
+        }
+        Ok(service)
+    }
+
+    /// Removes folders and writable layers of containers that have no record: an engine was killed while it made or
+    /// removed them.
+    async fn sweep_unknown(&self, known: &BTreeSet<String>) -> anyhow::Result<()> {
+        let short: BTreeSet<&str> = known.iter().map(|id| &id[..12]).collect();
+        for name in folder_names(&self.context.run)?.into_iter().filter(|name| !short.contains(name.as_str()))
+        {
+            if name.len() != 12 {
+                continue;
+            }
+            let swept = async {
+                run::reap(&self.context, &name).await?;
+                let (snapshotter, target) = (self.context.snapshotter(), self.context.rootfs(&name));
+                run::blocking(move || snapshotter.unmount(&target)).await?;
+                run::remove_run_folder(&self.context, &name).await
+            };
+            if let Err(error) = swept.await {
+                tracing::warn!(container = name, %error, "left behind");
+            }
+        }
+        let snapshotter = self.context.snapshotter();
+        let snapshots = run::blocking(move || snapshotter.list()).await?;
+        let ids = snapshots.into_iter().map(|snapshot| snapshot.key).chain(folder_names(&self.context.data)?);
+        let unknown: BTreeSet<String> = ids.filter(|id| id.len() == 64 && !known.contains(id)).collect();
+        for id in unknown {
+            if let Err(error) = run::remove_leavings(&self.context, &id).await {
+                tracing::warn!(container = &id[..12], %error, "left behind");
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes a container.
+    pub async fn create(
+        &self,
+        name: Option<&str>,
+        create: ContainerCreate,
+    ) -> Result<ContainerCreated, Failure> {
+        let name = name.filter(|name| !name.is_empty()).map(names::check).transpose()?;
+        let wanted = create.config.image.clone();
+        let image = self
+            .context
+            .images
+            .resolve(&wanted)
+            .await
+            .map_err(|error| crate::services::images::failure(&error))?;
+        let id = self.index.new_id();
+        let image_config: ContainerConfig = crate::services::images::container_config(&image);
+        let resolved = create::resolve(create, &image_config, &id)?;
+        if !self.context.native
+            && let Some(bind) =
+                resolved.binds.iter().find(|bind| std::fs::symlink_metadata(&bind.source).is_err())
+        {
+            return Err(run::missing_bind(&bind.source));
+        }
+        let name = self.index.reserve_name(name, &id)?;
+        let record = Record {
+            id: id.clone(),
+            name: name.clone(),
+            created: Timestamp::now(),
+            image_id: image.id.to_string(),
+            config: resolved.config,
+            host: resolved.host,
+            binds: resolved.binds,
+            last: LastRun::default(),
+            stopped_by_user: false,
+            restarts: 0,
+        };
+        let made = self.make(&record, image.chain()).await;
+        if let Err(failure) = made {
+            self.index.release_name(&name, &id);
+            return Err(failure);
+        }
+        self.context.events.publish("container", "create", &id, record.event_attributes());
+        let (driver, handle) = new_driver(&self.context, &self.index, record, Phase::Created);
+        self.index.insert(&id, handle);
+        self.tasks.spawn(driver.drive());
+        Ok(ContainerCreated { id, warnings: resolved.warnings })
+    }
+
+    /// The writable layer and the record, at once; on failure neither.
+    async fn make(&self, record: &Record, chain: Option<guest_images::ChainId>) -> Result<(), Failure> {
+        let (snapshotter, key) = (self.context.snapshotter(), record.id.clone());
+        let (prepared, saved) =
+            tokio::join!(run::blocking(move || snapshotter.prepare(&key, chain)), self.context.save(record));
+        let failure = match (prepared, saved) {
+            (Ok(_), Ok(())) => return Ok(()),
+            (Err(failure), _) | (_, Err(failure)) => failure,
+        };
+        if let Err(also) = run::remove(&self.context, record).await {
+            tracing::warn!(container = record.short_id(), error = %also, "left behind");
+        }
+        Err(failure)
+    }
+
+    fn find(&self, wanted: &str) -> Result<Handle, Failure> {
+        self.index.find(wanted)
+    }
+
+    /// What was published last about a container.
+    pub fn view(&self, wanted: &str) -> Result<Arc<View>, Failure> {
+        Ok(self.find(wanted)?.view())
+    }
+
+    /// What is published about a container, from now on.
+    pub fn watch(&self, wanted: &str) -> Result<watch::Receiver<Arc<View>>, Failure> {
+        Ok(self.find(wanted)?.views)
+    }
+
+    pub fn context(&self) -> &Arc<Context> {
+        &self.context
+    }
+
+    /// All views.
+    pub fn views(&self) -> Vec<View> {
+        self.index.all().iter().map(|handle| View::clone(&handle.view())).collect()
+    }
+
+    async fn ask<T>(
+        &self,
+        wanted: &str,
+        command: impl FnOnce(oneshot::Sender<Result<T, Failure>>) -> Command,
+    ) -> Result<T, Failure> {
+        let handle = self.find(wanted)?;
+        let (reply, answer) = oneshot::channel();
+        // A driver that has gone took its container with it.
+        let gone = || Failure::not_found(guest_api::error::no_such_container(wanted));
+        handle.commands.send(command(reply)).await.map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())?
+    }
+
+    pub async fn start(&self, wanted: &str) -> Result<(), Failure> {
+        self.ask(wanted, |reply| Command::Start { reply }).await
+    }
+
+    pub async fn stop(&self, wanted: &str, signal: Option<i32>, timeout: Option<i64>) -> Result<(), Failure> {
+        self.ask(wanted, |reply| Command::Stop { signal, timeout, reply }).await
+    }
+
+    pub async fn restart(
+        &self,
+        wanted: &str,
+        signal: Option<i32>,
+        timeout: Option<i64>,
+    ) -> Result<(), Failure> {
+        self.ask(wanted, |reply| Command::Restart { signal, timeout, reply }).await
+    }
+
+    pub async fn kill(&self, wanted: &str, signal: i32) -> Result<(), Failure> {
+        self.ask(wanted, |reply| Command::Kill { signal, reply }).await
+    }
+
+    pub async fn pause(&self, wanted: &str) -> Result<(), Failure> {
+        self.ask(wanted, |reply| Command::Pause { reply }).await
+    }
+
+    pub async fn unpause(&self, wanted: &str) -> Result<(), Failure> {
+        self.ask(wanted, |reply| Command::Unpause { reply }).await
+    }
+
+    pub async fn resize(&self, wanted: &str, width: u16, height: u16) -> Result<(), Failure> {
+        self.ask(wanted, |reply| Command::Resize { width, height, reply }).await
+    }
+
+    pub async fn remove(&self, wanted: &str, query: RemoveQuery) -> Result<(), Failure> {
+        self.ask(wanted, |reply| Command::Remove { force: query.force, reply }).await
+    }
+
+    pub async fn rename(&self, wanted: &str, name: &str) -> Result<(), Failure> {
+        let name = names::check(name)?;
+        let view = self.view(wanted)?;
+        let (id, old) = (view.record.id.clone(), view.record.name.clone());
+        if name == old {
+            return Err(Failure::invalid("Renaming a container with the same name as its current name"));
+        }
+        self.index.reserve_name(Some(name), &id)?;
+        let result = self.ask(&id, |reply| Command::Rename { name: name.to_owned(), reply }).await;
+        self.index.release_name(if result.is_ok() { &old } else { name }, &id);
+        result
+    }
+
+    pub async fn attach(&self, wanted: &str, streams: Streams) -> Result<Attachment, Failure> {
+        self.ask(wanted, |reply| Command::Attach { streams, reply }).await
+    }
+
+    /// Waits; the future is independent of the service and safe to drop.
+    pub fn wait(
+        &self,
+        wanted: &str,
+        condition: WaitCondition,
+    ) -> Result<impl Future<Output = Result<WaitResult, Failure>> + use<>, Failure> {
+        let mut views = self.find(wanted)?.views;
+        // What "next" counts from is the moment of asking.
+        let first = views.borrow_and_update().clone();
+        Ok(async move {
+            let met = |view: &View| match condition {
+                WaitCondition::Removed => view.removed,
+                WaitCondition::NextExit => view.runs_ended > first.runs_ended || view.removed,
+                WaitCondition::NotRunning => {
+                    view.runs_ended > first.runs_ended
+                        || view.removed
+                        || !(view.phase.is_live() || view.phase == Phase::Restarting)
+                }
+            };
+            let code = match views.wait_for(|view| met(view)).await {
+                Ok(view) => view.record.last.exit_code,
+                Err(_) => return Err(Failure::broken("the engine is ending")),
+            };
+            Ok(WaitResult { status_code: i64::from(code), error: None })
+        })
+    }
+
+    /// The lines of `ps`. `ancestor` tells whether an image is, or stands on, the one named.
+    pub fn list(
+        &self,
+        query: &ListQuery,
+        ancestor: impl Fn(&Record, &str) -> bool,
+    ) -> Result<Vec<ContainerSummary>, Failure> {
+        let now = Timestamp::now();
+        let chosen = list::select(self.views(), query, ancestor)?;
+        Ok(chosen.iter().map(|view| list::summary(view, &self.context.networks, now)).collect())
+    }
+
+    /// Everything about one container.
+    pub fn inspect(
+        &self,
+        wanted: &str,
+        execs: impl FnOnce(&str) -> Vec<String>,
+    ) -> Result<ContainerInspect, Failure> {
+        let view = self.view(wanted)?;
+        Ok(inspect::inspect(&self.context, &view, execs(&view.record.id)))
+    }
+
+    /// The log as a stream of batches.
+    pub fn logs(
+        &self,
+        wanted: &str,
+        query: LogQuery,
+    ) -> Result<mpsc::Receiver<std::io::Result<Bytes>>, Failure> {
+        let handle = self.find(wanted)?;
+        let view = handle.view();
+        if view.record.host.log_config.kind != "json-file" {
+            return Err(Failure::not_implemented("configured logging driver does not support reading"));
+        }
+        if !query.stdout && !query.stderr {
+            return Err(Failure::invalid("Bad parameters: you must choose at least one stream"));
+        }
+        let id = &view.record.id;
+        let folder = self.context.data_folder(id);
+        let following = (query.follow && view.live.is_some() && folder.exists()).then_some(handle.views);
+        let reader = LogReader::open(&self.context.log_path(id), query, view.record.config.tty)
+            .map_err(|error| Failure::internal("cannot open the container's log", &error))?;
+        let (output, batches) = mpsc::channel(LOG_BATCHES_WAITING);
+        self.tasks.spawn(follow::send(reader, folder, following, output));
+        Ok(batches)
+    }
+
+    /// Bytes a container has written into its layer.
+    pub async fn written_bytes(&self, wanted: &str) -> Result<i64, Failure> {
+        let (snapshotter, id) = (self.context.snapshotter(), self.view(wanted)?.record.id.clone());
+        let usage = run::blocking(move || snapshotter.usage(&id)).await?;
+        Ok(i64::try_from(usage.size_bytes).unwrap_or(i64::MAX))
+    }
+
+    /// The containers made from an image.
+    pub fn using_image(&self, image_id: &str) -> Vec<InUse> {
+        let views = self.views();
+        let using = views.iter().filter(|view| view.record.image_id == image_id);
+        using.map(|view| InUse { container: view.record.id.clone(), running: view.phase.is_live() }).collect()
+    }
+
+    /// Lets go of every driver; with `stop`, ends the containers first, all at once.
+    pub async fn shut_down(&self, stop: bool) {
+        if stop {
+            let stops = self.index.all().into_iter().filter(|handle| {
+                let phase = handle.view().phase;
+                phase.is_live() || phase == Phase::Restarting
+            });
+            let mut stopping = tokio::task::JoinSet::new();
+            for handle in stops {
+                stopping.spawn(async move {
+                    let seconds = handle.view().record.config.stop_timeout.unwrap_or(SHUTDOWN_STOP_SECONDS);
+                    let seconds =
+                        if seconds < 0 { SHUTDOWN_STOP_SECONDS } else { seconds.min(SHUTDOWN_STOP_SECONDS) };
+                    let (reply, answer) = oneshot::channel();
+                    let command = Command::Stop { signal: None, timeout: Some(seconds), reply };
+                    if handle.commands.send(command).await.is_ok() {
+                        // A refusal means it has ended by itself.
+                        let _ = answer.await;
+                    }
+                });
+            }
+            let all = async { while stopping.join_next().await.is_some() {} };
+            if timeout(SHUTDOWN_DEADLINE, all).await.is_err() {
+                tracing::warn!("containers did not stop within {} s", SHUTDOWN_DEADLINE.as_secs());
+            }
+        }
+        self.index.clear();
+    }
+}
+
+fn new_driver(context: &Arc<Context>, index: &Arc<Index>, record: Record, phase: Phase) -> (Driver, Handle) {
+    let (commands, queue) = mpsc::channel(COMMANDS_WAITING);
+    let (driver, views) = Driver::new(context.clone(), index.clone(), record, phase, queue);
+    (driver, Handle { commands, views })
+}
+
+/// A driver for a record that was stored; and whether the container runs.
+async fn restore(context: Arc<Context>, index: Arc<Index>, record: Record) -> (Driver, bool) {
+    let (id, name) = (record.id.clone(), record.name.clone());
+    let run_folder = context.run_folder(&id);
+    let run_record = run::read_run_record(&run_folder);
+    let ran = record.last.started_at.is_some();
+    let phase = if ran { Phase::Exited } else { Phase::Created };
+    // Told as running by its last record, but not by its end: the machine stopped underneath.
+    let lost = run_record.is_none() && record.last.started_at > record.last.finished_at;
+    let (mut driver, handle) = new_driver(&context, &index, record, phase);
+    let mut live = false;
+    if let Some(run_record) = &run_record {
+        live = driver.restore(run_record).await.is_ok();
+    }
+    if !live && (run_folder.exists() || lost) {
+        driver.clean_up(run_record, lost).await;
+    }
+    if index.reserve_name(Some(&name), &id).is_err() {
+        tracing::error!(container = &id[..12], name, "two containers have one name");
+    }
+    index.insert(&id, handle);
+    (driver, live)
+}
+
+fn folder_names(folder: &Path) -> std::io::Result<Vec<String>> {
+    std::fs::read_dir(folder)?.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
+}

@@ -1,0 +1,5 @@
+//! Processes run inside running containers.
+
+mod service;
+
+pub use service::{Execs, Running};

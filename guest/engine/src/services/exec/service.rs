@@ -1,0 +1,404 @@
+//! The exec service: remembers what was asked for, starts it through the container's shim, and how it ended.
+//!
+//! An exec is `Created → Running → Ended`; one that could not be started ends with 126 or 127. Records live in
+//! memory: they mean nothing after a restart of the engine, and clients ask within moments.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use guest_api::exec::{ExecCreate, ExecInspect, ExecProcess, ExecStart};
+use guest_runtime::shim::{ConsoleSize, ErrorKind as ShimErrorKind, Request as ShimRequest, Stdin};
+use tokio::net::UnixStream;
+use tokio::sync::watch;
+use tokio_util::task::TaskTracker;
+
+use crate::failure::Failure;
+use crate::services::containers::{
+    Containers, Request, Shim, ShimError, Streams, Verdict, View, admit, exec_process, read_text,
+    resolve_user, runtime_text, shim_failure,
+};
+
+/// How long the end of an exec is remembered.
+const REMEMBERED: Duration = Duration::from_secs(300);
+/// Execs remembered; more than this and the oldest ended ones go early.
+const REMEMBERED_MAX: usize = 4096;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Created,
+    Running { pid: i32 },
+    Ended { code: i32, at: Instant },
+}
+
+struct Exec {
+    container: String,
+    config: ExecCreate,
+    state: watch::Sender<State>,
+}
+
+/// The exec service.
+pub struct Execs {
+    containers: Arc<Containers>,
+    tasks: TaskTracker,
+    execs: Mutex<HashMap<String, Arc<Exec>>>,
+}
+
+/// An exec that was started with a client attached.
+pub struct Running {
+    /// Its output, and its input.
+    pub stream: UnixStream,
+    pub tty: bool,
+    pub stdin: bool,
+    pub end: End,
+}
+
+/// The end of a started exec.
+pub struct End(watch::Receiver<State>);
+
+impl End {
+    /// Returns once the exit code is known; ask after the output has ended and before the client hears of that.
+    pub async fn known(mut self) {
+        // An error means that the service is gone, and the record with it.
+        let _ = self.0.wait_for(|state| matches!(state, State::Ended { .. })).await;
+    }
+}
+
+impl Execs {
+    pub fn new(containers: Arc<Containers>, tasks: TaskTracker) -> Arc<Self> {
+        Arc::new(Self { containers, tasks, execs: Mutex::default() })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, Arc<Exec>>> {
+        self.execs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn find(&self, id: &str) -> Result<Arc<Exec>, Failure> {
+        self.lock().get(id).cloned().ok_or_else(|| Failure::not_found(guest_api::error::no_such_exec(id)))
+    }
+
+    /// The container's view, if a process may be run in it now.
+    fn container(&self, wanted: &str) -> Result<Arc<View>, Failure> {
+        let view = self.containers.view(wanted)?;
+        match admit(view.phase, Request::Exec, &view.record.id, &view.record.name) {
+            Verdict::Refuse(kind, text) => Err(Failure::new(kind, text)),
+            _ => Ok(view),
+        }
+    }
+
+    /// Ids of the execs of a container that have not ended.
+    pub fn of_container(&self, container: &str) -> Vec<String> {
+        let execs = self.lock();
+        let open = execs.iter().filter(|(_, exec)| {
+            exec.container == container && !matches!(*exec.state.borrow(), State::Ended { .. })
+        });
+        let mut ids: Vec<String> = open.map(|(id, _)| id.clone()).collect();
+        ids.sort_unstable();
+        ids
+    }
+
+    /// Remembers what is to be run.
+    pub fn create(&self, container: &str, config: ExecCreate) -> Result<String, Failure> {
+        let view = self.container(container)?;
+        if config.cmd.as_ref().is_none_or(Vec::is_empty) {
+            return Err(Failure::invalid("No exec command specified"));
+        }
+        let folder = &config.working_dir;
+        if !folder.is_empty() && !folder.starts_with('/') {
+            return Err(Failure::invalid(format!(
+                "working directory '{folder}' of an exec is not an absolute path"
+            )));
+        }
+        let id = hex::encode(rand::random::<[u8; 32]>());
+        let exec =
+            Exec { container: view.record.id.clone(), config, state: watch::Sender::new(State::Created) };
+        self.event(&view, "exec_create", &id, &exec.config, &[]);
+        let mut execs = self.lock();
+        forget_old(&mut execs, Instant::now());
+        execs.insert(id.clone(), Arc::new(exec));
+        Ok(id)
+    }
+
+    /// Starts an exec and leaves it alone.
+    pub async fn start_detached(self: &Arc<Self>, id: &str) -> Result<(), Failure> {
+        let exec = self.begin(id)?;
+        self.run(id, &exec, None, false).await.map(drop)
+    }
+
+    /// What an attached start needs to know before it answers: the failures it can answer properly end here.
+    pub fn check_start(&self, id: &str, start: &ExecStart) -> Result<bool, Failure> {
+        let exec = self.find(id)?;
+        self.container(&exec.container)?;
+        match *exec.state.borrow() {
+            State::Created if start.tty != exec.config.tty => {
+                // dockerd goes by the exec's own setting.
+                Ok(exec.config.tty)
+            }
+            State::Created => Ok(exec.config.tty),
+            State::Running { .. } => Err(Failure::conflict(format!("exec instance {id} is already running"))),
+            State::Ended { .. } => Err(Failure::conflict(format!("exec command {id} has already run"))),
+        }
+    }
+
+    /// The streams an exec was created with.
+    pub fn streams(&self, id: &str) -> Result<(Streams, String), Failure> {
+        let exec = self.find(id)?;
+        let config = &exec.config;
+        let streams = Streams {
+            stdin: config.attach_stdin,
+            stdout: config.attach_stdout,
+            stderr: config.attach_stderr,
+        };
+        Ok((streams, config.detach_keys.clone()))
+    }
+
+    /// Starts an exec with its streams attached from its first byte on.
+    pub async fn start_attached(
+        self: &Arc<Self>,
+        id: &str,
+        console_size: Option<[u16; 2]>,
+    ) -> Result<Running, Failure> {
+        let exec = self.begin(id)?;
+        let stream = self.run(id, &exec, console_size, true).await?;
+        let stream = stream.ok_or_else(|| Failure::broken("an attached exec has no stream"))?;
+        let (tty, stdin) = (exec.config.tty, exec.config.attach_stdin);
+        Ok(Running { stream, tty, stdin, end: End(exec.state.subscribe()) })
+    }
+
+    /// Takes the exec for one start; of two at once one is refused.
+    fn begin(&self, id: &str) -> Result<Arc<Exec>, Failure> {
+        let exec = self.find(id)?;
+        self.container(&exec.container)?;
+        let taken = exec.state.send_if_modified(|state| {
+            let free = *state == State::Created;
+            if free {
+                *state = State::Running { pid: 0 };
+            }
+            free
+        });
+        if taken { Ok(exec) } else { Err(Failure::conflict(format!("exec command {id} has already run"))) }
+    }
+
+    async fn run(
+        self: &Arc<Self>,
+        id: &str,
+        exec: &Arc<Exec>,
+        console_size: Option<[u16; 2]>,
+        attached: bool,
+    ) -> Result<Option<UnixStream>, Failure> {
+        let started = self.run_steps(id, exec, console_size, attached).await;
+        if let Err((code, _)) = &started {
+            exec.state.send_replace(State::Ended { code: *code, at: Instant::now() });
+        }
+        started.map_err(|(_, failure)| failure)
+    }
+
+    async fn run_steps(
+        self: &Arc<Self>,
+        id: &str,
+        exec: &Arc<Exec>,
+        console_size: Option<[u16; 2]>,
+        attached: bool,
+    ) -> Result<Option<UnixStream>, (i32, Failure)> {
+        let ours = |failure: Failure| (126, failure);
+        let view = self.container(&exec.container).map_err(ours)?;
+        let context = self.containers.context();
+        let shim = Shim::at(&context.run_folder(&exec.container));
+        let mut config = exec.config.clone();
+        config.console_size = console_size.or(config.console_size);
+        let process = {
+            let (rootfs, view, config) = (context.rootfs(&exec.container), view.clone(), config.clone());
+            let grantable = context.grantable.clone();
+            let work = move || {
+                let read = |path: &str| {
+                    read_text(&rootfs, path).map_err(|error| {
+                        Failure::internal(format!("cannot read the container's {path}"), &error)
+                    })
+                };
+                let wanted = if config.user.is_empty() { &view.record.config.user } else { &config.user };
+                let groups = view.record.host.group_add.as_deref().unwrap_or_default();
+                let user = resolve_user(wanted, groups, &read("/etc/passwd")?, &read("/etc/group")?)?;
+                exec_process(&view.record, &config, &user, &grantable)
+            };
+            let built = tokio::task::spawn_blocking(work).await;
+            built
+                .map_err(|error| ours(Failure::internal("preparing the exec failed", &error)))?
+                .map_err(ours)?
+        };
+        let stdin = match (attached && config.attach_stdin, config.tty) {
+            (true, false) => Stdin::Once,
+            (true, true) => Stdin::Open,
+            (false, _) => Stdin::None,
+        };
+        let size = config.console_size.filter(|[height, width]| *height > 0 && *width > 0);
+        let request = ShimRequest::Exec {
+            id: id.to_owned(),
+            process: Box::new(process),
+            terminal: config.tty,
+            stdin,
+            console_size: size.map(|[height, width]| ConsoleSize { width, height }),
+        };
+        shim.ask("exec", request).await.map_err(start_failure)?;
+        let process_id = Some(id.to_owned());
+        let stream = if attached {
+            let streams = Streams {
+                stdin: config.attach_stdin,
+                // With a terminal there is one stream, and nobody runs an attached exec to see nothing.
+                stdout: config.attach_stdout || config.tty,
+                stderr: config.attach_stderr,
+            };
+            Some(shim.attach(process_id.clone(), streams).await.map_err(start_failure)?)
+        } else {
+            None
+        };
+        self.event(&view, "exec_start", id, &exec.config, &[]);
+        let pid = match shim.start(process_id.clone()).await {
+            Ok(pid) => pid,
+            Err(error) => {
+                let (code, failure) = start_failure(error);
+                self.event(&view, "exec_die", id, &exec.config, &[("exitCode", code.to_string())]);
+                if let Err(error) = shim.ask("forget", ShimRequest::Forget { id: id.to_owned() }).await {
+                    tracing::debug!(exec = &id[..12], %error, "the shim keeps a failed exec");
+                }
+                return Err((code, failure));
+            }
+        };
+        exec.state.send_replace(State::Running { pid });
+        let (service, exec, id) = (self.clone(), exec.clone(), id.to_owned());
+        self.tasks.spawn(async move { service.follow(&id, &exec, &view, &shim).await });
+        Ok(stream)
+    }
+
+    /// Waits for the end of an exec and notes it.
+    async fn follow(&self, id: &str, exec: &Exec, view: &View, shim: &Shim) {
+        let waited = shim.wait(Some(id.to_owned())).await;
+        let code = match &waited {
+            Ok(exit) => exit.code,
+            // The container ended, and the exec with it.
+            Err(_) => 137,
+        };
+        exec.state.send_replace(State::Ended { code, at: Instant::now() });
+        self.event(view, "exec_die", id, &exec.config, &[("exitCode", code.to_string())]);
+        if waited.is_ok()
+            && let Err(error) = shim.ask("forget", ShimRequest::Forget { id: id.to_owned() }).await
+        {
+            tracing::debug!(exec = &id[..12], %error, "the shim keeps an ended exec");
+        }
+    }
+
+    pub async fn resize(&self, id: &str, width: u16, height: u16) -> Result<(), Failure> {
+        let exec = self.find(id)?;
+        if matches!(*exec.state.borrow(), State::Ended { .. } | State::Created) {
+            return Err(Failure::conflict(format!("exec {id} is not running")));
+        }
+        let shim = Shim::at(&self.containers.context().run_folder(&exec.container));
+        shim.resize(Some(id.to_owned()), width, height).await.map_err(shim_failure)
+    }
+
+    pub fn inspect(&self, id: &str) -> Result<ExecInspect, Failure> {
+        let exec = self.find(id)?;
+        let state = *exec.state.borrow();
+        let config = &exec.config;
+        let mut words = config.cmd.clone().unwrap_or_default().into_iter();
+        Ok(ExecInspect {
+            id: id.to_owned(),
+            running: matches!(state, State::Running { .. }),
+            exit_code: match state {
+                State::Ended { code, .. } => Some(i64::from(code)),
+                State::Created | State::Running { .. } => None,
+            },
+            process_config: ExecProcess {
+                tty: config.tty,
+                entrypoint: words.next().unwrap_or_default(),
+                arguments: words.collect(),
+                privileged: config.privileged,
+                user: config.user.clone(),
+            },
+            open_stdin: config.attach_stdin,
+            open_stderr: config.attach_stderr,
+            open_stdout: config.attach_stdout,
+            can_remove: matches!(state, State::Ended { .. }),
+            container_id: exec.container.clone(),
+            detach_keys: String::new(),
+            pid: match state {
+                State::Running { pid } => i64::from(pid),
+                State::Created | State::Ended { .. } => 0,
+            },
+        })
+    }
+
+    fn event(&self, view: &View, action: &str, id: &str, config: &ExecCreate, more: &[(&str, String)]) {
+        let action = match action {
+            "exec_die" => action.to_owned(),
+            _ => format!("{action}: {}", config.cmd.as_deref().unwrap_or_default().join(" ")),
+        };
+        let mut attributes = view.record.event_attributes();
+        attributes.insert("execID".to_owned(), id.to_owned());
+        attributes.extend(more.iter().map(|(key, value)| ((*key).to_owned(), value.clone())));
+        self.containers.context().events.publish("container", &action, &view.record.id, attributes);
+    }
+}
+
+/// The exit code and the sentence of an exec that could not be started.
+fn start_failure(error: ShimError) -> (i32, Failure) {
+    match error {
+        ShimError::Refused { kind, message } if kind != ShimErrorKind::Conflict => {
+            let text = runtime_text(&message);
+            // dockerd names the verb.
+            let text = text
+                .trim_start_matches("failed to create task for container: failed to create shim task: ")
+                .replacen("OCI runtime create failed", "OCI runtime exec failed", 1);
+            (kind.exit_code(), Failure::invalid(text))
+        }
+        other => (126, shim_failure(other)),
+    }
+}
+
+fn forget_old(execs: &mut HashMap<String, Arc<Exec>>, now: Instant) {
+    let age = |exec: &Exec| match *exec.state.borrow() {
+        State::Ended { at, .. } => Some(now.saturating_duration_since(at)),
+        State::Created | State::Running { .. } => None,
+    };
+    execs.retain(|_, exec| age(exec).is_none_or(|age| age < REMEMBERED));
+    if execs.len() >= REMEMBERED_MAX {
+        let oldest = execs.iter().filter_map(|(id, exec)| Some((age(exec)?, id.clone()))).max();
+        oldest.map(|(_, id)| execs.remove(&id));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn exec(state: State) -> Arc<Exec> {
+        Arc::new(Exec {
+            container: "c".into(),
+            config: ExecCreate::default(),
+            state: watch::Sender::new(state),
+        })
+    }
+
+    #[test]
+    fn ended_execs_are_forgotten_after_a_while() {
+        let now = Instant::now();
+        let mut execs = HashMap::from([
+            ("old".to_owned(), exec(State::Ended { code: 0, at: now })),
+            ("open".to_owned(), exec(State::Running { pid: 1 })),
+        ]);
+        forget_old(&mut execs, now + REMEMBERED / 2);
+        assert_eq!(execs.len(), 2);
+        forget_old(&mut execs, now + REMEMBERED * 2);
+        assert!(execs.contains_key("open") && execs.len() == 1);
+    }
+
+    #[test]
+    fn a_missing_program_is_127_in_dockers_words() {
+        let message = "exec: \"nope\": executable file not found in $PATH".to_owned();
+        let (code, failure) = start_failure(ShimError::Refused { kind: ShimErrorKind::NotFound, message });
+        assert_eq!(code, 127);
+        assert_eq!(
+            failure.message,
+            "OCI runtime exec failed: exec: \"nope\": executable file not found in $PATH: unknown"
+        );
+    }
+}

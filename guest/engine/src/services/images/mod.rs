@@ -1,0 +1,7 @@
+//! Images, as the API shows them: a thin layer over `guest-images`, which owns the store.
+
+mod convert;
+mod service;
+
+pub use convert::{container_config, failure};
+pub use service::{ImagesService, PullQuery};

@@ -1,0 +1,5 @@
+//! What this engine is: `/version` and `/info`.
+
+mod service;
+
+pub use service::System;
