@@ -25,6 +25,11 @@ const BUSYBOX: &str = "/bin/busybox";
 const INSIDE: &str = "GUEST_RUNTIME_TEST_INSIDE";
 const TIMEOUT: Duration = Duration::from_secs(60);
 
+/// Writes past libtest's capture, so that it is seen.
+fn say(line: &str) {
+    std::io::stderr().write_all(format!("{line}\n").as_bytes()).unwrap();
+}
+
 /// Runs a test's body in namespaces of its own, by running the test again under `unshare`.
 fn isolated(body: impl FnOnce()) {
     if std::env::var_os(INSIDE).is_some() {
@@ -39,8 +44,7 @@ fn isolated(body: impl FnOnce()) {
     let current = std::thread::current();
     let name = current.name().expect("libtest names its threads");
     if let Some(reason) = reason {
-        // Past libtest's capture, so that it is seen.
-        writeln!(std::io::stderr(), "SKIPPED {name}: {reason}").unwrap();
+        say(&format!("SKIPPED {name}: {reason}"));
         return;
     }
     let output = Command::new("/usr/bin/unshare")
@@ -50,11 +54,10 @@ fn isolated(body: impl FnOnce()) {
         .env(INSIDE, "1")
         .output()
         .unwrap();
-    let said = String::from_utf8_lossy(&output.stdout);
-    for line in said.lines().filter(|line| line.starts_with("measured: ")) {
-        writeln!(std::io::stderr(), "{line}").unwrap();
+    let (said, errors) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    for line in errors.lines().filter(|line| line.starts_with("measured: ") || line.starts_with("SKIPPED ")) {
+        say(line);
     }
-    let errors = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{said}\n{errors}");
 }
 
@@ -258,7 +261,7 @@ impl Shim {
 impl Drop for Shim {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            println!("the shim of {} said: {}", self.dir.display(), self.errors());
+            say(&format!("the shim of {} said: {}", self.dir.display(), self.errors()));
         }
         if self.child.is_some() {
             self.kill_shim();
@@ -717,7 +720,7 @@ fn twenty_containers_at_once() {
                 });
             }
         });
-        println!("measured: 20 containers at once: {} ms", before.elapsed().as_millis());
+        say(&format!("measured: 20 containers at once: {} ms", before.elapsed().as_millis()));
     });
 }
 
@@ -757,7 +760,7 @@ fn a_killed_shim_is_cleaned_up_after_at_any_moment() {
             creating.join().unwrap();
             shim.assert_clean();
         }
-        println!("measured: slowest reap of a half-made container: {} ms", slowest.as_millis());
+        say(&format!("measured: slowest reap of a half-made container: {} ms", slowest.as_millis()));
     });
 }
 
@@ -789,7 +792,7 @@ fn a_slow_client_gets_everything_even_after_delete() {
         let mut rest = Vec::new();
         attached.read_to_end(&mut rest).unwrap();
         let headers = (start.len() + rest.len() - 1_500_000) as u64;
-        assert!(headers > 0 && headers % 8 == 0, "{headers}");
+        assert!(headers > 0 && headers.is_multiple_of(8), "{headers}");
         let mut shim = shim;
         assert!(shim.child.take().unwrap().wait().unwrap().success());
         shim.assert_clean();
@@ -823,7 +826,7 @@ fn the_device_filter_is_accepted_by_the_kernel_and_works() {
         let unified =
             mounts.lines().find(|line| line.contains(" - cgroup2 ")).and_then(|line| line.split(' ').nth(4));
         let Some(unified) = unified else {
-            writeln!(std::io::stderr(), "SKIPPED the device filter: no cgroup v2 is mounted").unwrap();
+            say("SKIPPED the device filter: no cgroup v2 is mounted");
             return;
         };
         let group = Path::new(unified).join(format!("guest-runtime-devices-{}", std::process::id()));
@@ -855,11 +858,11 @@ fn short_lines_stream_fast() {
             let (stdout, _) = attached.read_split().unwrap();
             let took = before.elapsed();
             assert_eq!(stdout.len(), TOTAL);
-            println!(
+            say(&format!(
                 "measured: 64 MiB of short lines through attach {what}: {:.0} MB/s ({} ms)",
                 TOTAL as f64 / 1e6 / took.as_secs_f64(),
                 took.as_millis()
-            );
+            ));
             if driver == LogDriver::JsonFile {
                 let log = fs::read_to_string(shim.dir.join("json.log")).unwrap();
                 assert_eq!(log.lines().count(), TOTAL.div_ceil(40));
@@ -917,13 +920,16 @@ fn the_cost_of_a_container_is_measured() {
                 if status.status.success() {
                     theirs.push(milliseconds(before));
                 } else if round == 0 {
-                    println!("measured: crun failed: {}", String::from_utf8_lossy(&status.stderr).trim());
+                    say(&format!(
+                        "measured: crun failed: {}",
+                        String::from_utf8_lossy(&status.stderr).trim()
+                    ));
                 }
             }
         }
-        println!("measured: launch, create, start, wait, delete, ms: {}", median(ours));
+        say(&format!("measured: launch, create, start, wait, delete, ms: {}", median(ours)));
         if !theirs.is_empty() {
-            println!("measured: crun run of the same bundle, ms: {}", median(theirs));
+            say(&format!("measured: crun run of the same bundle, ms: {}", median(theirs)));
         }
         let shims: Vec<_> = (0..5).map(|_| bench.idle()).collect();
         for round in 0..ROUNDS {
@@ -931,9 +937,9 @@ fn the_cost_of_a_container_is_measured() {
             assert_eq!(shims[0].exec_output(&format!("e{round}"), &["true"]).0, 0);
             execs.push(milliseconds(before));
         }
-        println!("measured: exec of true, prepare to wait, ms: {}", median(execs));
+        say(&format!("measured: exec of true, prepare to wait, ms: {}", median(execs)));
         let total: u64 = shims.iter().map(|shim| pss(shim.child.as_ref().unwrap().id())).sum();
-        println!("measured: PSS of a shim, 5 running: {} KiB", total / 5);
+        say(&format!("measured: PSS of a shim, 5 running: {} KiB", total / 5));
         for shim in shims {
             shim.delete();
         }

@@ -128,7 +128,7 @@ impl Connection {
     fn reply(&mut self) -> Result<Reply, ConnectionError> {
         let mut chunk = [0; 4096];
         loop {
-            if let Some(reply) = self.buffer.next()? {
+            if let Some(reply) = self.buffer.next_message()? {
                 return Ok(reply);
             }
             match self.stream.read(&mut chunk)? {

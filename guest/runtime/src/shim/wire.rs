@@ -267,7 +267,7 @@ impl FrameBuffer {
     }
 
     /// The next message, if all of it is here. After an error the stream has no further meaning.
-    pub fn next<T: DeserializeOwned>(&mut self) -> Result<Option<T>, FrameError> {
+    pub fn next_message<T: DeserializeOwned>(&mut self) -> Result<Option<T>, FrameError> {
         let Some((prefix, rest)) = self.bytes.split_first_chunk::<4>() else { return Ok(None) };
         let len = u32::from_le_bytes(*prefix) as usize;
         if len > FRAME_LEN_MAX {
@@ -282,5 +282,99 @@ impl FrameBuffer {
     /// What follows the last message: the first bytes of a stream.
     pub fn into_rest(self) -> Vec<u8> {
         self.bytes
+    }
+}
+
+/// Feeds foreign bytes to the decoder of requests, in pieces of every size: what a fuzzer calls.
+pub fn decode_requests(bytes: &[u8]) {
+    let mut buffer = FrameBuffer::default();
+    for (position, piece) in bytes.chunks(7).enumerate() {
+        buffer.extend(piece);
+        loop {
+            match buffer.next_message::<Request>() {
+                Ok(Some(request)) => {
+                    let encoded = Frame::encode(&request).expect("what was decoded can be encoded");
+                    assert!(encoded.len() > 4, "message at piece {position}");
+                }
+                Ok(None) => break,
+                Err(_) => return,
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn samples() -> Vec<Request> {
+        let process = Some("exec-1".to_owned());
+        vec![
+            Request::Create,
+            Request::Start { process: None },
+            Request::Kill { signal: 15, process: process.clone() },
+            Request::Resize { process: process.clone(), width: 80, height: 24 },
+            Request::Attach { process, stdin: true, stdout: true, stderr: false },
+            Request::Exec {
+                id: "exec-2".into(),
+                process: Box::default(),
+                terminal: true,
+                stdin: Stdin::Once,
+                console_size: Some(ConsoleSize { width: 1, height: 2 }),
+            },
+            Request::Delete,
+        ]
+    }
+
+    #[test]
+    fn messages_come_back_however_they_are_cut() {
+        let bytes: Vec<u8> = samples().iter().flat_map(|request| Frame::encode(request).unwrap()).collect();
+        for size in [1, 3, 4, 5, 64, bytes.len()] {
+            let mut buffer = FrameBuffer::default();
+            let mut received = Vec::new();
+            for piece in bytes.chunks(size) {
+                buffer.extend(piece);
+                while let Some(request) = buffer.next_message::<Request>().unwrap() {
+                    received.push(request);
+                }
+            }
+            assert_eq!(received, samples());
+        }
+    }
+
+    #[test]
+    fn what_may_be_left_out_may_be_left_out() {
+        let request: Request = Frame::decode(br#"{"request":"wait"}"#).unwrap();
+        assert_eq!(request, Request::Wait { process: None });
+        let reply: Reply =
+            Frame::decode(br#"{"reply":"exited","code":3,"finished_at":"2026-01-02T03:04:05Z"}"#).unwrap();
+        assert!(matches!(reply, Reply::Exited(Exit { code: 3, oom_killed: false, .. })));
+    }
+
+    #[test]
+    fn a_length_beyond_the_limit_is_refused_before_anything_is_kept() {
+        let mut buffer = FrameBuffer::default();
+        buffer.extend(&u32::MAX.to_le_bytes());
+        assert!(matches!(buffer.next_message::<Request>(), Err(FrameError::TooLong { len: 0xffff_ffff })));
+    }
+
+    #[test]
+    fn what_follows_an_attach_is_the_streams() {
+        let mut buffer = FrameBuffer::default();
+        buffer.extend(&Frame::encode(&Request::State).unwrap());
+        buffer.extend(b"typed ahead");
+        assert_eq!(buffer.next_message::<Request>().unwrap(), Some(Request::State));
+        assert_eq!(buffer.into_rest(), b"typed ahead");
+    }
+
+    proptest! {
+        #[test]
+        fn foreign_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+            decode_requests(&bytes);
+            let mut framed = (bytes.len() as u32).to_le_bytes().to_vec();
+            framed.extend(&bytes);
+            decode_requests(&framed);
+        }
     }
 }

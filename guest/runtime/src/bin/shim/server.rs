@@ -375,7 +375,7 @@ impl Server {
             if client.mode != Mode::Control {
                 return;
             }
-            let request = match client.input.next::<Request>() {
+            let request = match client.input.next_message::<Request>() {
                 Ok(Some(request)) => request,
                 Ok(None) => return,
                 Err(error) => {
