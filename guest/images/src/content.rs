@@ -338,8 +338,9 @@ impl Write for Ingest {
 
 impl Drop for Ingest {
     fn drop(&mut self) {
-        if !self.keep
-            && !self.done
+        let nothing_to_keep = !self.keep || self.length == 0;
+        if !self.done
+            && nothing_to_keep
             && let Err(error) = fs::remove_file(&self.path)
         {
             tracing::warn!(path = %self.path.display(), %error, "a temporary blob could not be removed; the next start does it");

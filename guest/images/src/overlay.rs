@@ -157,11 +157,56 @@ pub(crate) fn is_mounted(target: &Path) -> Result<bool> {
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
+mod tests {
+    use std::process::Command;
+
     use super::*;
 
-    /// Mounts by the old call only.
-    pub(crate) fn mount_the_old_way(mounts: &Mounts, target: &Path) -> Result<()> {
-        mount_by_string(mounts, target).map_err(|failure| failure.describe(mounts, target))
+    /// Runs itself once more in a mount namespace of its own.
+    #[test]
+    fn the_old_call_mounts_a_hundred_and_fifty_layers_too() {
+        let name = "overlay::tests::the_old_call_mounts_a_hundred_and_fifty_layers_too";
+        if !rustix::process::geteuid().is_root() {
+            #[expect(clippy::print_stderr, reason = "a skipped test says so")]
+            {
+                eprintln!("SKIPPED {name}: mounting needs root");
+            }
+            return;
+        }
+        if std::env::var_os("OVERLAY_TEST_INSIDE").is_none() {
+            let program = std::env::current_exe().expect("this program");
+            let mut command = Command::new("unshare");
+            command.args(["--mount", "--propagation", "private", "--"]).arg(program).args([name, "--exact"]);
+            let output = command.env("OVERLAY_TEST_INSIDE", "1").output().expect("unshare");
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+            return;
+        }
+        let folder = tempfile::tempdir().expect("a folder");
+        let make = |name: String| {
+            let path = folder.path().join(name);
+            fs::create_dir(&path).expect("a folder");
+            path
+        };
+        let lower: Vec<_> = (0..150).map(|index| make(format!("{index:064}"))).collect();
+        fs::write(lower[149].join("bottom"), "b").expect("write");
+        let mounts = Mounts { lower, upper: make("upper".to_owned()), work: make("work".to_owned()) };
+        let target = make("target".to_owned());
+        assert!(!is_mounted(&target).expect("the table of mounts"));
+        mount_by_string(&mounts, &target)
+            .map_err(|failure| failure.describe(&mounts, &target))
+            .expect("mounted");
+        assert!(is_mounted(&target).expect("the table of mounts"));
+        assert!(target.join("bottom").exists());
+        unmount(&target).expect("unmounted");
+    }
+
+    #[test]
+    fn a_missing_layer_is_the_reason_that_is_given() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = |name: &str| folder.path().join(name);
+        let mounts = Mounts { lower: vec![path("gone")], upper: path("upper"), work: path("work") };
+        let error = Failure::from(Errno::NOENT).describe(&mounts, &path("target"));
+        assert_eq!(error.kind(), Kind::Corrupt);
+        assert!(error.to_string().contains("gone"), "{error}");
     }
 }

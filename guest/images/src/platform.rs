@@ -106,7 +106,7 @@ impl FromStr for Platform {
             !part.is_empty()
                 && part.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-' | b'.'))
         };
-        if parts.len() > 3 || !parts.iter().all(|part| word(part)) {
+        if parts.len() > 3 || !parts.iter().all(word) {
             return Err(Error::invalid(format!(
                 "`{text}` is an invalid platform: it is written os/architecture[/variant], for example linux/amd64"
             )));

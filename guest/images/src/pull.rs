@@ -350,8 +350,6 @@ impl LayerWork {
 
     /// Answers the size of the unpacked layer.
     async fn run(&self, mut below: watch::Receiver<bool>, done: watch::Sender<bool>) -> Result<u64> {
-        let turn = self.images.0.turn(self.chain);
-        let _turn = turn.lock().await;
         let size = match self.in_place().await? {
             Some(size) => {
                 if self.stage != Stage::Load {
@@ -360,12 +358,21 @@ impl LayerWork {
                 size
             }
             None => {
+                // Pulls that want the same blob share its download; then one of them unpacks.
                 self.fetch().await?;
-                let unpacked = self.unpack().await?;
-                // The one below fails or finishes; when it fails, this future is dropped.
-                let stopped = |source| Error::because(Kind::Internal, "the layer below was given up", source);
-                below.wait_for(|ready| *ready).await.map_err(stopped)?;
-                let size = self.place(unpacked).await?;
+                let turn = self.images.0.turn(self.chain);
+                let _turn = turn.lock().await;
+                let size = match self.in_place().await? {
+                    Some(size) => size,
+                    None => {
+                        let unpacked = self.unpack().await?;
+                        // The one below fails or finishes; when it fails, this future is dropped.
+                        let stopped =
+                            |source| Error::because(Kind::Internal, "the layer below was given up", source);
+                        below.wait_for(|ready| *ready).await.map_err(stopped)?;
+                        self.place(unpacked).await?
+                    }
+                };
                 self.report(LayerProgress::PullComplete);
                 size
             }

@@ -20,7 +20,10 @@ use std::{
     io::{self, BufRead, BufReader, Read, Write},
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
-        unix::{ffi::OsStrExt, fs::FileExt},
+        unix::{
+            ffi::OsStrExt,
+            fs::{FileExt, MetadataExt},
+        },
     },
     path::{Path, PathBuf},
     sync::{
@@ -863,35 +866,17 @@ fn timestamps((seconds, nanoseconds): (i64, u32)) -> Timestamps {
 
 /// Copies owner, mode and time of `from` to `to`; both are folders.
 pub(crate) fn copy_description(from: &Path, to: &Path) -> Result<()> {
-    let stat = rustix::fs::statat(CWD, from, AtFlags::SYMLINK_NOFOLLOW)
-        .map_err(|source| Error::io("look at", from, source))?;
+    let data = std::fs::symlink_metadata(from).map_err(|source| Error::io("look at", from, source))?;
     let failed = |source: Errno| Error::io("describe", to, source);
     if rustix::process::geteuid().is_root() {
-        rustix::fs::chownat(
-            CWD,
-            to,
-            Some(Uid::from_raw(stat.st_uid)),
-            Some(Gid::from_raw(stat.st_gid)),
-            AtFlags::SYMLINK_NOFOLLOW,
-        )
-        .map_err(failed)?;
+        let (owner, group) = (Uid::from_raw(data.uid()), Gid::from_raw(data.gid()));
+        rustix::fs::chownat(CWD, to, Some(owner), Some(group), AtFlags::SYMLINK_NOFOLLOW).map_err(failed)?;
     }
-    rustix::fs::chmodat(CWD, to, Mode::from_raw_mode(stat.st_mode & 0o7777), AtFlags::empty())
-        .map_err(failed)?;
-    #[expect(
-        clippy::cast_possible_wrap,
-        clippy::useless_conversion,
-        clippy::allow_attributes,
-        reason = "the field's type differs between architectures"
-    )]
-    let time = Timespec { tv_sec: stat.st_mtime as i64, tv_nsec: stat.st_mtime_nsec as i64 };
-    rustix::fs::utimensat(
-        CWD,
-        to,
-        &Timestamps { last_access: time, last_modification: time },
-        AtFlags::SYMLINK_NOFOLLOW,
-    )
-    .map_err(failed)
+    let mode = Mode::from_raw_mode(data.mode() & 0o7777);
+    rustix::fs::chmodat(CWD, to, mode, AtFlags::empty()).map_err(failed)?;
+    let time = Timespec { tv_sec: data.mtime(), tv_nsec: data.mtime_nsec() };
+    let times = Timestamps { last_access: time, last_modification: time };
+    rustix::fs::utimensat(CWD, to, &times, AtFlags::SYMLINK_NOFOLLOW).map_err(failed)
 }
 
 /// Fuzz entry: unpacks arbitrary bytes (plain, gzip or zstd) into the empty folder `scratch` under small limits.

@@ -1,0 +1,14 @@
+//! The store from outside: pulls from honest and hostile registries, archives, snapshots, crashes.
+//!
+//! Registries listen on loopback on ports of the system's choice; everything lies in private temporary folders; what
+//! mounts runs in a mount namespace of its own.
+
+mod crash;
+mod docker_registry;
+mod hostile;
+mod load;
+mod maker;
+mod pull;
+mod remove;
+mod server;
+mod snapshot;
