@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use guest_api::exec::{ExecCreate, ExecCreated, ExecStart};
+use guest_api::frame::{Header, Stream};
 use tokio::io::AsyncWriteExt;
 
 use super::Services;
@@ -47,14 +48,14 @@ pub async fn start(services: &Arc<Services>, mut call: Call, id: &str) -> Answer
     Ok(hijack(&services.tasks, call, tty, move |client| async move {
         let running = execs.start_attached(&id, start.console_size).await;
         match client {
-            Client::Upgraded(stream) => attached(stream, running, keys).await,
-            Client::Body(stream) => attached(stream, running, keys).await,
+            Client::Upgraded(stream) => attached(stream, running, keys, tty).await,
+            Client::Body(stream) => attached(stream, running, keys, tty).await,
         }
     }))
 }
 
 /// Relays until the output has ended; the client hears of that only when the exit code is known.
-async fn attached<C>(client: C, running: Result<Running, Failure>, keys: DetachKeys)
+async fn attached<C>(client: C, running: Result<Running, Failure>, keys: DetachKeys, tty: bool)
 where
     C: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
 {
@@ -67,8 +68,10 @@ where
             // The connection is a stream already: the sentence goes into it, as dockerd does.
             let mut client = client;
             let text = format!("{}\r\n", failure.message);
+            let header = Header { stream: Stream::Stdout, length: u32::try_from(text.len()).unwrap_or(0) };
+            let frame = if tty { Vec::new() } else { header.encode().to_vec() };
             // The client may have gone.
-            let _ = client.write_all(text.as_bytes()).await;
+            let _ = client.write_all(&[frame.as_slice(), text.as_bytes()].concat()).await;
             let _ = client.shutdown().await;
         }
     }

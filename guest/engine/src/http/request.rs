@@ -120,11 +120,6 @@ impl Query {
         !matches!(self.text(name).trim().to_ascii_lowercase().as_str(), "" | "0" | "no" | "false" | "none")
     }
 
-    /// The same, with another default when absent.
-    pub fn flag_or(&self, name: &str, default: bool) -> bool {
-        if self.text(name).is_empty() { default } else { self.flag(name) }
-    }
-
     /// A number; `None` when absent.
     pub fn number<T: std::str::FromStr>(&self, name: &str) -> Result<Option<T>, Failure> {
         match self.text(name) {
@@ -188,7 +183,6 @@ mod tests {
     fn queries_are_decoded() {
         let query = Query::parse("all=1&name=a%2Fb+c&none&f=false&all=0&bad=%zz");
         assert!(query.flag("all") && !query.flag("f") && !query.flag("none") && !query.flag("absent"));
-        assert!(query.flag_or("absent", true));
         assert_eq!(query.text("name"), "a/b c");
         assert_eq!(query.text("bad"), "%zz");
         assert_eq!(query.number::<i64>("all").unwrap(), Some(1));

@@ -26,8 +26,8 @@ use super::signal::{SIGKILL, SIGTERM};
 use super::table::{self, Change, Phase, Request, Verdict};
 use crate::failure::Failure;
 
-/// How long a process may take to go after SIGKILL before a stop gives up.
-const KILL_DEADLINE: Duration = Duration::from_secs(10);
+/// How long a process may take to go after SIGKILL before its shim is killed too, and then before a stop gives up.
+const KILL_DEADLINE: Duration = Duration::from_secs(5);
 /// First pause before a restart by policy; doubles up to the second.
 const RESTART_PAUSE_MIN: Duration = Duration::from_millis(100);
 const RESTART_PAUSE_MAX: Duration = Duration::from_secs(60);
@@ -106,14 +106,25 @@ struct Run {
 }
 
 struct Stopping {
-    /// When to use SIGKILL, or to give up when that was done.
+    step: StopStep,
+    /// When to take the next step.
     deadline: Option<Instant>,
-    killed: bool,
     waiting: Vec<Reply>,
     /// Then start it again, and tell these.
     restart: Vec<Reply>,
     /// Then remove it, and tell these.
     remove: Vec<Reply>,
+}
+
+/// How hard a container is being stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum StopStep {
+    /// The stop signal was sent.
+    Asked,
+    /// SIGKILL was sent.
+    Killed,
+    /// Its shim was killed too, and everything in its cgroup.
+    Reaped,
 }
 
 /// The driver of one container.
@@ -458,15 +469,15 @@ impl Driver {
             // Somebody is at it already; the more impatient one wins.
             ask(stopping);
             let deadline = deadline(seconds.unwrap_or(STOP_TIMEOUT_SECONDS));
-            if !stopping.killed && deadline < stopping.deadline.or(deadline) {
+            if stopping.step == StopStep::Asked && deadline < stopping.deadline.or(deadline) {
                 stopping.deadline = deadline;
             }
             return;
         }
         let seconds = seconds.or(self.record.config.stop_timeout).unwrap_or(STOP_TIMEOUT_SECONDS);
         let mut stopping = Stopping {
+            step: StopStep::Asked,
             deadline: deadline(seconds),
-            killed: false,
             waiting: Vec::new(),
             restart: Vec::new(),
             remove: Vec::new(),
@@ -483,16 +494,26 @@ impl Driver {
             return;
         }
         let signal = signal.unwrap_or_else(|| self.stop_signal());
+        if signal == SIGKILL
+            && let Some(stopping) = &mut self.stopping
+        {
+            // There is nothing harder to follow.
+            stopping.step = StopStep::Killed;
+            stopping.deadline = Some(Instant::now() + KILL_DEADLINE);
+        }
         if self.phase == Phase::Paused
             && let Err(error) =
                 self.freeze(Request::Unpause, ShimRequest::Resume, Change::Unpaused, "unpause").await
         {
             tracing::warn!(container = self.record.short_id(), %error, "cannot unpause it to stop it");
         }
-        if let Err(error) = self.signal(signal).await {
+        let signalled = if signal == SIGKILL { self.kill_now().await } else { self.signal(signal).await };
+        if let Err(error) = signalled {
             tracing::warn!(container = self.record.short_id(), signal, %error, "cannot signal it");
-            // Then harder, at once.
-            self.deadline_passed().await;
+            // Then harder, at once; or, if that was it, wait for what comes.
+            if signal != SIGKILL {
+                self.deadline_passed().await;
+            }
         }
     }
 
@@ -536,11 +557,15 @@ impl Driver {
         if signal == SIGKILL || signal == self.stop_signal() {
             self.mark_stopped_by_user();
         }
-        match self.signal(signal).await {
-            Err(failure) if signal == SIGKILL && failure.kind == ErrorKind::Internal => {
-                // The shim does not answer: do its work.
+        if signal == SIGKILL { self.kill_now().await } else { self.signal(signal).await }
+    }
+
+    /// SIGKILL through the shim, or without it when it does not answer.
+    async fn kill_now(&self) -> Result<(), Failure> {
+        match self.signal(SIGKILL).await {
+            Err(failure) if failure.kind == ErrorKind::Internal => {
                 let end = run::reap(&self.context, &self.record.id).await;
-                self.event("kill", &[("signal", signal.to_string())]);
+                self.event("kill", &[("signal", SIGKILL.to_string())]);
                 end.map(drop)
             }
             other => other,
@@ -581,24 +606,21 @@ impl Driver {
 
     async fn deadline_passed(&mut self) {
         if let Some(stopping) = &mut self.stopping {
-            if !stopping.killed {
-                stopping.killed = true;
-                stopping.deadline = Some(Instant::now() + KILL_DEADLINE);
-                if let Err(error) = Box::pin(self.kill(SIGKILL)).await {
-                    tracing::warn!(container = self.record.short_id(), %error, "cannot kill it");
-                }
-                return;
-            }
-            let text = format!(
-                "could not kill container {}: it did not end within {} s of SIGKILL",
-                self.record.id,
-                KILL_DEADLINE.as_secs()
-            );
-            let stopping = self.stopping.take();
-            for reply in
-                stopping.into_iter().flat_map(|it| it.waiting.into_iter().chain(it.restart).chain(it.remove))
-            {
-                answer(reply, Err(Failure::broken(&text)));
+            let next = match stopping.step {
+                StopStep::Asked => Some(StopStep::Killed),
+                StopStep::Killed => Some(StopStep::Reaped),
+                StopStep::Reaped => None,
+            };
+            let Some(next) = next else { return self.give_up_stopping() };
+            stopping.step = next;
+            stopping.deadline = Some(Instant::now() + KILL_DEADLINE);
+            let result = if next == StopStep::Killed {
+                self.kill_now().await
+            } else {
+                run::reap(&self.context, &self.record.id).await.map(drop)
+            };
+            if let Err(error) = result {
+                tracing::warn!(container = self.record.short_id(), %error, "cannot kill it");
             }
             return;
         }
@@ -607,6 +629,20 @@ impl Driver {
             if let Err(error) = self.start().await {
                 tracing::warn!(container = self.record.short_id(), %error, "cannot restart it");
             }
+        }
+    }
+
+    fn give_up_stopping(&mut self) {
+        let text = format!(
+            "could not kill container {}: it did not end within {} s of SIGKILL",
+            self.record.id,
+            2 * KILL_DEADLINE.as_secs()
+        );
+        let stopping = self.stopping.take();
+        for reply in
+            stopping.into_iter().flat_map(|it| it.waiting.into_iter().chain(it.restart).chain(it.remove))
+        {
+            answer(reply, Err(Failure::broken(&text)));
         }
     }
 

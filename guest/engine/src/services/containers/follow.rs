@@ -78,7 +78,10 @@ impl Changes {
             folder,
             WatchFlags::MODIFY | WatchFlags::CREATE | WatchFlags::MOVED_TO,
         )?;
-        #[expect(deprecated, reason = "unsound only for types that may close their descriptor early; ours is an OwnedFd")]
+        #[expect(
+            deprecated,
+            reason = "unsound only for types that may close their descriptor early; ours is an OwnedFd"
+        )]
         let descriptor = AsyncFd::new(descriptor)?;
         Ok(Self { descriptor })
     }

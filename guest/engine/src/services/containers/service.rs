@@ -12,7 +12,7 @@ use guest_api::{
 };
 use guest_images::InUse;
 use jiff::Timestamp;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 use tokio_util::task::TaskTracker;
 
@@ -73,15 +73,9 @@ impl Containers {
         for record in records {
             restored.spawn(restore(service.context.clone(), service.index.clone(), record));
         }
+        let mut drivers = Vec::new();
         while let Some(driver) = restored.join_next().await {
-            let (driver, live) = driver?;
-            service.tasks.spawn(async move {
-                let mut driver = driver;
-                if !live {
-                    driver.resume_policy().await;
-                }
-                driver.drive().await;
-            });
+            drivers.push(driver?);
         }
         let live: Vec<String> = service
             .index
@@ -91,8 +85,17 @@ impl Containers {
             .filter(|view| view.live.is_some())
             .map(|view| view.record.id.clone())
             .collect();
+        // Before any container is started: then every other network is a leaving.
         for failure in service.context.networks.sweep(&live).await {
             tracing::warn!(error = %failure, "left behind");
+        }
+        for (mut driver, live) in drivers {
+            service.tasks.spawn(async move {
+                if !live {
+                    driver.resume_policy().await;
+                }
+                driver.drive().await;
+            });
         }
         Ok(service)
     }
@@ -198,11 +201,6 @@ impl Containers {
     /// What was published last about a container.
     pub fn view(&self, wanted: &str) -> Result<Arc<View>, Failure> {
         Ok(self.find(wanted)?.view())
-    }
-
-    /// What is published about a container, from now on.
-    pub fn watch(&self, wanted: &str) -> Result<watch::Receiver<Arc<View>>, Failure> {
-        Ok(self.find(wanted)?.views)
     }
 
     pub fn context(&self) -> &Arc<Context> {

@@ -65,8 +65,9 @@ mod tests {
 
     #[test]
     fn spans_are_dockers() {
-        let check =
-            |seconds, expected: &str| assert_eq!(human(at(1_000_000 + seconds), at(1_000_000)), expected);
+        let check = |seconds: i64, expected: &str| {
+            assert_eq!(human(at(1_000_000 + seconds), at(1_000_000)), expected)
+        };
         check(-5, "Less than a second");
         check(1, "1 second");
         check(59, "59 seconds");
