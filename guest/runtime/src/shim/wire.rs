@@ -285,7 +285,7 @@ impl FrameBuffer {
     }
 }
 
-/// Feeds foreign bytes to the decoder of requests, in pieces of every size: what a fuzzer calls.
+/// Feeds foreign bytes to the decoder of requests, in pieces of every size, as a hostile client would.
 pub fn decode_requests(bytes: &[u8]) {
     let mut buffer = FrameBuffer::default();
     for (position, piece) in bytes.chunks(7).enumerate() {

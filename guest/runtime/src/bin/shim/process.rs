@@ -43,6 +43,8 @@ pub struct Process {
     pub started: bool,
     pub streams: Streams,
     pub log: Option<JsonLog>,
+    /// The last write to the log failed.
+    pub log_fails: bool,
     pub ended: Option<Ended>,
     pub exit: Option<Exit>,
     /// The status to report when the program could not be executed.
@@ -65,6 +67,7 @@ impl Process {
             started: false,
             streams: Streams::default(),
             log: None,
+            log_fails: false,
             ended: None,
             exit: None,
             failed_code: None,

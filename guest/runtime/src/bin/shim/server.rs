@@ -47,6 +47,9 @@ const FAREWELL_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long killed processes may take to end at `Delete`.
 const END_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// The exit status of a process nobody knows one of.
+const STATUS_UNKNOWN: i32 = 255;
+
 const INIT: usize = 0;
 
 #[derive(Debug, Error)]
@@ -359,9 +362,10 @@ impl Server {
 
     fn close_finished(&mut self) {
         for index in 0..self.clients.len() {
+            // One that has hung up reads no more, whatever is queued.
             let finished = self.clients[index]
                 .as_ref()
-                .is_some_and(|one| one.mode == Mode::Closing && one.queued() == 0);
+                .is_some_and(|one| one.mode == Mode::Closing && (one.queued() == 0 || one.hung_up));
             if finished {
                 self.drop_client(index);
             }
@@ -788,10 +792,15 @@ impl Server {
                 client.mode = Mode::Closing;
             }
         }
-        if let Some(log) = &mut process.log
-            && let Err(error) = log.write(stream, &frame[HEADER_LEN..], Timestamp::now())
-        {
-            report(&ServerError::Io { step: "write the container's log", source: error });
+        if let Some(log) = &mut process.log {
+            let written = log.write(stream, &frame[HEADER_LEN..], Timestamp::now());
+            // A full disk fails every write: say so when it begins.
+            let failed_before = mem::replace(&mut process.log_fails, written.is_err());
+            if let Err(error) = written
+                && !failed_before
+            {
+                report(&ServerError::Io { step: "write the container's log", source: error });
+            }
         }
     }
 
@@ -799,11 +808,23 @@ impl Server {
 
     /// Collects every child that has ended: processes of the container, and libcontainer's helpers.
     fn reap_children(&mut self) {
-        while let Ok(Some((pid, status))) = rustix::process::wait(WaitOptions::NOHANG) {
-            let pid = pid.as_raw_nonzero().get();
-            let process = self.processes.iter_mut().flatten().find(|one| one.is_alive() && one.pid == pid);
-            if let Some(process) = process {
-                process.end(status);
+        loop {
+            match rustix::process::wait(WaitOptions::NOHANG) {
+                Ok(Some((pid, status))) => {
+                    let pid = pid.as_raw_nonzero().get();
+                    let mut alive = self.processes.iter_mut().flatten().filter(|one| one.is_alive());
+                    if let Some(process) = alive.find(|one| one.pid == pid) {
+                        process.end(status);
+                    }
+                }
+                Err(rustix::io::Errno::CHILD) => {
+                    // No child at all: whoever still counts as alive was collected by somebody else, as when this
+                    // program was started with SIGCHLD ignored. The status is lost, the end is not.
+                    let alive = self.processes.iter_mut().flatten().filter(|one| one.is_alive());
+                    alive.for_each(|process| process.end_with(process.failed_code.unwrap_or(STATUS_UNKNOWN)));
+                    break;
+                }
+                Ok(None) | Err(_) => break,
             }
         }
         let init_ended =
