@@ -20,7 +20,7 @@ pub enum DropReason {
     Martian,
     /// Broadcast and multicast other than ARP and DHCP.
     Multicast,
-    /// Part of a fragmented packet.
+    /// A fragment that fits nothing; what it belonged to is discarded too.
     Fragment,
     /// No room in the flow table.
     FlowTableFull,

@@ -6,8 +6,8 @@ use crate::config::Config;
 use crate::flow::FLOW_CAPACITY;
 use crate::stack::{Failure, Operation, Stack};
 
-/// Plays `data` to a NAT: each step is a tag, a length and so many bytes, a frame or something that happens on the
-/// host's side. The NAT must neither panic nor break its own limits.
+/// Plays `data` to a NAT: each step is a tag, a length and so many bytes: a frame, the inside of one, or something that
+/// happens on the host's side. The NAT must neither panic nor break its own limits.
 ///
 /// # Panics
 /// When it does.
@@ -38,6 +38,9 @@ pub fn fuzz_nat_frames(data: &[u8]) {
                 now,
             ),
             (3, Some(flow)) => stack.datagram(flow, bytes, now),
+            (5, _) => stack.receive_frame(&packet(TCP, [198, 18, 0, 254], bytes), now),
+            (6, _) => stack.receive_frame(&packet(UDP, [198, 18, 0, 1], bytes), now),
+            (7, _) => stack.receive_frame(&packet(*length, [10, 0, 0, 9], bytes), now),
             _ => stack.receive_frame(bytes, now),
         }
         stack.tick(now);
@@ -66,6 +69,20 @@ pub fn fuzz_nat_frames(data: &[u8]) {
         }
         assert!(stack.counters().flows_open as usize <= FLOW_CAPACITY);
     }
+}
+
+const TCP: u8 = 6;
+const UDP: u8 = 17;
+
+/// Honest headers around invented bytes, which so get further.
+fn packet(protocol: u8, to: [u8; 4], payload: &[u8]) -> Vec<u8> {
+    let length = (20 + payload.len() as u16).to_be_bytes();
+    let mut frame = vec![0xff; 6];
+    frame.extend([2, 0, 0, 0, 0, 2, 0x08, 0x00]);
+    frame.extend([0x45, 0, length[0], length[1], 0, 1, 0, 0, 64, protocol, 0, 0, 198, 18, 0, 2]);
+    frame.extend(to);
+    frame.extend(payload);
+    frame
 }
 
 #[cfg(test)]

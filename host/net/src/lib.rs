@@ -12,8 +12,8 @@
 //! | `wire` | bytes, by smoltcp |
 //! | [`io`] | the loop that does what the stack says: one thread, no timers while idle |
 //!
-//! IPv4 only in this version: IPv6 frames are counted and dropped. Fragments from the guest are dropped; datagrams to
-//! the guest are fragmented where the link needs it.
+//! IPv4 only in this version: IPv6 frames are counted and dropped. Fragments are put together (`reassembly`), and
+//! datagrams to the guest are fragmented where the link needs it.
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
@@ -27,6 +27,7 @@ mod fuzz;
 mod icmp;
 pub mod io;
 mod random;
+mod reassembly;
 mod resolv;
 mod seq;
 pub mod stack;

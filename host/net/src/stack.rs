@@ -18,8 +18,8 @@ use std::time::Duration;
 use smoltcp::phy::{Checksum, ChecksumCapabilities};
 use smoltcp::wire::{
     ArpPacket, ArpRepr, DHCP_CLIENT_PORT, DHCP_SERVER_PORT, EthernetFrame, EthernetProtocol,
-    Icmpv4DstUnreachable, Icmpv4Packet, Icmpv4Repr, IpAddress, IpProtocol, Ipv4Packet, Ipv4Repr, TcpControl,
-    TcpPacket, TcpRepr, UdpPacket, UdpRepr,
+    Icmpv4DstUnreachable, Icmpv4Packet, Icmpv4Repr, IpAddress, IpProtocol, Ipv4Packet, TcpControl, TcpPacket,
+    TcpRepr, UdpPacket, UdpRepr,
 };
 
 use crate::arp::{self, GATEWAY_MAC};
@@ -30,6 +30,7 @@ use crate::dns::{self, DNS_PORT, Query, RESOLVERS_MAX, Response, Verdict as DnsV
 use crate::flow::{Flow, FlowId, Key, Table};
 use crate::icmp::{self, Echo, Unreachable};
 use crate::random::Random;
+use crate::reassembly::{Name, Outcome, Reassembly};
 use crate::tcp::{Connection, Timeout, Verdict};
 use crate::timer::Timers;
 use crate::udp::Association;
@@ -117,6 +118,7 @@ pub struct Stack {
     random: Random,
     checksums: ChecksumCapabilities,
     framer: Framer,
+    reassembly: Reassembly,
     table: Table,
     timers: Timers,
     /// Frames that are ready as bytes.
@@ -146,6 +148,7 @@ impl Stack {
             resolvers: Vec::new(),
             random: Random::new(seed),
             checksums: ChecksumCapabilities::default(),
+            reassembly: Reassembly::default(),
             table: Table::default(),
             timers: Timers::default(),
             frames: VecDeque::new(),
@@ -220,34 +223,49 @@ impl Stack {
 
     fn ipv4(&mut self, bytes: &[u8], now: Duration) -> Dropped {
         let packet = Ipv4Packet::new_checked(bytes).map_err(|_| DropReason::Malformed)?;
-        if packet.more_frags() || packet.frag_offset() != 0 {
-            return Err(DropReason::Fragment);
+        if packet.version() != 4 || (self.checksums.ipv4.rx() && !packet.verify_checksum()) {
+            return Err(DropReason::Malformed);
         }
-        let header = Ipv4Repr::parse(&packet, &self.checksums).map_err(|_| DropReason::Malformed)?;
-        let envelope = Envelope {
-            source: header.src_addr,
-            destination: header.dst_addr,
-            route: self.config.route(header.dst_addr),
+        if !packet.more_frags() && packet.frag_offset() == 0 {
+            return self.packet(&packet, packet.payload(), now);
+        }
+        let name = Name {
+            source: packet.src_addr(),
+            destination: packet.dst_addr(),
+            protocol: packet.next_header(),
+            ident: packet.ident(),
         };
+        let offset = packet.frag_offset().into();
+        match self.reassembly.insert(name, offset, packet.more_frags(), packet.payload(), now) {
+            Outcome::Kept => Ok(()),
+            Outcome::Discarded => Err(DropReason::Fragment),
+            Outcome::Whole(payload) => self.packet(&packet, &payload, now),
+        }
+    }
+
+    /// Takes a whole packet: a header and everything that belongs to it.
+    fn packet(&mut self, header: &Ipv4Packet<&[u8]>, payload: &[u8], now: Duration) -> Dropped {
+        let (source, destination) = (header.src_addr(), header.dst_addr());
+        let envelope = Envelope { source, destination, route: self.config.route(destination) };
         // A guest without an address yet speaks DHCP, and only that.
-        if header.next_header == IpProtocol::Udp
+        if header.next_header() == IpProtocol::Udp
             && matches!(envelope.route, Route::Gateway | Route::Multicast)
         {
-            let datagram = self.parse_udp(&envelope, packet.payload())?;
+            let datagram = self.parse_udp(&envelope, payload)?;
             if datagram.0.dst_port == DHCP_SERVER_PORT && datagram.0.src_port == DHCP_CLIENT_PORT {
                 return self.dhcp(datagram.1);
             }
         }
-        self.check_source(header.src_addr)?;
+        self.check_source(source)?;
         match envelope.route {
             Route::Multicast => return Err(DropReason::Multicast),
             Route::Nowhere => return Err(DropReason::Martian),
             Route::Gateway | Route::Outside(_) | Route::Neighbour => {}
         }
-        match header.next_header {
-            IpProtocol::Tcp => self.tcp(&envelope, packet.payload(), now),
-            IpProtocol::Udp => self.udp(&envelope, packet.payload(), now),
-            IpProtocol::Icmp => self.icmp(&envelope, packet.payload(), now),
+        match header.next_header() {
+            IpProtocol::Tcp => self.tcp(&envelope, payload, now),
+            IpProtocol::Udp => self.udp(&envelope, payload, now),
+            IpProtocol::Icmp => self.icmp(&envelope, payload, now),
             _ => Err(DropReason::UnknownProtocol),
         }
     }

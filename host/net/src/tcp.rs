@@ -20,7 +20,7 @@
 //!
 //! The link is the memory between two processes: it loses nothing and keeps the order. So there is no congestion
 //! control, no SACK, and segments out of order are dropped and answered with a duplicate ACK; loss is repaired
-//! correctly, if not cleverly (fast retransmit, then going back after a timeout with doubling patience). Zero windows
+//! correctly, if not cleverly (fast retransmit; after a timeout, hole by hole with doubling patience). Zero windows
 //! are probed. There is no TIME-WAIT: nothing old can come later on this link, and a FIN sent again to a connection
 //! that has ended is answered with a reset, which the closed socket behind it does not feel. There is no keepalive.
 //!
@@ -111,10 +111,9 @@ pub(crate) struct Connection {
     // Towards the guest (RFC 9293 calls these SND.*).
     /// Bytes the host sent; the first is `una`'s.
     to_guest: VecDeque<u8>,
-    /// Oldest byte not acknowledged, next to send, and the furthest ever sent.
+    /// Oldest byte not acknowledged, and next to send.
     una: Seq,
     next: Seq,
-    max: Seq,
     guest_window: usize,
     guest_scale: u8,
     /// Segment (seq, ack) that `guest_window` came from.
@@ -165,7 +164,6 @@ impl Connection {
             to_guest: VecDeque::new(),
             una: initial,
             next: initial,
-            max: initial,
             guest_window: syn.window_len.into(),
             guest_scale: syn.window_scale.unwrap_or(0).min(14),
             window_from: (received, initial),
@@ -238,13 +236,13 @@ impl Connection {
         let Some(ack) = segment.ack_number.map(|ack| Seq(ack.0.cast_unsigned())) else {
             return Verdict::Continue;
         };
-        if ack.is_after(self.max) || self.una.distance(ack) > BUFFER as i32 {
+        if ack.is_after(self.next) || self.una.distance(ack) > BUFFER as i32 {
             self.challenge(now);
             return Verdict::Continue;
         }
         if self.state == State::Accepting {
             // Not before our SYN,ACK is out, and nothing but its ACK.
-            if ack != self.max || self.max == self.una {
+            if ack != self.next || self.next == self.una {
                 return Verdict::Continue;
             }
             self.establish(ack, now);
@@ -303,7 +301,7 @@ impl Connection {
         {
             self.duplicate_acks = self.duplicate_acks.saturating_add(1);
             if self.duplicate_acks == DUPLICATE_ACKS && self.recovery.is_none() {
-                self.recovery = Some(self.max);
+                self.recovery = Some(self.next);
                 self.resend_first = true;
             }
         }
@@ -330,9 +328,6 @@ impl Connection {
             self.fin_acknowledged = true;
         }
         self.una = ack;
-        if ack.is_after(self.next) {
-            self.next = ack;
-        }
         self.duplicate_acks = 0;
         match self.recovery {
             Some(end) if end.is_after(ack) => self.resend_first = true,
@@ -381,7 +376,7 @@ impl Connection {
         }
         if self.acks_owed > 0 {
             self.acks_owed -= 1;
-            return Some(self.bare(self.max));
+            return Some(self.bare(self.next));
         }
         if std::mem::take(&mut self.resend_first) && self.in_flight() > 0 {
             return Some(self.first_again(now));
@@ -392,14 +387,13 @@ impl Connection {
         if std::mem::take(&mut self.probe) {
             return Some(self.bare(Seq(self.una.0.wrapping_sub(1))));
         }
-        self.ack_due.then(|| self.bare(self.max))
+        self.ack_due.then(|| self.bare(self.next))
     }
 
     fn syn_ack(&mut self, now: Duration) -> Segment {
         self.synchronize = false;
-        let again = self.max != self.una;
+        let again = self.next != self.una;
         self.next = self.una + 1;
-        self.max = self.next;
         self.deadline = Some(now + self.rto);
         // The window of a SYN is never scaled.
         let window = BUFFER.min(u16::MAX.into());
@@ -457,15 +451,11 @@ impl Connection {
             (false, false) => TcpControl::None,
         };
         let seq = self.next;
-        let again = self.max.is_after(seq);
         self.next = seq + length + usize::from(fin);
-        if self.next.is_after(self.max) {
-            self.max = self.next;
-        }
         if sent == 0 || self.deadline.is_none() {
             self.deadline = Some(now + self.rto);
         }
-        Some(Segment { again, ..self.segment(control, seq, sent, length) })
+        Some(self.segment(control, seq, sent, length))
     }
 
     fn segment(&mut self, control: TcpControl, seq: Seq, offset: usize, length: usize) -> Segment {
@@ -488,11 +478,11 @@ impl Connection {
 
     /// Sequence and acknowledgement numbers for a reset of ours.
     pub(crate) fn reset(&self) -> (Seq, Seq) {
-        (self.max, self.received)
+        (self.next, self.received)
     }
 
     fn in_flight(&self) -> usize {
-        self.max.since(self.una)
+        self.next.since(self.una)
     }
 
     fn window_room(&self) -> usize {
@@ -522,11 +512,10 @@ impl Connection {
             }
             State::Open if self.in_flight() > 0 => {
                 self.retries += 1;
-                self.next = self.una;
-                self.recovery = None;
-                self.duplicate_acks = 0;
-                // A guest that closed its window after we sent would otherwise hear nothing.
-                self.probe = self.guest_window == 0;
+                // Most likely the guest is only slow (its CPU may be software, or paused): one segment asks. If more
+                // was lost, each partial acknowledgement brings the next.
+                self.resend_first = true;
+                self.recovery = Some(self.next);
                 if self.retries > RETRIES_MAX {
                     return Timeout::GiveUp;
                 }

@@ -11,8 +11,9 @@ use std::time::{Duration, Instant};
 use crate::support::{GATEWAY, GUEST, Guest, HOST, dns_query, pattern, receive_pattern, send_pattern};
 use host_net::{Config, Counters, Handle};
 use smoltcp::iface::SocketHandle;
-use smoltcp::socket::{dhcpv4, tcp, udp};
-use smoltcp::wire::{IpAddress, IpEndpoint};
+use smoltcp::phy::ChecksumCapabilities;
+use smoltcp::socket::{dhcpv4, icmp, tcp, udp};
+use smoltcp::wire::{Icmpv4Packet, Icmpv4Repr, IpAddress, IpEndpoint};
 
 /// How long any one thing may take.
 const DEADLINE: Duration = Duration::from_secs(120);
@@ -463,6 +464,51 @@ fn dhcp_gives_the_guest_its_address() {
     let (address, router, dns) = lease.unwrap();
     assert_eq!((address.address(), address.prefix_len()), (GUEST, 24));
     assert_eq!((router, dns), (Some(GATEWAY), Some(GATEWAY)));
+}
+
+/// Where unprivileged echo sockets are not allowed (`net.ipv4.ping_group_range`), or the host has no address but
+/// loopback, the guest's ping is counted and goes unanswered; the rest of the NAT is not disturbed.
+#[test]
+fn a_ping_of_the_world_is_answered_where_the_host_allows_it() {
+    let outside = || {
+        let probe = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).ok()?;
+        probe.connect((Ipv4Addr::new(203, 0, 113, 1), 9)).ok()?;
+        match probe.local_addr().ok()? {
+            std::net::SocketAddr::V4(address) => Some(*address.ip()),
+            std::net::SocketAddr::V6(_) => None,
+        }
+    };
+    let allowed =
+        socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::DGRAM, Some(socket2::Protocol::ICMPV4))
+            .is_ok();
+    let target = outside().unwrap_or(Ipv4Addr::new(203, 0, 113, 1));
+    let answerable = allowed && outside().is_some();
+
+    let mut bench = Bench::new();
+    let buffer = || icmp::PacketBuffer::new(vec![icmp::PacketMetadata::EMPTY; 8], vec![0; 1024]);
+    let mut socket = icmp::Socket::new(buffer(), buffer());
+    socket.bind(icmp::Endpoint::Ident(0x1234)).unwrap();
+    let request = Icmpv4Repr::EchoRequest { ident: 0x1234, seq_no: 7, data: b"are you there?" };
+    let bytes = socket.send(request.buffer_len(), IpAddress::Ipv4(target)).unwrap();
+    request.emit(&mut Icmpv4Packet::new_unchecked(bytes), &ChecksumCapabilities::default());
+    let handle = bench.guest.sockets.add(socket);
+    if !answerable {
+        bench.until_counted("a ping that cannot be sent", |counters| {
+            counters.flows_opened == 1 && (!allowed || counters.flows_open == 1)
+        });
+        return;
+    }
+    let mut reply = Vec::new();
+    bench.until("a reply", |guest| {
+        if let Ok((bytes, from)) = guest.get::<icmp::Socket<'_>>(handle).recv() {
+            assert_eq!(from, IpAddress::Ipv4(target));
+            reply = bytes.to_vec();
+        }
+        !reply.is_empty()
+    });
+    let packet = Icmpv4Packet::new_checked(&reply[..]).unwrap();
+    let reply = Icmpv4Repr::parse(&packet, &ChecksumCapabilities::default()).unwrap();
+    assert_eq!(reply, Icmpv4Repr::EchoReply { ident: 0x1234, seq_no: 7, data: b"are you there?" });
 }
 
 #[test]
