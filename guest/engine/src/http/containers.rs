@@ -45,8 +45,9 @@ pub async fn list(services: &Services, call: &Call) -> Answer {
         services.containers.list(&query, |record, wanted| is_ancestor(&images, record, wanted))?;
     if call.query.flag("size") {
         for line in &mut lines {
-            line.size_rw = Some(services.containers.written_bytes(&line.id).await?);
-            line.size_root_fs = line.size_rw;
+            let written = services.containers.written_bytes(&line.id).await?;
+            line.size_rw = Some(written);
+            line.size_root_fs = Some(written + services.images.bytes(&line.image_id).await?);
         }
     }
     respond::json(200, &lines)
@@ -85,8 +86,9 @@ pub async fn create(services: &Services, call: Call) -> Answer {
 pub async fn inspect(services: &Services, call: &Call, id: &str) -> Answer {
     let mut inspect = services.containers.inspect(id, |id| services.execs.of_container(id))?;
     if call.query.flag("size") {
-        inspect.size_rw = Some(services.containers.written_bytes(&inspect.id).await?);
-        inspect.size_root_fs = inspect.size_rw;
+        let written = services.containers.written_bytes(&inspect.id).await?;
+        inspect.size_rw = Some(written);
+        inspect.size_root_fs = Some(written + services.images.bytes(&inspect.image).await?);
     }
     respond::json(200, &inspect)
 }

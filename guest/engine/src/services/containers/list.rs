@@ -63,11 +63,10 @@ pub fn select(
     }
     views.sort_by(|a, b| b.record.created.cmp(&a.record.created).then_with(|| a.record.id.cmp(&b.record.id)));
     let created_of = |wanted: &str| {
-        views
-            .iter()
-            .find(|view| {
-                view.record.name == wanted.trim_start_matches('/') || view.record.id.starts_with(wanted)
-            })
+        let bare = wanted.trim_start_matches('/');
+        let by_name = views.iter().find(|view| view.record.name == bare);
+        by_name
+            .or_else(|| views.iter().find(|view| view.record.id.starts_with(bare)))
             .map(|view| view.record.created)
             .ok_or_else(|| Failure::not_found(guest_api::error::no_such_container(wanted)))
     };

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use guest_api::Filters;
 use guest_api::image::{AuthConfig, HistoryItem, ImageDeleted, ImageInspect, ImageSummary, ProgressLine};
+use guest_api::{ErrorKind, Filters};
 use guest_images::{Credentials, Deleted, Image, Images, InUse, Platform, Progress, Reference};
 use tokio::io::AsyncRead;
 use tokio::sync::mpsc;
@@ -73,6 +73,15 @@ impl ImagesService {
 
     pub async fn resolve(&self, name: &str) -> Result<Image, Failure> {
         self.images.resolve(name).await.map_err(|error| convert::failure(&error))
+    }
+
+    /// Bytes of an image's layers; 0 when the image has gone from under its containers.
+    pub async fn bytes(&self, id: &str) -> Result<i64, Failure> {
+        match self.resolve(id).await {
+            Ok(image) => Ok(i64::try_from(image.size).unwrap_or(i64::MAX)),
+            Err(failure) if failure.kind == ErrorKind::NotFound => Ok(0),
+            Err(failure) => Err(failure),
+        }
     }
 
     pub async fn inspect(&self, name: &str) -> Result<ImageInspect, Failure> {
