@@ -16,7 +16,7 @@ setup:
 build:
     ./installer/build
 
-# the VM image alone; for example `just vm-image --kernel own`
+# the VM image alone; for example `just vm-image --kernel own`, or `--level 9` to compress faster
 vm-image *options:
     ./installer/build {{options}}
 

@@ -17,8 +17,6 @@ use crate::{cpio, report};
 /// Kernel parameters that belong to this root, whatever machine boots it: messages to the console that the machine keeps, a
 /// panic ends the machine instead of hanging it, and cgroup v2 only.
 const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 cgroup_no_v1=all";
-/// Best size that still unpacks at full speed; fixed, because it is part of the digest.
-const COMPRESSION_LEVEL: i32 = 19;
 /// Kind of folder in the cache.
 const KIND: &str = "vm-image";
 
@@ -27,6 +25,7 @@ pub(crate) struct Recipe {
     choice: Choice,
     source: Source,
     root: Root,
+    level: i32,
     inputs: BTreeMap<String, BTreeMap<String, String>>,
     hash: String,
 }
@@ -38,6 +37,7 @@ impl Recipe {
         cache: &Cache,
         folder: &Path,
         programs: &Path,
+        level: i32,
         refresh: bool,
     ) -> Result<Self> {
         let root = root::gather(&folder.join("rootfs"), programs)?;
@@ -46,14 +46,20 @@ impl Recipe {
             ("kernel".to_owned(), source.inputs().into_iter().collect()),
             ("packages".to_owned(), root.packages.clone()),
             ("programs".to_owned(), root.programs.clone()),
-            ("root".to_owned(), BTreeMap::from([("tree".to_owned(), root.tree.digest())])),
+            (
+                "root".to_owned(),
+                BTreeMap::from([
+                    ("tree".to_owned(), root.tree.digest()),
+                    ("level".to_owned(), level.to_string()),
+                ]),
+            ),
         ]);
         // The builder is an input too: what it does with the others decides the result.
         let builder = fs::read("/proc/self/exe").context("cannot read this program")?;
         let hash = root::digest(
             serde_json::to_string(&(choice.name(), root::digest(&builder), &inputs))?.as_bytes(),
         );
-        Ok(Self { choice, source, root, inputs, hash })
+        Ok(Self { choice, source, root, level, inputs, hash })
     }
 
     /// The image from the cache, made first if it is not there.
@@ -89,7 +95,7 @@ impl Recipe {
         };
         let mut archive = Vec::new();
         cpio::write(&tree, &mut archive)?;
-        keep("initramfs", &compress(&archive)?)?;
+        keep("initramfs", &compress(&archive, self.level)?)?;
         keep("kernel", &kernel.image)?;
         if let Some(vmlinux) = &kernel.vmlinux {
             keep("vmlinux", vmlinux)?;
@@ -154,8 +160,8 @@ impl Manifest {
     }
 }
 
-fn compress(archive: &[u8]) -> Result<Vec<u8>> {
-    let mut encoder = zstd::Encoder::new(Vec::new(), COMPRESSION_LEVEL)?;
+fn compress(archive: &[u8], level: i32) -> Result<Vec<u8>> {
+    let mut encoder = zstd::Encoder::new(Vec::new(), level)?;
     encoder.include_checksum(true)?;
     encoder.write_all(archive)?;
     Ok(encoder.finish()?)
@@ -177,8 +183,8 @@ mod tests {
     #[test]
     fn compression_is_deterministic_and_undone_by_zstd() {
         let archive: Vec<u8> = (0..200_000u32).flat_map(|number| (number % 977).to_le_bytes()).collect();
-        let compressed = compress(&archive).unwrap();
-        assert_eq!(compressed, compress(&archive).unwrap());
+        let compressed = compress(&archive, 19).unwrap();
+        assert_eq!(compressed, compress(&archive, 19).unwrap());
         assert_eq!(zstd::decode_all(&compressed[..]).unwrap(), archive);
     }
 }
