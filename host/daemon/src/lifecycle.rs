@@ -4,8 +4,8 @@
 //!             Ensure                    EngineReady
 //!  Stopped ────────────▶ Starting ───────────────────▶ Running
 //!     ▲                   │   │                          │
-//!     │        VmmExited  │   │ Stop, Fault, Deadline    │ Stop, Fault
-//!     │◀──────────────────┘   ▼                          │
+//!     │        VmmExited  │   │ Stop, Fault, Deadline,   │ Stop, Fault
+//!     │◀──────────────────┘   ▼ EngineFailed too often   │
 //!     │                    Stopping ◀────────────────────┘
 //!     │◀──────────────────────┘
 //!              VmmExited (and straight on to Starting when someone waits for a running machine)
@@ -22,6 +22,8 @@ use std::time::Duration;
 pub(crate) const BOOT_TIME_MAX: Duration = Duration::from_secs(180);
 /// A clean power-off that takes longer is ended by force: the guest gives its containers ten seconds.
 pub(crate) const STOP_TIME_MAX: Duration = Duration::from_secs(30);
+/// An engine that fails this often before it ever answered will go on failing.
+const ENGINE_FAILURES_MAX: u32 = 4;
 /// How long a killed VM process may take to be gone before it is killed again.
 const KILL_TIME_MAX: Duration = Duration::from_secs(5);
 
@@ -39,6 +41,8 @@ pub(crate) enum Input {
     Stage(String),
     /// The engine in the guest answers.
     EngineReady,
+    /// The engine in the guest ended before it answered, and why; it is started again.
+    EngineFailed(String),
     /// The guest cannot go on, and why.
     Fault(String),
     /// The VM process is gone, and why when that was not a power-off.
@@ -64,7 +68,7 @@ pub(crate) enum Action {
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Phase {
     Stopped { reason: Option<String> },
-    Starting { stage: String, until: Duration },
+    Starting { stage: String, until: Duration, engine_failures: u32 },
     Running { since_unix_s: u64 },
     Stopping { reason: Option<String>, until: Duration },
 }
@@ -118,6 +122,18 @@ impl Lifecycle {
             }
             (Input::EngineReady, _) => {}
 
+            (Input::EngineFailed(why), Phase::Starting { stage, engine_failures, .. }) => {
+                *engine_failures += 1;
+                if *engine_failures < ENGINE_FAILURES_MAX {
+                    *stage = "starting the engine again".into();
+                } else {
+                    let reason = format!("the engine in the machine does not start: {why}");
+                    self.refuse_starters(&reason);
+                    self.power_off(Some(reason), now);
+                }
+            }
+            (Input::EngineFailed(_), _) => {}
+
             (Input::Fault(reason), Phase::Starting { .. } | Phase::Running { .. }) => {
                 self.refuse_starters(&reason);
                 self.power_off(Some(reason), now);
@@ -126,7 +142,7 @@ impl Lifecycle {
 
             (Input::VmmExited(reason), _) => self.exited(reason, now),
 
-            (Input::Deadline, Phase::Starting { stage, until }) if *until <= now => {
+            (Input::Deadline, Phase::Starting { stage, until, .. }) if *until <= now => {
                 let reason = format!(
                     "the machine did not get ready within {} seconds; it was still {stage}",
                     BOOT_TIME_MAX.as_secs()
@@ -165,7 +181,8 @@ impl Lifecycle {
     }
 
     fn spawn(&mut self, now: Duration) {
-        self.phase = Phase::Starting { stage: "starting the VM process".into(), until: now + BOOT_TIME_MAX };
+        let stage = "starting the VM process".into();
+        self.phase = Phase::Starting { stage, until: now + BOOT_TIME_MAX, engine_failures: 0 };
         self.actions.push_back(Action::Spawn);
     }
 
@@ -251,6 +268,18 @@ mod tests {
     }
 
     #[test]
+    fn an_engine_that_keeps_failing_refuses_with_its_reason() {
+        let mut machine = Lifecycle::new();
+        step(&mut machine, Input::Ensure(Ticket(1)));
+        for _ in 1..ENGINE_FAILURES_MAX {
+            assert_eq!(step(&mut machine, Input::EngineFailed("no disk".into())), []);
+        }
+        let actions = step(&mut machine, Input::EngineFailed("no disk".into()));
+        let reason = "the engine in the machine does not start: no disk".to_owned();
+        assert_eq!(actions, [Action::Refuse(Ticket(1), reason), Action::PowerOff]);
+    }
+
+    #[test]
     fn a_power_off_that_hangs_is_ended_by_force() {
         let mut machine = Lifecycle::new();
         step(&mut machine, Input::Ensure(Ticket(1)));
@@ -275,6 +304,7 @@ mod tests {
             Just(None),
             Just(Some(Input::Stage("booting".into()))),
             Just(Some(Input::EngineReady)),
+            Just(Some(Input::EngineFailed("engine".into()))),
             Just(Some(Input::Fault("fault".into()))),
             Just(Some(Input::VmmExited(None))),
             Just(Some(Input::VmmExited(Some("killed".into())))),
@@ -298,7 +328,10 @@ mod tests {
                     if start { Input::Ensure(Ticket(next)) } else { Input::Stop(Ticket(next)) }
                 });
                 // The world only reports what can happen: a process that does not exist cannot speak.
-                let from_process = matches!(input, Input::VmmExited(_) | Input::EngineReady | Input::Fault(_));
+                let from_process = matches!(
+                    input,
+                    Input::VmmExited(_) | Input::EngineReady | Input::EngineFailed(_) | Input::Fault(_)
+                );
                 if from_process && processes == 0 { continue; }
                 if matches!(input, Input::VmmExited(_)) { processes -= 1; }
                 machine.handle(input, Duration::from_secs(now), now);

@@ -74,6 +74,7 @@ fn run(detached: bool) -> Result<()> {
         }
     };
     start_logging(detached.then(|| state_dir.home().daemon_log()))?;
+    raise_file_limit();
     let program = std::env::current_exe().context("cannot find the folder of this program")?;
     let image_dir = VmImage::dir(std::env::var_os("ENGINE_IMAGE").map(PathBuf::from), &program);
     let programs = program.parent().context("this program is in no folder")?.to_path_buf();
@@ -117,6 +118,16 @@ fn run(detached: bool) -> Result<()> {
         }
         Ok(())
     })
+}
+
+/// Clients that wait for the machine to boot are a descriptor each; the usual soft limit of 1024 is soon reached.
+fn raise_file_limit() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        warn!(%error, "cannot raise the limit of open files");
+    }
 }
 
 fn listener(listener: std::os::unix::net::UnixListener) -> Result<UnixListener> {

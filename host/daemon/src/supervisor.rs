@@ -243,7 +243,9 @@ impl Supervisor {
         self.status.send_if_modified(|status| {
             let changed = status.state != state;
             if changed {
-                info!(machine = MACHINE, state = state.name(), "machine state");
+                if status.state.name() != state.name() {
+                    info!(machine = MACHINE, state = state.name(), "machine state");
+                }
                 status.state = state;
             }
             changed
@@ -401,7 +403,7 @@ impl Supervisor {
             Notice::Engine(EngineState::Ready) => self.handle(Input::EngineReady),
             Notice::Engine(EngineState::Failed { reason, retry_in_ms }) => {
                 warn!(%reason, retry_in_ms, "the engine in the guest failed");
-                self.handle(Input::Stage(format!("starting the engine again after: {reason}")));
+                self.handle(Input::EngineFailed(reason));
             }
             Notice::Fault { what, reason } => {
                 warn!(%what, %reason, "the guest cannot go on");
