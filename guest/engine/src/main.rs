@@ -55,9 +55,5 @@ fn run(flags: Flags) -> anyhow::Result<()> {
 
 /// A descriptor our parent left open for us; not passed on to shims.
 fn inherited(number: i32) -> anyhow::Result<OwnedFd> {
-    let descriptor = command_fds::inherited::take_fd_ownership(number)
-        .with_context(|| format!("--ready-fd {number}: not an open descriptor"))?;
-    rustix::io::fcntl_setfd(&descriptor, rustix::io::FdFlags::CLOEXEC)
-        .with_context(|| format!("--ready-fd {number}: cannot be kept from other programs"))?;
-    Ok(descriptor)
+    guest_runtime::sys::inherited(number).with_context(|| format!("--ready-fd {number} is not an open descriptor"))
 }

@@ -12,6 +12,20 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open};
 use serde::{Deserialize, Serialize};
 
+/// A descriptor that this program was started with, by number.
+///
+/// The original stays open under its number but is marked so that children do not inherit it.
+pub fn inherited(number: std::os::fd::RawFd) -> io::Result<OwnedFd> {
+    if number < 0 {
+        return Err(io::Error::from(rustix::io::Errno::BADF));
+    }
+    // SAFETY: the number is not -1. The borrow ends with this function, and a number that is not open only makes the
+    // system calls below fail with EBADF: nothing is closed through it.
+    let original = unsafe { std::os::fd::BorrowedFd::borrow_raw(number) };
+    rustix::io::fcntl_setfd(original, rustix::io::FdFlags::CLOEXEC)?;
+    Ok(rustix::io::fcntl_dupfd_cloexec(original, 3)?)
+}
+
 /// A process id that cannot be mistaken for a later process of the same number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProcessStamp {
