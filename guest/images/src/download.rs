@@ -87,7 +87,7 @@ impl Downloads {
         digest: Digest,
         size: u64,
         source: &Arc<dyn BlobSource>,
-        watch: impl Fn(&State) + Send,
+        mut watch: impl FnMut(&State) + Send,
     ) -> Result<()> {
         let content = self.0.content.clone();
         let here = blocking(move || {

@@ -11,7 +11,7 @@ use std::{
 };
 
 use futures_util::future::try_join_all;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 
 use crate::{
     ChainId, Credentials, Digest, Error, Image, ImageConfig, ImageLayer, Images, Kind, LayerProgress,
@@ -22,7 +22,8 @@ use crate::{
     lease::Lease,
     manifest::{self, Descriptor, Document, Manifest},
     registry::{Fetched, Repository, SharedRepository},
-    unpack::{self, Meter},
+    snapshot::Temporary,
+    unpack::{self, Meter, Unpacked},
 };
 
 /// Between two progress reports of one layer.
@@ -260,6 +261,7 @@ impl Images {
                     .chain(plan.manifest.layers.iter().map(|layer| layer.digest)),
             )
             .await;
+        let (alive, mut ended) = mpsc::channel::<()>(1);
         let works: Vec<LayerWork> = (0..chains.len())
             .map(|index| LayerWork {
                 images: self.clone(),
@@ -271,6 +273,7 @@ impl Images {
                 lease: lease.clone(),
                 listener: listener.clone(),
                 stage,
+                alive: alive.clone(),
             })
             .collect();
         if let Stage::Pull { quiet: false } = stage {
@@ -285,7 +288,15 @@ impl Images {
             let (done, above) = watch::channel(false);
             runs.push(work.run(std::mem::replace(&mut below, above), done));
         }
-        let sizes = try_join_all(runs).await?;
+        let sizes = match try_join_all(runs).await {
+            Ok(sizes) => sizes,
+            Err(error) => {
+                // The other layers' threads have been told to give up. Until they have, they hold what they work on.
+                drop((works, alive));
+                let _all_ended = ended.recv().await;
+                return Err(error);
+            }
+        };
         drop(ground);
 
         let layers = works
@@ -339,6 +350,8 @@ struct LayerWork {
     lease: Arc<Lease>,
     listener: Listener,
     stage: Stage,
+    /// Dropped last by every thread that works for this layer.
+    alive: mpsc::Sender<()>,
 }
 
 impl LayerWork {
@@ -389,23 +402,28 @@ impl LayerWork {
     async fn fetch(&self) -> Result<()> {
         let Some(source) = &self.source else { return Ok(()) };
         let total = self.blob.size;
-        let last = std::sync::Mutex::new(None::<Instant>);
+        let mut last = None::<Instant>;
+        let mut verified = false;
         self.images
             .0
             .downloads
             .fetch(self.blob.digest, total, source, |state| match state {
                 State::Waiting => self.report(LayerProgress::Waiting),
                 State::Downloading(current) => {
-                    let mut last = last.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
                     if last.is_none_or(|last| last.elapsed() >= REPORT_INTERVAL) {
-                        *last = Some(Instant::now());
+                        last = Some(Instant::now());
                         self.report(LayerProgress::Downloading { current: *current, total });
                     }
                 }
                 State::Retrying(pause) => {
-                    self.report(LayerProgress::Retrying { seconds: pause.as_secs().max(1) })
+                    self.report(LayerProgress::Retrying { seconds: pause.as_secs().max(1) });
                 }
-                State::Verifying => self.report(LayerProgress::VerifyingChecksum),
+                State::Verifying => {
+                    verified = true;
+                    self.report(LayerProgress::VerifyingChecksum);
+                }
+                // A small blob may have been verified between two looks.
+                State::Done(Ok(())) if !verified => self.report(LayerProgress::VerifyingChecksum),
                 State::Done(_) => {}
             })
             .await?;
@@ -413,7 +431,7 @@ impl LayerWork {
         Ok(())
     }
 
-    async fn unpack(&self) -> Result<(crate::snapshot::Temporary, unpack::Unpacked)> {
+    async fn unpack(&self) -> Result<Written> {
         let _permit = self
             .images
             .0
@@ -425,8 +443,9 @@ impl LayerWork {
         // Should this future be dropped, the thread gives up at its next read.
         let _stop = Stop(meter.clone());
         let (inner, lease, within) = (self.images.0.clone(), self.lease.clone(), meter.clone());
-        let (blob, diff_id) = (self.blob.digest, self.diff_id);
+        let (blob, diff_id, alive) = (self.blob.digest, self.diff_id, self.alive.clone());
         let mut work = std::pin::pin!(blocking(move || {
+            let alive = alive;
             let _lease = lease;
             let file = inner.content.open_blob(&blob)?;
             let temporary = inner.snapshotter.layer_temporary()?;
@@ -444,7 +463,7 @@ impl LayerWork {
                     unpacked.diff_id
                 )));
             }
-            Ok((temporary, unpacked))
+            Ok(Written { temporary, unpacked, _alive: alive })
         }));
         let mut ticks = tokio::time::interval(REPORT_INTERVAL);
         loop {
@@ -458,18 +477,23 @@ impl LayerWork {
         }
     }
 
-    async fn place(
-        &self,
-        (temporary, unpacked): (crate::snapshot::Temporary, unpack::Unpacked),
-    ) -> Result<u64> {
-        let (snapshotter, parent, lease) =
-            (self.images.0.snapshotter.clone(), self.parent, self.lease.clone());
+    async fn place(&self, written: Written) -> Result<u64> {
+        let (snapshotter, parent) = (self.images.0.snapshotter.clone(), self.parent);
+        let lease = self.lease.clone();
         blocking(move || {
+            let Written { temporary, unpacked, _alive } = written;
             let _lease = lease;
             snapshotter.place(temporary, &unpacked, parent).map(|(_, record)| record.size)
         })
         .await
     }
+}
+
+/// A layer that is unpacked and not yet in its place. Fields are dropped in this order.
+struct Written {
+    temporary: Temporary,
+    unpacked: Unpacked,
+    _alive: mpsc::Sender<()>,
 }
 
 /// Asks an unpacking thread to give up when dropped.

@@ -99,14 +99,18 @@ impl Reference {
     }
 
     /// The name as people write it (`debian`, `localhost:5000/x`).
+    ///
+    /// Unlike Docker's it always means the same when read again: `docker.io/localhost/x` stays as it is.
     pub fn familiar_name(&self) -> String {
         if self.domain != DEFAULT_DOMAIN {
             return self.name();
         }
-        match self.path.strip_prefix(OFFICIAL) {
-            Some(rest) if !rest.contains('/') => rest.to_owned(),
-            _ => self.path.clone(),
-        }
+        let short = match self.path.strip_prefix(OFFICIAL) {
+            Some(rest) if !rest.contains('/') => rest,
+            _ => &self.path,
+        };
+        let same = |again: Self| again.domain == self.domain && again.path == self.path;
+        if short.parse().is_ok_and(same) { short.to_owned() } else { self.name() }
     }
 
     /// The whole reference as people write it (`debian:latest`).
@@ -340,6 +344,9 @@ mod tests {
         check("127.0.0.1:5000/a/b", "127.0.0.1:5000/a/b", "127.0.0.1:5000/a/b");
         check("[::1]:5000/a", "[::1]:5000/a", "[::1]:5000/a");
         check("ghcr.io/a/b", "ghcr.io/a/b", "ghcr.io/a/b");
+        check("docker.io/localhost/x", "docker.io/localhost/x", "docker.io/localhost/x");
+        let hex = format!("docker.io/library/{}", "9".repeat(64));
+        check(&hex, &hex, &hex);
         check("Registry/a", "Registry/a", "Registry/a");
         check("a__b/c-d---e.f", "docker.io/a__b/c-d---e.f", "a__b/c-d---e.f");
         check(&format!("x@{DIGEST}"), &format!("docker.io/library/x@{DIGEST}"), &format!("x@{DIGEST}"));
