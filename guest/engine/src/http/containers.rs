@@ -183,7 +183,7 @@ pub fn wait(services: &Services, call: &Call, id: &str) -> Answer {
         // The client may have gone in this moment.
         let _ = results.send(result).await;
     });
-    Ok(respond::json_lines(lines))
+    Ok(respond::json_lines(lines, call.gone()))
 }
 
 fn log_query(call: &Call) -> Result<LogQuery, Failure> {
@@ -206,7 +206,7 @@ fn log_query(call: &Call) -> Result<LogQuery, Failure> {
 pub fn logs(services: &Services, call: &Call, id: &str) -> Answer {
     let tty = services.containers.view(id)?.record.config.tty;
     let batches = services.containers.logs(id, log_query(call)?)?;
-    let mut response = respond::with_status(200, respond::stream(batches));
+    let mut response = respond::with_status(200, respond::stream(batches, call.gone()));
     let kind = if tty || call.version < MULTIPLEXED_SINCE { RAW } else { MULTIPLEXED };
     respond::content_type(&mut response, kind);
     Ok(response)

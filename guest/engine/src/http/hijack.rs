@@ -41,11 +41,15 @@ where
 {
     let kind = if tty || call.version < MULTIPLEXED_SINCE { RAW } else { MULTIPLEXED };
     let wants_upgrade = call.headers.contains_key(UPGRADE);
+    let (gone, also_gone) = (call.gone(), call.gone());
     if wants_upgrade {
         let upgrade = hyper::upgrade::on(call.request);
         tasks.spawn(async move {
             match upgrade.await {
-                Ok(upgraded) => work(Client::Upgraded(TokioIo::new(upgraded))).await,
+                Ok(upgraded) => tokio::select! {
+                    () = work(Client::Upgraded(TokioIo::new(upgraded))) => {}
+                    () = gone => {}
+                },
                 // The client went before the answer reached it.
                 Err(error) => tracing::debug!(%error, "a client left before its stream began"),
             }
@@ -59,7 +63,13 @@ where
     }
     let (ours, mut theirs) = tokio::io::duplex(PIPE_BYTES);
     let (batches, body) = mpsc::channel(4);
-    tasks.spawn(work(Client::Body(ours)));
+    let work = work(Client::Body(ours));
+    tasks.spawn(async move {
+        tokio::select! {
+            () = work => {}
+            () = gone => {}
+        }
+    });
     tasks.spawn(async move {
         // There is no input: say so at once.
         if theirs.shutdown().await.is_err() {
@@ -72,7 +82,7 @@ where
             }
         }
     });
-    let mut response = respond::with_status(200, respond::stream(body));
+    let mut response = respond::with_status(200, respond::stream(body, also_gone));
     respond::content_type(&mut response, kind);
     response
 }

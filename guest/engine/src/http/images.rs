@@ -77,16 +77,17 @@ pub fn create(services: &Arc<Services>, call: Call) -> Answer {
     };
     let (lines, work) = services.images.pull(&query, auth(&call.headers)?)?;
     services.tasks.spawn(work);
-    Ok(respond::json_lines(lines))
+    Ok(respond::json_lines(lines, call.gone()))
 }
 
 pub fn load(services: &Arc<Services>, call: Call) -> Answer {
     let quiet = call.query.flag("quiet");
+    let gone = call.gone();
     let frames = BodyStream::new(call.request.into_body()).map_err(std::io::Error::other);
     let data = frames.try_filter_map(|frame| std::future::ready(Ok(frame.into_data().ok())));
     let (lines, work) = services.images.load(StreamReader::new(Box::pin(data)), quiet);
     services.tasks.spawn(work);
-    Ok(respond::json_lines(lines))
+    Ok(respond::json_lines(lines, gone))
 }
 
 /// The credentials in `X-Registry-Auth`; absent and `{}` are none.

@@ -1,6 +1,7 @@
 //! Accepting connections: a unix socket for this user only, and a vsock port for the host only.
 
 use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -10,7 +11,8 @@ use anyhow::{Context, bail};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::unix::AsyncFd;
+use tokio::io::{AsyncRead, AsyncWrite, Interest};
 use tokio::net::UnixListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -112,6 +114,32 @@ impl Listeners {
     }
 }
 
+/// Tells when a client has gone altogether. Ending its writing is not that: many clients do it at once and wait for the
+/// answer. A unix socket shows the difference; with vsock the next write does.
+pub struct Hangup(AsyncFd<OwnedFd>);
+
+impl Hangup {
+    /// Holds a duplicate of the socket: drop it when the connection ends.
+    fn watch(stream: &impl AsFd) -> io::Result<Self> {
+        let descriptor = stream.as_fd().try_clone_to_owned()?;
+        // Nothing ever arrives with priority; the end of both directions is reported always.
+        #[expect(
+            deprecated,
+            reason = "unsound only for types that may close their descriptor early; ours is an OwnedFd"
+        )]
+        let descriptor = AsyncFd::with_interest(descriptor, Interest::PRIORITY)?;
+        Ok(Self(descriptor))
+    }
+
+    /// Returns when it happens; for ever pending if it cannot be told.
+    pub async fn happened(&self) {
+        match self.0.ready(Interest::PRIORITY).await {
+            Ok(_) => {}
+            Err(_) => std::future::pending().await,
+        }
+    }
+}
+
 async fn accept_failed(error: &io::Error) {
     tracing::warn!(%error, "cannot accept a connection");
     tokio::time::sleep(ACCEPT_PAUSE).await;
@@ -119,9 +147,13 @@ async fn accept_failed(error: &io::Error) {
 
 async fn connection<S>(stream: S, services: Arc<Services>, stop: CancellationToken)
 where
-    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    S: AsyncRead + AsyncWrite + AsFd + Unpin + Send + 'static,
 {
-    let service = service_fn(move |request| super::serve(services.clone(), request));
+    let hangup = match Hangup::watch(&stream) {
+        Ok(hangup) => Arc::new(hangup),
+        Err(error) => return accept_failed(&error).await,
+    };
+    let service = service_fn(move |request| super::serve(services.clone(), request, hangup.clone()));
     // A client that ends its writing has not gone: it may wait for the answer.
     let serving = http1::Builder::new()
         .half_close(true)
@@ -158,6 +190,19 @@ mod tests {
         drop(listener);
         drop(bind_unix(&path).unwrap());
         std::fs::remove_dir_all(folder).unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_client_that_only_ends_its_writing_has_not_gone() {
+        use tokio::io::AsyncWriteExt;
+        let (ours, mut theirs) = tokio::net::UnixStream::pair().unwrap();
+        let hangup = Hangup::watch(&ours).unwrap();
+        theirs.write_all(b"request").await.unwrap();
+        theirs.shutdown().await.unwrap();
+        let early = tokio::time::timeout(Duration::from_millis(50), hangup.happened()).await;
+        assert!(early.is_err(), "a half-close is no hang-up");
+        drop(theirs);
+        tokio::time::timeout(Duration::from_secs(5), hangup.happened()).await.expect("a close is one");
     }
 
     #[tokio::test]

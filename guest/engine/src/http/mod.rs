@@ -21,6 +21,7 @@ use hyper::Method;
 use hyper::body::Incoming;
 use tokio_util::task::TaskTracker;
 
+use listener::Hangup;
 pub use listener::{Listeners, bind_unix};
 use request::Call;
 use respond::{Answer, Response};
@@ -49,10 +50,16 @@ pub struct Services {
 pub async fn serve(
     services: Arc<Services>,
     request: hyper::Request<Incoming>,
+    hangup: Arc<Hangup>,
 ) -> Result<Response, Infallible> {
     let head = request.method() == Method::HEAD;
-    let answer = match Call::new(request) {
-        Ok(call) => route(&services, call).await,
+    let answer = match Call::new(request, hangup) {
+        Ok(call) => {
+            // A task of its own: what was begun is finished, also when the connection breaks.
+            let owned = services.clone();
+            let routed = services.tasks.spawn(async move { route(&owned, call).await }).await;
+            routed.unwrap_or_else(|error| Err(Failure::internal("the request failed", &error)))
+        }
         Err(failure) => Err(failure),
     };
     let response = answer.unwrap_or_else(|failure| {

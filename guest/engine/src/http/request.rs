@@ -1,6 +1,7 @@
 //! One request, taken apart: version, path segments, query, body.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use guest_api::version::{NEWEST, OLDEST};
 use guest_api::{ApiVersion, Filters};
@@ -10,6 +11,7 @@ use hyper::{HeaderMap, Method};
 use jiff::Timestamp;
 use serde::de::DeserializeOwned;
 
+use super::listener::Hangup;
 use crate::failure::Failure;
 
 /// Longest JSON body read: a create with a large environment fits many times.
@@ -24,10 +26,11 @@ pub struct Call {
     pub query: Query,
     pub headers: HeaderMap,
     pub request: hyper::Request<Incoming>,
+    pub hangup: Arc<Hangup>,
 }
 
 impl Call {
-    pub fn new(request: hyper::Request<Incoming>) -> Result<Self, Failure> {
+    pub fn new(request: hyper::Request<Incoming>, hangup: Arc<Hangup>) -> Result<Self, Failure> {
         let (version, segments) = split_path(request.uri().path())?;
         Ok(Self {
             method: request.method().clone(),
@@ -36,7 +39,14 @@ impl Call {
             query: Query::parse(request.uri().query().unwrap_or_default()),
             headers: request.headers().clone(),
             request,
+            hangup,
         })
+    }
+
+    /// Resolves when the client has gone. For answers that may take long to say anything.
+    pub fn gone(&self) -> impl Future<Output = ()> + Send + use<> {
+        let hangup = self.hangup.clone();
+        async move { hangup.happened().await }
     }
 
     /// Reads the whole body as JSON; an empty body is an empty object.

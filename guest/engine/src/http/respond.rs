@@ -69,19 +69,26 @@ pub fn content_type(response: &mut Response, value: &'static str) {
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(value));
 }
 
-/// A body whose records are sent as they come. The head of the answer goes out at once.
-pub fn stream(batches: mpsc::Receiver<io::Result<Bytes>>) -> Body {
-    let frames = ReceiverStream::new(batches).map(|batch| batch.map(Frame::data));
+/// A body whose records are sent as they come, until the client has `gone`. The head of the answer goes out at once.
+pub fn stream(
+    batches: mpsc::Receiver<io::Result<Bytes>>,
+    gone: impl Future<Output = ()> + Send + 'static,
+) -> Body {
+    let frames = ReceiverStream::new(batches).map(|batch| batch.map(Frame::data)).take_until(gone);
     BodyExt::boxed_unsync(StreamBody::new(frames))
 }
 
-/// A body of JSON records, one a line.
-pub fn json_lines<T: Serialize + Send + 'static>(records: mpsc::Receiver<T>) -> Response {
+/// A body of JSON records, one a line, until the client has `gone`.
+pub fn json_lines<T: Serialize + Send + 'static>(
+    records: mpsc::Receiver<T>,
+    gone: impl Future<Output = ()> + Send + 'static,
+) -> Response {
     let frames = ReceiverStream::new(records).map(|record| {
         let mut bytes = serde_json::to_vec(&record).map_err(io::Error::other)?;
         bytes.extend_from_slice(b"\r\n");
         Ok(Frame::data(Bytes::from(bytes)))
     });
+    let frames = frames.take_until(gone);
     let mut response = hyper::Response::new(BodyExt::boxed_unsync(StreamBody::new(frames)));
     content_type(&mut response, "application/json");
     response

@@ -94,5 +94,5 @@ pub fn events(services: &Arc<Services>, call: &Call) -> Answer {
             }
         }
     });
-    Ok(respond::json_lines(lines))
+    Ok(respond::json_lines(lines, call.gone()))
 }
