@@ -5,6 +5,7 @@
 
 mod crash;
 mod docker_registry;
+mod full;
 mod hostile;
 mod load;
 mod maker;

@@ -12,7 +12,7 @@ use crate::{
 const INSIDE: &str = "STORE_TEST_INSIDE";
 
 /// Runs `test` once more as a process of its own in a new mount namespace. True inside; outside, false, when it has passed.
-fn in_own_mounts(test: &str) -> bool {
+pub(crate) fn in_own_mounts(test: &str) -> bool {
     if std::env::var_os(INSIDE).is_some() {
         return true;
     }
