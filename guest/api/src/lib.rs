@@ -58,6 +58,26 @@ fn drop_nulls(value: &mut serde_json::Value) {
     }
 }
 
+/// Feeds foreign bytes to every reader of this crate, as a hostile client or server would. Never panics; filters
+/// that can be read are read back as written.
+pub fn read_hostile(bytes: &[u8]) {
+    // Whether these can be read does not matter.
+    let _ = decode::<ContainerCreate>(bytes);
+    let _ = decode::<exec::ExecCreate>(bytes);
+    let _ = decode::<exec::ExecStart>(bytes);
+    let _ = decode::<image::ProgressLine>(bytes);
+    let _ = decode::<Event>(bytes);
+    if let Ok(text) = std::str::from_utf8(bytes) {
+        if let Ok(filters) = Filters::parse(text) {
+            assert_eq!(Filters::parse(&filters.encode()).ok(), Some(filters));
+        }
+        let _ = text.parse::<ApiVersion>();
+    }
+    if let Some(header) = bytes.first_chunk() {
+        let _ = frame::Header::decode(*header);
+    }
+}
+
 /// Reads a command line given as a list or, as old clients do, as one string.
 fn words<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<Vec<String>>, D::Error> {
     #[derive(serde::Deserialize)]
@@ -93,6 +113,14 @@ mod tests {
         assert_eq!(config.hostname, "");
         assert_eq!(config.image, "x");
         assert_eq!(config.cmd, None);
+    }
+
+    #[test]
+    fn hostile_bytes_are_refused_quietly() {
+        for bytes in [&b""[..], b"null", b"{}", b"[[[[", b"{\"Cmd\":7}", b"\xff\xfe", b"{\"a\":{\"b\":true}}"]
+        {
+            read_hostile(bytes);
+        }
     }
 
     #[test]
