@@ -133,10 +133,7 @@ impl Acknowledged {
     }
 
     fn clean_up(&self, engine: &Engine) -> Result<()> {
-        let containers = engine.engine(["ps", "-aq"])?.ok()?;
-        if !containers.is_empty() {
-            engine.engine(["rm", "-f"].into_iter().chain(containers.lines()))?.ok()?;
-        }
+        engine.remove_containers()?;
         for image in &self.images {
             engine.engine(["rmi", "-f", image])?.ok()?;
         }

@@ -66,6 +66,7 @@ fn test(arguments: &Arguments) -> Result<ExitCode> {
         let trials = scenarios.into_iter().map(|scenario| Trial::test(scenario.name, || Ok(()))).collect();
         return Ok(libtest_mimic::run(arguments, trials).exit_code());
     }
+    images::debian_root()?;
     if stage == Stage::Native {
         enter_private_namespaces()?;
     }
@@ -88,6 +89,13 @@ fn skip(why: &str) {
 fn trial(scenario: Scenario, engine: &Arc<Engine>) -> Trial {
     let engine = Arc::clone(engine);
     Trial::test(scenario.name, move || {
-        (scenario.body)(&engine).map_err(|error| Failed::from(format!("{error:?}\n{}", engine.logs())))
+        (scenario.body)(&engine).map_err(|error| {
+            let mut text = format!("{error:#}\n{}", engine.logs());
+            // What it left would only fail the scenarios behind it.
+            if let Err(error) = engine.remove_containers() {
+                text += &format!("nor can its containers be removed: {error:#}\n");
+            }
+            Failed::from(text)
+        })
     })
 }

@@ -149,7 +149,8 @@ pub(crate) async fn exec(docker: &Docker, args: &ExecArgs) -> Result<u8> {
     };
     let path = format!("/containers/{}/exec", encode(args.container()));
     let created: ExecCreated = docker.post_json(&path, &create).await.map_err(Failed::code(1))?;
-    let start = ExecStart { detach: args.detach, tty: args.tty, console_size: None };
+    let console_size = crate::terminal::size().filter(|_| args.tty).map(|(columns, rows)| [rows, columns]);
+    let start = ExecStart { detach: args.detach, tty: args.tty, console_size };
     let start_path = format!("/exec/{}/start", created.id);
     let body = serde_json::to_vec(&start)?;
     if args.detach {

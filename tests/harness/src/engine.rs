@@ -265,11 +265,17 @@ impl Engine {
         result
     }
 
-    fn clean_up(&self) -> Result<()> {
+    /// Removes every container by force.
+    pub fn remove_containers(&self) -> Result<()> {
         let containers = self.engine(["ps", "-aq"])?.ok()?;
-        if !containers.is_empty() {
-            self.engine(["rm", "-f"].into_iter().chain(containers.lines()))?.ok()?;
+        if containers.is_empty() {
+            return Ok(());
         }
+        self.engine(["rm", "-f"].into_iter().chain(containers.lines()))?.ok().map(drop)
+    }
+
+    fn clean_up(&self) -> Result<()> {
+        self.remove_containers()?;
         match self.stage {
             Stage::Native => {
                 self.end_native(false)?;

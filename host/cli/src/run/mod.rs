@@ -35,7 +35,13 @@ pub(crate) async fn run_created(
         bail!("the input device is not a TTY");
     }
     let docker = session.docker().await.map_err(Failed::code(ENGINE_FAILED))?;
-    let id = created(&docker, args, create).await.map_err(Failed::code(ENGINE_FAILED))?;
+    let mut create = create.clone();
+    if args.tty
+        && let Some((columns, rows)) = terminal::size()
+    {
+        create.host_config.console_size = [rows, columns];
+    }
+    let id = created(&docker, args, &create).await.map_err(Failed::code(ENGINE_FAILED))?;
     if args.detach {
         start(&docker, &id).await?;
         crate::output::line(&id)?;
