@@ -1,6 +1,7 @@
 //! A store by hand: `store pull FOLDER REFERENCE`, `store load FOLDER ARCHIVE`, `store list FOLDER`.
 //!
 //! Prints how long it took, and how much processor time, so that it can be measured against others.
+#![forbid(unsafe_code)]
 #![expect(clippy::print_stdout, reason = "this is a program for people")]
 
 use std::{path::Path, sync::Arc, time::Instant};

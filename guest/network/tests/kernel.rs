@@ -1,4 +1,5 @@
 //! The kernel objects for real, each test in network and mount namespaces of its own that end with it.
+#![forbid(unsafe_code)]
 
 use std::fs::File;
 use std::future::Future;

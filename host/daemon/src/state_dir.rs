@@ -7,10 +7,13 @@ use std::io::ErrorKind;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 pub(crate) struct StateDir {
     home: Home,
     _lock: File,
+    /// The sockets that are ours to remove at the end.
+    bound: Mutex<Vec<PathBuf>>,
 }
 
 /// Someone else serves this home; the caller should talk to it instead.
@@ -32,7 +35,7 @@ impl StateDir {
             .open(&path)
             .with_context(|| format!("cannot open the lock file `{}`", path.display()))?;
         match rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => Ok(Ok(Self { home, _lock: lock })),
+            Ok(()) => Ok(Ok(Self { home, _lock: lock, bound: Mutex::default() })),
             Err(rustix::io::Errno::WOULDBLOCK) => Ok(Err(AlreadyRunning)),
             Err(errno) => Err(errno).with_context(|| format!("cannot lock `{}`", path.display())),
         }
@@ -51,18 +54,24 @@ impl StateDir {
 
     /// Listens on the Docker API socket.
     pub(crate) fn bind_docker(&self) -> Result<UnixListener> {
-        bind(&self.home.docker_socket(), &self.home.run_dir())
+        self.bind(self.home.docker_socket())
     }
 
     /// Listens on the control socket.
     pub(crate) fn bind_control(&self) -> Result<UnixListener> {
-        bind(&self.home.control_socket(), &self.home.run_dir())
+        self.bind(self.home.control_socket())
+    }
+
+    fn bind(&self, path: PathBuf) -> Result<UnixListener> {
+        let listener = bind(&path, &self.home.run_dir())?;
+        self.bound.lock().unwrap_or_else(PoisonError::into_inner).push(path);
+        Ok(listener)
     }
 }
 
 impl Drop for StateDir {
     fn drop(&mut self) {
-        for path in [self.home.docker_socket(), self.home.control_socket()] {
+        for path in self.bound.get_mut().unwrap_or_else(PoisonError::into_inner) {
             // A socket left behind harms nobody: the next daemon replaces it.
             let _ = fs::remove_file(path);
         }
@@ -147,5 +156,7 @@ mod tests {
         let _other = UnixListener::bind(&path).unwrap();
         let error = state.bind_docker().unwrap_err().to_string();
         assert!(error.contains("already answers"), "{error}");
+        drop(state);
+        assert!(UnixStream::connect(&path).is_ok(), "the other program keeps its socket");
     }
 }

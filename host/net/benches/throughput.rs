@@ -2,6 +2,7 @@
 //!
 //! The first two figures are the pure stack alone: frames in memory, no sockets, one thread. The third is the whole
 //! loop with a smoltcp guest on one end and a loopback socket on the other, both sides in this process.
+#![forbid(unsafe_code)]
 #![expect(clippy::print_stdout, reason = "a benchmark's output")]
 
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
