@@ -55,5 +55,6 @@ fn run(flags: Flags) -> anyhow::Result<()> {
 
 /// A descriptor our parent left open for us; not passed on to shims.
 fn inherited(number: i32) -> anyhow::Result<OwnedFd> {
-    guest_runtime::sys::inherited(number).with_context(|| format!("--ready-fd {number} is not an open descriptor"))
+    guest_runtime::sys::inherited(number)
+        .with_context(|| format!("--ready-fd {number} is not an open descriptor"))
 }

@@ -4,6 +4,7 @@
 //! Writes go through one thread that gathers what is waiting into one transaction, so fifty containers created at
 //! once cost a few syncs, not fifty. A write that was acknowledged has been synced.
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -70,6 +71,9 @@ impl Store {
             }
             other => Arc::new(other.map_err(|error| fail(error.to_string()))?),
         };
+        // Records hold environments.
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))
+            .map_err(|error| fail(error.to_string()))?;
         let (writes, queue) = mpsc::channel(QUEUE_LENGTH);
         let worker = database.clone();
         std::thread::Builder::new()

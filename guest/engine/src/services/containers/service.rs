@@ -2,6 +2,7 @@
 //! those that an earlier engine left running.
 
 use std::collections::BTreeSet;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -62,8 +63,11 @@ impl Containers {
     /// Takes over what an earlier engine left: containers that run go on, leavings of others go.
     pub async fn open(context: Arc<Context>, tasks: TaskTracker) -> anyhow::Result<Self> {
         let service = Self { context, index: Arc::default(), tasks };
-        std::fs::create_dir_all(&service.context.data)?;
-        std::fs::create_dir_all(&service.context.run)?;
+        for folder in [&service.context.data, &service.context.run] {
+            std::fs::create_dir_all(folder)?;
+            // Logs, environments and root file systems are the engine's user's alone.
+            std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o700))?;
+        }
         let records: Vec<Record> =
             service.context.store.all(store::CONTAINERS)?.into_iter().map(|(_, record)| record).collect();
         let known: BTreeSet<String> = records.iter().map(|record| record.id.clone()).collect();
