@@ -51,6 +51,11 @@ impl Docker {
         Self { socket }
     }
 
+    /// Whether the engine answers.
+    pub(crate) async fn ping(&self) -> Result<()> {
+        self.send(Method::HEAD, "/_ping", empty()).await.map(drop)
+    }
+
     pub(crate) async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T> {
         json(self.send(Method::GET, path, empty()).await?).await
     }

@@ -8,6 +8,10 @@ use host_api::{Reply, Request};
 use std::path::PathBuf;
 use std::time::Duration;
 
+/// How often an engine that does not answer is asked for again.
+const PING_TRIES_MAX: u32 = 20;
+const PING_PAUSE: Duration = Duration::from_millis(250);
+
 /// An error that ends this process with a code of its own.
 #[derive(Debug)]
 pub(crate) struct Failed {
@@ -58,9 +62,21 @@ impl Session {
             return Ok(Docker::new(socket.clone()));
         }
         let daemon = Daemon::of_user()?;
-        daemon.ensure().await?;
-        watch(&daemon, &Request::Start).await?;
-        Ok(Docker::new(daemon.home().docker_socket()))
+        let docker = Docker::new(daemon.home().docker_socket());
+        let mut tries = 0;
+        loop {
+            daemon.ensure().await?;
+            watch(&daemon, &Request::Start).await?;
+            // A machine or a daemon that is just dying may not have been seen to: ask before anything depends on it.
+            match docker.ping().await {
+                Ok(()) => return Ok(docker),
+                Err(_) if tries < PING_TRIES_MAX => {
+                    tries += 1;
+                    tokio::time::sleep(PING_PAUSE).await;
+                }
+                Err(error) => return Err(error),
+            }
+        }
     }
 
     /// The daemon, started when none runs.

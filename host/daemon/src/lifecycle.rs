@@ -11,6 +11,9 @@
 //!              VmmExited (and straight on to Starting when someone waits for a running machine)
 //! ```
 //!
+//! A running machine whose session ends is `Lost` until the guest connects again or the VM process exits: callers wait
+//! for one or the other, and get a new machine in the second case.
+//!
 //! Pure: inputs and a clock in, actions out. The supervisor is the one task that feeds it and carries the actions out.
 //! Rules: there is never more than one VM process; every ticket is answered exactly once.
 
@@ -22,6 +25,8 @@ use std::time::Duration;
 pub(crate) const BOOT_TIME_MAX: Duration = Duration::from_secs(180);
 /// A clean power-off that takes longer is ended by force: the guest gives its containers ten seconds.
 pub(crate) const STOP_TIME_MAX: Duration = Duration::from_secs(30);
+/// How long a running guest may be without a control session. Its agent connects again within a second.
+const LOST_TIME_MAX: Duration = Duration::from_secs(60);
 /// An engine that fails this often before it ever answered will go on failing.
 const ENGINE_FAILURES_MAX: u32 = 4;
 /// How long a killed VM process may take to be gone before it is killed again.
@@ -43,6 +48,8 @@ pub(crate) enum Input {
     EngineReady,
     /// The engine in the guest ended before it answered, and why; it is started again.
     EngineFailed(String),
+    /// The control session has ended.
+    SessionLost,
     /// The guest cannot go on, and why.
     Fault(String),
     /// The VM process is gone, and why when that was not a power-off.
@@ -67,10 +74,26 @@ pub(crate) enum Action {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Phase {
-    Stopped { reason: Option<String> },
-    Starting { stage: String, until: Duration, engine_failures: u32 },
-    Running { since_unix_s: u64 },
-    Stopping { reason: Option<String>, until: Duration },
+    Stopped {
+        reason: Option<String>,
+    },
+    Starting {
+        stage: String,
+        until: Duration,
+        engine_failures: u32,
+    },
+    Running {
+        since_unix_s: u64,
+    },
+    /// It ran, and its session has ended: the guest is about to connect again, or dying.
+    Lost {
+        since_unix_s: u64,
+        until: Duration,
+    },
+    Stopping {
+        reason: Option<String>,
+        until: Duration,
+    },
 }
 
 #[derive(Debug)]
@@ -101,13 +124,13 @@ impl Lifecycle {
                 self.starters.push(ticket);
                 self.spawn(now);
             }
-            (Input::Ensure(ticket), Phase::Starting { .. } | Phase::Stopping { .. }) => {
+            (Input::Ensure(ticket), Phase::Starting { .. } | Phase::Lost { .. } | Phase::Stopping { .. }) => {
                 self.starters.push(ticket)
             }
 
             (Input::Stop(ticket), Phase::Stopped { .. }) => self.actions.push_back(Action::Grant(ticket)),
             (Input::Stop(ticket), Phase::Stopping { .. }) => self.stoppers.push(ticket),
-            (Input::Stop(ticket), Phase::Starting { .. } | Phase::Running { .. }) => {
+            (Input::Stop(ticket), Phase::Starting { .. } | Phase::Running { .. } | Phase::Lost { .. }) => {
                 self.stoppers.push(ticket);
                 self.refuse_starters("the machine was stopped while it was starting");
                 self.power_off(None, now);
@@ -120,7 +143,16 @@ impl Lifecycle {
                 self.phase = Phase::Running { since_unix_s: unix_s };
                 self.actions.extend(self.starters.drain(..).map(Action::Grant));
             }
+            (Input::EngineReady, Phase::Lost { since_unix_s, .. }) => {
+                self.phase = Phase::Running { since_unix_s: *since_unix_s };
+                self.actions.extend(self.starters.drain(..).map(Action::Grant));
+            }
             (Input::EngineReady, _) => {}
+
+            (Input::SessionLost, Phase::Running { since_unix_s }) => {
+                self.phase = Phase::Lost { since_unix_s: *since_unix_s, until: now + LOST_TIME_MAX };
+            }
+            (Input::SessionLost, _) => {}
 
             (Input::EngineFailed(why), Phase::Starting { stage, engine_failures, .. }) => {
                 *engine_failures += 1;
@@ -134,7 +166,7 @@ impl Lifecycle {
             }
             (Input::EngineFailed(_), _) => {}
 
-            (Input::Fault(reason), Phase::Starting { .. } | Phase::Running { .. }) => {
+            (Input::Fault(reason), Phase::Starting { .. } | Phase::Running { .. } | Phase::Lost { .. }) => {
                 self.refuse_starters(&reason);
                 self.power_off(Some(reason), now);
             }
@@ -149,6 +181,10 @@ impl Lifecycle {
                 );
                 self.refuse_starters(&reason);
                 self.kill(Some(reason), now);
+            }
+            (Input::Deadline, Phase::Lost { until, .. }) if *until <= now => {
+                let silence = LOST_TIME_MAX.as_secs();
+                self.kill(Some(format!("the guest has not been heard of for {silence} seconds")), now);
             }
             (Input::Deadline, Phase::Stopping { reason, until }) if *until <= now => {
                 let reason = reason.take();
@@ -165,7 +201,9 @@ impl Lifecycle {
     /// When to call with [`Input::Deadline`].
     pub(crate) fn deadline(&self) -> Option<Duration> {
         match &self.phase {
-            Phase::Starting { until, .. } | Phase::Stopping { until, .. } => Some(*until),
+            Phase::Starting { until, .. } | Phase::Lost { until, .. } | Phase::Stopping { until, .. } => {
+                Some(*until)
+            }
             Phase::Stopped { .. } | Phase::Running { .. } => None,
         }
     }
@@ -175,7 +213,9 @@ impl Lifecycle {
         match &self.phase {
             Phase::Stopped { reason } => MachineState::Stopped { reason: reason.clone() },
             Phase::Starting { stage, .. } => MachineState::Starting { stage: stage.clone() },
-            Phase::Running { since_unix_s } => MachineState::Running { since_unix_s: *since_unix_s },
+            Phase::Running { since_unix_s } | Phase::Lost { since_unix_s, .. } => {
+                MachineState::Running { since_unix_s: *since_unix_s }
+            }
             Phase::Stopping { .. } => MachineState::Stopping,
         }
     }
@@ -216,7 +256,9 @@ impl Lifecycle {
                 self.refuse_starters(&why);
                 Some(why)
             }
-            Phase::Running { .. } => exit_reason,
+            // Whoever called while it was dying gets a new one.
+            Phase::Lost { .. } if !self.starters.is_empty() => return self.spawn(now),
+            Phase::Running { .. } | Phase::Lost { .. } => exit_reason,
             Phase::Stopped { reason } => reason,
         };
         self.phase = Phase::Stopped { reason };
@@ -251,6 +293,21 @@ mod tests {
         assert_eq!(step(&mut machine, Input::Stop(Ticket(2))), [Action::PowerOff]);
         assert_eq!(step(&mut machine, Input::Ensure(Ticket(3))), []);
         assert_eq!(step(&mut machine, Input::VmmExited(None)), [Action::Grant(Ticket(2)), Action::Spawn]);
+        assert_eq!(step(&mut machine, Input::EngineReady), [Action::Grant(Ticket(3))]);
+    }
+
+    #[test]
+    fn a_call_on_a_dying_machine_gets_a_new_one() {
+        let mut machine = Lifecycle::new();
+        step(&mut machine, Input::Ensure(Ticket(1)));
+        step(&mut machine, Input::EngineReady);
+        step(&mut machine, Input::SessionLost);
+        assert_eq!(step(&mut machine, Input::Ensure(Ticket(2))), []);
+        assert_eq!(step(&mut machine, Input::VmmExited(Some("killed".into()))), [Action::Spawn]);
+        assert_eq!(step(&mut machine, Input::EngineReady), [Action::Grant(Ticket(2))]);
+        // Or the guest was only away for a moment.
+        step(&mut machine, Input::SessionLost);
+        step(&mut machine, Input::Ensure(Ticket(3)));
         assert_eq!(step(&mut machine, Input::EngineReady), [Action::Grant(Ticket(3))]);
     }
 
@@ -304,6 +361,7 @@ mod tests {
             Just(None),
             Just(Some(Input::Stage("booting".into()))),
             Just(Some(Input::EngineReady)),
+            Just(Some(Input::SessionLost)),
             Just(Some(Input::EngineFailed("engine".into()))),
             Just(Some(Input::Fault("fault".into()))),
             Just(Some(Input::VmmExited(None))),

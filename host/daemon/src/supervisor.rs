@@ -206,6 +206,7 @@ impl Supervisor {
             Message::SessionEnded(generation, why) if generation == self.generation => {
                 info!(%why, "the control session ended");
                 self.session = None;
+                self.handle(Input::SessionLost);
             }
             Message::Vmm(..) | Message::Notice(..) | Message::SessionEnded(..) => {}
         }
