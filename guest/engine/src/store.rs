@@ -54,6 +54,27 @@ struct Write {
     done: oneshot::Sender<Result<(), StoreError>>,
 }
 
+/// Makes an empty database if there is none: under another name, on disk, then renamed. One that was killed while it made
+/// its file in place would leave something that is refused for ever.
+fn make_whole(path: &Path) -> Result<(), redb::DatabaseError> {
+    if path.exists() {
+        return Ok(());
+    }
+    let new = path.with_extension("new");
+    if let Err(error) = std::fs::remove_file(&new)
+        && error.kind() != std::io::ErrorKind::NotFound
+    {
+        return Err(redb::StorageError::Io(error).into());
+    }
+    drop(Database::create(&new)?);
+    let rename = || {
+        std::fs::File::open(&new)?.sync_all()?;
+        std::fs::rename(&new, path)?;
+        path.parent().map_or(Ok(()), |folder| std::fs::File::open(folder)?.sync_all())
+    };
+    rename().map_err(|error: std::io::Error| redb::StorageError::Io(error).into())
+}
+
 /// Handle to the store. Cheap to clone; the file closes when the last one and the image store's are gone.
 #[derive(Clone)]
 pub struct Store {
@@ -65,7 +86,8 @@ impl Store {
     /// Opens or makes the store and starts its writing thread, which ends with the last handle.
     pub fn open(path: &Path) -> Result<Self, StoreError> {
         let fail = |reason: String| StoreError::Open { path: path.display().to_string(), reason };
-        let database = match Database::create(path) {
+        make_whole(path).map_err(|error| fail(error.to_string()))?;
+        let database = match Database::open(path) {
             Err(redb::DatabaseError::DatabaseAlreadyOpen) => {
                 return Err(fail("another engine uses this data root".to_owned()));
             }
@@ -208,6 +230,17 @@ pub mod tests {
         let folder = std::env::temp_dir().join(name);
         std::fs::create_dir_all(&folder).unwrap();
         folder
+    }
+
+    #[tokio::test]
+    async fn what_a_killed_first_start_left_is_begun_again() {
+        let folder = folder();
+        let path = folder.join("engine.redb");
+        std::fs::write(path.with_extension("new"), "half").unwrap();
+        let store = Store::open(&path).unwrap();
+        store.put(CONTAINERS, "a", &1).await.unwrap();
+        assert!(!path.with_extension("new").exists());
+        std::fs::remove_dir_all(folder).unwrap();
     }
 
     #[tokio::test]
