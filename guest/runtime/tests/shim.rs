@@ -623,6 +623,98 @@ fn a_process_that_cannot_run_says_why_and_ends_its_streams() {
     });
 }
 
+/// The children of a process that have ended and that it has not collected.
+fn zombies(parent: u32) -> Vec<String> {
+    let processes = fs::read_dir("/proc").unwrap().map(|entry| entry.unwrap().path());
+    let stats = processes.filter_map(|path| fs::read_to_string(path.join("stat")).ok());
+    let is_ours = |stat: &String| {
+        let fields = stat.rsplit_once(')').unwrap().1;
+        fields.starts_with(&format!(" Z {parent} "))
+    };
+    stats.filter(is_ours).collect()
+}
+
+#[test]
+fn processes_that_could_not_start_are_collected_and_do_not_delay_the_end() {
+    isolated(|| {
+        let bench = Bench::new();
+        let shim = bench.idle();
+        let shim_pid = shim.child.as_ref().unwrap().id();
+        for round in 0..30 {
+            let program = ["nope", "/etc", "garbage"][round % 3];
+            let id = format!("e{round}");
+            shim.exec(&id, process(&[program]), false, Stdin::None).unwrap();
+            refusal(shim.connect().start(Some(id.clone())));
+            // Nothing more is asked of the shim: it has to find out by itself.
+            let deadline = Instant::now() + Duration::from_secs(5);
+            while !zombies(shim_pid).is_empty() {
+                assert!(Instant::now() < deadline, "round {round}: {:?}", zombies(shim_pid));
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            shim.connect().ask(&Request::Forget { id }).unwrap();
+        }
+        // The end of a pid namespace waits until the last process in it has been collected.
+        shim.exec("last", process(&["nope"]), false, Stdin::None).unwrap();
+        refusal(shim.connect().start(Some("last".into())));
+        let before = Instant::now();
+        shim.connect().ask(&Request::Kill { signal: 9, process: None }).unwrap();
+        assert_eq!(shim.connect().wait(None).unwrap().code, 137);
+        let took = before.elapsed();
+        assert!(took < Duration::from_secs(5), "{took:?}");
+        assert_eq!(zombies(shim_pid), Vec::<String>::new());
+        shim.delete();
+    });
+}
+
+#[test]
+fn a_container_may_only_read_its_cgroups_unless_privileged() {
+    isolated(|| {
+        let bench = Bench::new();
+        let own_view = |_: &mut ShimSpec, spec: &mut Spec| {
+            let mut linux = spec.linux().clone().unwrap();
+            let mut namespaces = linux.namespaces().clone().unwrap();
+            let mut own = LinuxNamespace::default();
+            own.set_typ(LinuxNamespaceType::Cgroup).set_path(None);
+            namespaces.push(own);
+            linux.set_namespaces(Some(namespaces));
+            spec.set_linux(Some(linux));
+        };
+        // The mounts, and then whatever in them could be made or written.
+        let script = "grep ' /sys/fs/cgroup' /proc/self/mounts; cd /sys/fs/cgroup; for folder in . */; do \
+                      mkdir $folder/made && echo made in $folder && rmdir $folder/made; done; \
+                      echo 7 > pids/pids.max && echo written; true";
+        let run = |change: &dyn Fn(&mut ShimSpec, &mut Spec)| {
+            let shim = bench.shim_with(&["sh", "-c", script], |shim, spec| change(shim, spec));
+            let (exit, stdout, stderr) = shim.run();
+            assert_eq!(exit.code, 0, "{stderr}");
+            shim.delete();
+            stdout
+        };
+        let check = |shown: &str| {
+            assert!(shown.contains(" /sys/fs/cgroup "), "{shown}");
+            for line in shown.lines() {
+                let options = line.split(' ').nth(3).unwrap_or_default();
+                assert!(options.starts_with("ro,nosuid,nodev,noexec,"), "{line:?} in {shown}");
+            }
+        };
+        check(&run(&own_view));
+        check(&run(&|_, _| {}));
+        let shown = run(&|shim, spec| {
+            own_view(shim, spec);
+            spec.set_mounts(Some(defaults::privileged_mounts(defaults::SHM_SIZE_BYTES)));
+        });
+        assert!(shown.contains("made in"), "{shown}");
+        // The host's own are as they were.
+        let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+        assert!(
+            !mounts.lines().any(|line| line.contains(" /sys/fs/cgroup") && line.contains(" ro,")),
+            "{mounts}"
+        );
+        pure_cgroup_v2();
+        check(&run(&own_view));
+    });
+}
+
 #[test]
 fn a_paused_or_stopped_container_refuses_processes() {
     isolated(|| {

@@ -7,9 +7,11 @@ pub mod exec;
 
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::thread;
 
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open};
+use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space};
 use serde::{Deserialize, Serialize};
 
 /// A descriptor that this program was started with, by number.
@@ -21,7 +23,7 @@ pub fn inherited(number: std::os::fd::RawFd) -> io::Result<OwnedFd> {
     }
     // SAFETY: the number is not -1. The borrow ends with this function, and a number that is not open only makes the
     // system calls below fail with EBADF: nothing is closed through it.
-    let original = unsafe { std::os::fd::BorrowedFd::borrow_raw(number) };
+    let original = unsafe { BorrowedFd::borrow_raw(number) };
     rustix::io::fcntl_setfd(original, rustix::io::FdFlags::CLOEXEC)?;
     Ok(rustix::io::fcntl_dupfd_cloexec(original, 3)?)
 }
@@ -100,6 +102,84 @@ pub fn kill(process: impl AsFd) -> io::Result<bool> {
     signal(process, Signal::KILL.as_raw())
 }
 
+/// A descriptor that is readable when a child has ended, whichever child it is.
+///
+/// A pidfd tells of one child, and only of one whose number is known: of a child that failed early, it is not.
+#[derive(Debug)]
+pub struct ChildEnds(OwnedFd);
+
+impl ChildEnds {
+    /// Blocks SIGCHLD in the calling thread, and so in what it forks: [`exec::reset_signals`] undoes that for a program.
+    pub fn new() -> io::Result<Self> {
+        // The kernel's signal set: bit 0 is signal 1.
+        let set = 1_u64 << (libc::SIGCHLD - 1);
+        // SAFETY: `set` is a whole kernel signal set of the size given, only read during the call; the old one is not
+        // asked for.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_rt_sigprocmask,
+                libc::SIG_BLOCK,
+                &raw const set,
+                std::ptr::null_mut::<u64>(),
+                size_of::<u64>(),
+            )
+        };
+        if result != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: as above; -1 asks for a new descriptor.
+        let descriptor = unsafe {
+            libc::syscall(
+                libc::SYS_signalfd4,
+                -1,
+                &raw const set,
+                size_of::<u64>(),
+                libc::SFD_CLOEXEC | libc::SFD_NONBLOCK,
+            )
+        };
+        if descriptor < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the kernel has just made this descriptor, and nobody else knows of it. It fits: descriptors are ints.
+        Ok(Self(unsafe { OwnedFd::from_raw_fd(descriptor as i32) }))
+    }
+
+    /// Takes note, so that it is readable again only after another end. To be called before children are collected.
+    pub fn clear(&self) {
+        // A `signalfd_siginfo`. At most one SIGCHLD is pending at a time; without any there is nothing to take.
+        let mut record = [0; 128];
+        let _ = rustix::io::read(&self.0, &mut record);
+    }
+}
+
+impl AsFd for ChildEnds {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// Does something among another mount namespace's mounts, with that one's root as the root.
+///
+/// The work is done by a thread that has ended when this returns: the caller stays where it is, and as single as it was.
+pub fn in_mount_namespace<T: Send>(
+    namespace: impl AsFd,
+    work: impl FnOnce() -> io::Result<T> + Send,
+) -> io::Result<T> {
+    const STACK_LEN: usize = 256 * 1024;
+    let namespace = namespace.as_fd();
+    let inside = || {
+        // SAFETY: the danger is in unsharing the table of descriptors, which stays shared. Only the current folder and the
+        // root become this thread's own, as `setns` demands.
+        unsafe { rustix::thread::unshare_unsafe(UnshareFlags::FS) }?;
+        move_into_link_name_space(namespace, Some(LinkNameSpaceType::Mount))?;
+        work()
+    };
+    thread::scope(|scope| {
+        let worker = thread::Builder::new().stack_size(STACK_LEN).spawn_scoped(scope, inside)?;
+        worker.join().unwrap_or_else(|_| Err(io::Error::other("the work in the mount namespace panicked")))
+    })
+}
+
 /// Gives free heap pages back. A shim lives as long as its container and needs little after creating it.
 pub fn trim_heap() {
     // SAFETY: malloc_trim has no preconditions; it only releases memory the allocator considers free.
@@ -126,6 +206,26 @@ mod tests {
         assert!(stamp.open().unwrap().is_some());
         stamp.started += 1;
         assert!(stamp.open().unwrap().is_none());
+    }
+
+    #[test]
+    fn the_end_of_any_child_is_told_once() {
+        use rustix::event::{PollFd, PollFlags, Timespec, poll};
+        // SIGCHLD goes to any thread that does not block it, and libtest has others: raise it in this one.
+        let ends = ChildEnds::new().unwrap();
+        let ready = |seconds| {
+            let timeout = Timespec { tv_sec: seconds, tv_nsec: 0 };
+            poll(&mut [PollFd::new(&ends, PollFlags::IN)], Some(&timeout)).unwrap() == 1
+        };
+        assert!(!ready(0));
+        ends.clear();
+        // SAFETY: plain integers; the thread is this one.
+        unsafe {
+            libc::syscall(libc::SYS_tgkill, libc::getpid(), libc::gettid(), libc::SIGCHLD);
+        }
+        assert!(ready(10));
+        ends.clear();
+        assert!(!ready(0));
     }
 
     #[test]

@@ -35,6 +35,7 @@ use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer};
 use rustix::termios::tcsetwinsize;
 use thiserror::Error;
 
+use crate::mount::ReadOnlyCgroups;
 use crate::program::{Confinement, Failure, Outcome, Program, window};
 use crate::trace::{self, Events};
 
@@ -175,6 +176,11 @@ impl Runtime {
         let made = self.build_init(&spec, wanted, foreign).and_then(|(container, made)| {
             record.init = Some(ProcessStamp::of(made.pid).map_err(setup("read init's start time"))?);
             record::write(&self.dir, STATE_FILE, &record)?;
+            if cgroup.pure_unified().is_none()
+                && let Some(cgroups) = ReadOnlyCgroups::of(&spec)
+            {
+                cgroups.apply(made.pid).map_err(setup("make the container's cgroups read-only"))?;
+            }
             if let (Some(folder), Some(rules)) = (cgroup.pure_unified(), &devices) {
                 let rules: Vec<_> =
                     rules.iter().cloned().chain(defaults::device_rules().split_off(1)).collect();

@@ -10,6 +10,7 @@
 //! | `client` | one connection: frames, or a stream with a bounded queue |
 //! | `process` | one process: its descriptors, input queue and end |
 //! | `container` | libcontainer: create, start, exec; what it needs corrected in a spec |
+//! | `mount` | what libcontainer leaves undone of a container's mounts |
 //! | `program` | the last steps inside the container, up to `execve` |
 //! | `log` | the json-file format and its rotation |
 //! | `trace` | what libcontainer says about a failure |
@@ -19,6 +20,7 @@
 mod client;
 mod container;
 mod log;
+mod mount;
 mod process;
 mod program;
 mod server;

@@ -16,7 +16,7 @@ use guest_runtime::shim::record::{self, EXIT_FILE};
 use guest_runtime::shim::{
     ConsoleSize, ErrorKind, Exit, LogDriver, ProcessId, Reply, Request, ShimSpec, ShimState, Status, Stdin,
 };
-use guest_runtime::sys;
+use guest_runtime::sys::{self, ChildEnds};
 use jiff::Timestamp;
 use oci_spec::runtime::Process as OciProcess;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -98,6 +98,8 @@ fn conflict(message: String) -> Refusal {
 #[derive(Debug, Clone, Copy)]
 enum Token {
     Listener,
+    /// Some child has ended. `End` is one that this program knows, which also ends where no signal comes.
+    Children,
     Client(usize),
     End,
     Input(usize),
@@ -109,6 +111,7 @@ pub struct Server {
     dir: PathBuf,
     spec: ShimSpec,
     listener: UnixListener,
+    children: ChildEnds,
     runtime: Runtime,
     created: bool,
     paused: bool,
@@ -128,6 +131,7 @@ impl Server {
     ) -> Result<Self, ServerError> {
         let io_error = |step| move |source| ServerError::Io { step, source };
         listener.set_nonblocking(true).map_err(io_error("prepare the socket"))?;
+        let children = ChildEnds::new().map_err(io_error("watch for the ends of children"))?;
         let runtime =
             Runtime::new(&dir, &spec, events).map_err(io_error("read this process's capabilities"))?;
         runtime.announce()?;
@@ -136,6 +140,7 @@ impl Server {
             dir,
             spec,
             listener,
+            children,
             runtime,
             created: false,
             paused: false,
@@ -173,6 +178,8 @@ impl Server {
     fn wait_ready(&self) -> Result<Vec<(Token, PollFlags)>, ServerError> {
         let mut tokens = Vec::new();
         let mut descriptors = Vec::new();
+        tokens.push(Token::Children);
+        descriptors.push(PollFd::new(&self.children, PollFlags::IN));
         if self.leave_at.is_none() && self.clients.iter().flatten().count() < CLIENTS_MAX {
             tokens.push(Token::Listener);
             descriptors.push(PollFd::new(&self.listener, PollFlags::IN));
@@ -247,6 +254,10 @@ impl Server {
         match token {
             Token::Listener => self.accept(),
             Token::Client(index) => self.serve(index, flags),
+            Token::Children => {
+                self.children.clear();
+                self.reap_children();
+            }
             Token::End => self.reap_children(),
             Token::Input(index) => {
                 if let Some(process) = self.process(index) {
@@ -524,7 +535,8 @@ impl Server {
         });
         self.created = adopted.is_ok();
         if adopted.is_err() {
-            // Children of a failed creation end by themselves or were killed; none of them is ours to know.
+            // Children of a failed creation end by themselves or were killed; none of them is ours to know. Those still
+            // ending are collected when they have.
             self.reap_children();
         }
         adopted
@@ -806,7 +818,8 @@ impl Server {
 
     // --- ends ------------------------------------------------------------------------------------------------------
 
-    /// Collects every child that has ended: processes of the container, and libcontainer's helpers.
+    /// Collects every child that has ended: processes of the container, libcontainer's helpers, and those of either that
+    /// failed before this program knew them. One left would keep the container's pid namespace, and its init, from ending.
     fn reap_children(&mut self) {
         loop {
             match rustix::process::wait(WaitOptions::NOHANG) {
