@@ -22,6 +22,10 @@ pub(crate) fn machine_scenarios() -> Vec<Scenario> {
             body: a_killed_daemon_takes_the_machine_with_it,
         },
         Scenario { name: "crash::a_killed_vm_process_is_replaced", body: a_killed_vm_process_is_replaced },
+        Scenario {
+            name: "crash::a_killed_engine_in_the_machine_returns",
+            body: a_killed_engine_in_the_machine_returns,
+        },
         Scenario { name: "crash::rounds_of_killing_lose_nothing", body: machine_rounds },
         Scenario {
             name: "crash::a_damaged_disk_is_never_formatted",
@@ -93,6 +97,22 @@ fn a_killed_vm_process_is_replaced(engine: &Engine) -> Result<()> {
         engine.processes().find("qemu-system-x86_64")?;
     }
     Ok(())
+}
+
+/// From a root shell in the machine: the engine, then a container's shim.
+fn a_killed_engine_in_the_machine_returns(engine: &Engine) -> Result<()> {
+    let in_machine = |script: &str| engine.engine(["machine", "shell", "-i", IMAGE, "sh", "-c", script]);
+    engine.engine(["run", "-d", "--name", "stays", IMAGE, "sleep", "1000"])?.ok()?;
+    // The shell is a container too: what becomes of its own connection does not matter.
+    in_machine(
+        "for p in /proc/[0-9]*; do [ \"$(cat $p/comm 2>/dev/null)\" = guest-engine ] && kill -9 ${p#/proc/}; done",
+    )?;
+    let state = state(engine, "stays")?;
+    ensure!(state == "running 0", "{state}");
+    let said = engine.engine(["exec", "stays", "echo", "alive"])?.ok()?;
+    ensure!(said == "alive", "{said}");
+    engine.engine(["rm", "-f", "stays"])?.ok()?;
+    engine.engine(["run", "--rm", IMAGE, "true"])?.ok().map(drop)
 }
 
 /// Deterministic noise for choosing moments; the seed is printed with a failure.

@@ -10,6 +10,7 @@ crate::scenarios![
     the_stock_client_follows_logs_and_stops,
     the_stock_client_works_on_images,
     the_stock_client_sees_events_and_versions,
+    our_lists_read_like_the_stock_clients,
 ];
 
 fn docker(engine: &Engine, arguments: &[&str]) -> Result<Finished> {
@@ -112,4 +113,33 @@ fn the_stock_client_sees_events_and_versions(engine: &Engine) -> Result<()> {
 fn unix_now() -> String {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     (now.as_secs() + 1).to_string()
+}
+
+/// The same words, columns and order from both clients.
+fn our_lists_read_like_the_stock_clients(engine: &Engine) -> Result<()> {
+    let since = unix_now();
+    engine.engine(["run", "--name", "compared", IMAGE, "sh", "-c", "exit 3"])?.exits(3)?;
+    let until = unix_now();
+    let commands: [&[&str]; 6] = [
+        &["ps", "-a"],
+        &["ps", "-aq"],
+        &["images"],
+        &["images", "-q", "--no-trunc"],
+        &["logs", "compared"],
+        &["events", "--since", &since, "--until", &until],
+    ];
+    for command in commands {
+        let (ours, theirs) = (engine.engine(command)?.ok()?, docker(engine, command)?.ok()?);
+        let trimmed = |text: &str| text.lines().map(|line| line.trim_end().to_owned()).collect::<Vec<_>>();
+        ensure!(trimmed(&ours) == trimmed(&theirs), "{command:?}\nours:\n{ours}\ntheirs:\n{theirs}");
+    }
+    let parsed = |text: String| serde_json::from_str::<serde_json::Value>(&text);
+    for name in ["compared", IMAGE] {
+        let theirs = docker(engine, &["inspect", name])?.ok()?;
+        ensure!(
+            parsed(engine.engine(["inspect", name])?.ok()?)? == parsed(theirs)?,
+            "inspect {name} differs"
+        );
+    }
+    engine.engine(["rm", "compared"])?.ok().map(drop)
 }

@@ -11,8 +11,8 @@
 //!              VmmExited (and straight on to Starting when someone waits for a running machine)
 //! ```
 //!
-//! A running machine whose session ends is `Lost` until the guest connects again or the VM process exits: callers wait
-//! for one or the other, and get a new machine in the second case.
+//! A running machine whose session ends, or whose engine dies, is `Lost` until the engine answers again or the VM process
+//! exits: callers wait for one or the other, and get a new machine in the second case.
 //!
 //! Pure: inputs and a clock in, actions out. The supervisor is the one task that feeds it and carries the actions out.
 //! Rules: there is never more than one VM process; every ticket is answered exactly once.
@@ -85,7 +85,7 @@ enum Phase {
     Running {
         since_unix_s: u64,
     },
-    /// It ran, and its session has ended: the guest is about to connect again, or dying.
+    /// It ran, and its session has ended or its engine has died: both are about to return, or the guest is dying.
     Lost {
         since_unix_s: u64,
         until: Duration,
@@ -164,6 +164,10 @@ impl Lifecycle {
                     self.power_off(Some(reason), now);
                 }
             }
+            // Started again in a moment, while the containers go on.
+            (Input::EngineFailed(_), Phase::Running { since_unix_s }) => {
+                self.phase = Phase::Lost { since_unix_s: *since_unix_s, until: now + LOST_TIME_MAX };
+            }
             (Input::EngineFailed(_), _) => {}
 
             (Input::Fault(reason), Phase::Starting { .. } | Phase::Running { .. } | Phase::Lost { .. }) => {
@@ -184,7 +188,10 @@ impl Lifecycle {
             }
             (Input::Deadline, Phase::Lost { until, .. }) if *until <= now => {
                 let silence = LOST_TIME_MAX.as_secs();
-                self.kill(Some(format!("the guest has not been heard of for {silence} seconds")), now);
+                self.kill(
+                    Some(format!("the engine in the machine did not return within {silence} seconds")),
+                    now,
+                );
             }
             (Input::Deadline, Phase::Stopping { reason, until }) if *until <= now => {
                 let reason = reason.take();
@@ -309,6 +316,9 @@ mod tests {
         step(&mut machine, Input::SessionLost);
         step(&mut machine, Input::Ensure(Ticket(3)));
         assert_eq!(step(&mut machine, Input::EngineReady), [Action::Grant(Ticket(3))]);
+        step(&mut machine, Input::EngineFailed("killed".into()));
+        assert_eq!(step(&mut machine, Input::Ensure(Ticket(4))), []);
+        assert_eq!(step(&mut machine, Input::EngineReady), [Action::Grant(Ticket(4))]);
     }
 
     #[test]
