@@ -23,11 +23,16 @@ pub(crate) fn note(text: &str) {
     eprintln!("{text}");
 }
 
-/// Rows under headings, in columns three spaces apart, as the docker CLI prints them.
+/// A column of the docker CLI takes at least this much, and ends in this many spaces.
+const COLUMN_WIDTH_MIN: usize = 10;
+const COLUMN_GAP: usize = 3;
+
+/// Rows under headings, in columns as wide as the docker CLI makes them.
 pub(crate) fn table(headings: &[&str], rows: &[Vec<String>]) -> String {
     let width = |column: usize| {
         let cells = rows.iter().map(|row| row[column].chars().count());
-        cells.chain([headings[column].len()]).max().unwrap_or(0)
+        let longest = cells.chain([headings[column].len()]).max().unwrap_or(0);
+        COLUMN_WIDTH_MIN.max(longest + COLUMN_GAP)
     };
     let widths: Vec<usize> = (0..headings.len()).map(width).collect();
     let heading = headings.iter().map(|heading| (*heading).to_owned()).collect();
@@ -35,7 +40,7 @@ pub(crate) fn table(headings: &[&str], rows: &[Vec<String>]) -> String {
     for row in std::iter::once(&heading).chain(rows) {
         let mut line = String::new();
         for (cell, width) in row.iter().zip(&widths) {
-            line += &format!("{cell:<width$}   ");
+            line += &format!("{cell:<width$}");
         }
         text += line.trim_end();
         text.push('\n');
@@ -93,9 +98,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn columns_are_three_spaces_apart() {
+    fn columns_are_as_wide_as_dockers() {
         let rows = vec![vec!["a".into(), "long cell".into(), "x".into()]];
-        assert_eq!(table(&["ID", "B", "C"], &rows), "ID   B           C\na    long cell   x\n");
+        assert_eq!(table(&["ID", "B", "C"], &rows), "ID        B           C\na         long cell   x\n");
     }
 
     #[test]

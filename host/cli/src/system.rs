@@ -109,7 +109,7 @@ pub(crate) async fn version(docker: &Docker, args: &FormatArgs) -> Result<()> {
         "Version": env!("CARGO_PKG_VERSION"),
         "ApiVersion": guest_api::version::NEWEST.to_string(),
         "Os": std::env::consts::OS,
-        "Arch": std::env::consts::ARCH,
+        "Arch": architecture(),
     });
     if let Some(format) = &args.format {
         let both = serde_json::json!({ "Client": client, "Server": serde_json::to_value(&server)? });
@@ -119,7 +119,7 @@ pub(crate) async fn version(docker: &Docker, args: &FormatArgs) -> Result<()> {
         "Client: engine".to_owned(),
         format!(" Version:           {}", env!("CARGO_PKG_VERSION")),
         format!(" API version:       {}", guest_api::version::NEWEST),
-        format!(" OS/Arch:           {}/{}", std::env::consts::OS, std::env::consts::ARCH),
+        format!(" OS/Arch:           {}/{}", std::env::consts::OS, architecture()),
         String::new(),
         format!("Server: {}", server.platform.name),
         format!(" Version:          {}", server.version),
@@ -128,6 +128,15 @@ pub(crate) async fn version(docker: &Docker, args: &FormatArgs) -> Result<()> {
         format!(" Kernel:           {}", server.kernel_version),
     ];
     Ok(line(&lines.join("\n"))?)
+}
+
+/// This program's architecture by the name that images use.
+fn architecture() -> &'static str {
+    match std::env::consts::ARCH {
+        "x86_64" => "amd64",
+        "aarch64" => "arm64",
+        other => other,
+    }
 }
 
 pub(crate) async fn info(docker: &Docker, args: &FormatArgs) -> Result<()> {

@@ -164,7 +164,7 @@ mod tests {
     fn a_table_has_headings() {
         let template = Template::parse("table {{.ID}}\\t{{.RunningFor}}").unwrap();
         let text = template.render_all(&[json!({"ID": "abcdef", "RunningFor": "2 hours ago"})]).unwrap();
-        assert_eq!(text, "ID       CREATED\nabcdef   2 hours ago\n");
+        assert_eq!(text, "ID        CREATED\nabcdef    2 hours ago\n");
     }
 
     #[test]
