@@ -60,6 +60,12 @@ impl Docker {
         json(self.send(Method::GET, path, empty()).await?).await
     }
 
+    /// The answer as it is, with its nulls, which typed answers count as absent.
+    pub(crate) async fn get_value(&self, path: &str) -> Result<serde_json::Value> {
+        let body = body(self.send(Method::GET, path, empty()).await?).await?;
+        serde_json::from_slice(&body).context("the engine's answer is not understood")
+    }
+
     /// Posts nothing and expects nothing back. 304 is a success: it is so already.
     pub(crate) async fn post(&self, path: &str) -> Result<()> {
         self.send(Method::POST, path, empty()).await.map(drop)
@@ -156,9 +162,12 @@ async fn check(response: Response<Incoming>) -> Result<Response<Incoming>> {
     Err(ApiError { status, message }.into())
 }
 
+async fn body(response: Response<Incoming>) -> Result<Bytes> {
+    Ok(response.into_body().collect().await.context("the engine broke off its answer")?.to_bytes())
+}
+
 async fn json<T: DeserializeOwned>(response: Response<Incoming>) -> Result<T> {
-    let body = response.into_body().collect().await.context("the engine broke off its answer")?.to_bytes();
-    guest_api::decode(&body).context("the engine's answer is not understood")
+    guest_api::decode(&body(response).await?).context("the engine's answer is not understood")
 }
 
 /// Reads a body as records of one JSON value a line.

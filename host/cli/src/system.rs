@@ -45,7 +45,7 @@ async fn inspect_one(docker: &Docker, kind: Option<ObjectKind>, name: &str) -> R
             ObjectKind::Image => format!("/images/{}/json", encode_name(name)),
             ObjectKind::Network => format!("/networks/{}", encode(name)),
         };
-        match docker.get(&path).await {
+        match docker.get_value(&path).await {
             Err(error)
                 if error.downcast_ref::<ApiError>().is_some_and(|e| e.status == StatusCode::NOT_FOUND) => {}
             result => return result,
@@ -140,11 +140,12 @@ fn architecture() -> &'static str {
 }
 
 pub(crate) async fn info(docker: &Docker, args: &FormatArgs) -> Result<()> {
-    let value: Value = docker.get("/info").await?;
+    let value = docker.get_value("/info").await?;
     if let Some(format) = &args.format {
         return Ok(line(&Template::parse(format)?.render(&value)?)?);
     }
-    let info: Info = serde_json::from_value(value).context("the engine's answer is not understood")?;
+    let info: Info =
+        guest_api::decode(value.to_string().as_bytes()).context("the engine's answer is not understood")?;
     let lines = [
         format!("Containers: {}", info.containers),
         format!(" Running: {}", info.containers_running),
