@@ -1,9 +1,14 @@
 //! Stopping and starting again: what was acknowledged is there.
 
 use anyhow::{Result, ensure};
-use tests_harness::{Engine, IMAGE, Stage};
+use tests_harness::{Engine, IMAGE, Processes, Stage, run};
 
-crate::scenarios![data_survives_a_clean_restart, the_state_is_told, two_first_calls_boot_one_machine];
+crate::scenarios![
+    data_survives_a_clean_restart,
+    the_state_is_told,
+    two_first_calls_boot_one_machine,
+    a_larger_disk_is_grown_and_a_smaller_one_refused
+];
 
 /// Stops the machine, or the natively run engine, cleanly and starts it again.
 fn restart(engine: &Engine) -> Result<()> {
@@ -88,4 +93,28 @@ fn two_first_calls_boot_one_machine(engine: &Engine) -> Result<()> {
     engine.processes().find("engined")?;
     engine.processes().find("engine-vmm")?;
     engine.processes().find("qemu-system-x86_64").map(drop)
+}
+
+fn a_larger_disk_is_grown_and_a_smaller_one_refused(engine: &Engine) -> Result<()> {
+    if engine.stage == Stage::Native {
+        return Ok(());
+    }
+    // Settings are read by the daemon: each size has a daemon of its own.
+    let at_size = |gib: &str, arguments: &[&str]| {
+        let mut command = engine.command(arguments);
+        command.env("ENGINE_HOME", engine.path("grown")).env("ENGINE_MACHINE_DISK_GIB", gib);
+        run(command)
+    };
+    let boot = |gib: &str| -> Result<u64> {
+        at_size(gib, &["machine", "start"])?.ok()?;
+        let total = at_size(gib, &["machine", "info", "-f", "{{.guest.disk_total_bytes}}"])?.ok()?;
+        at_size(gib, &["machine", "shutdown"])?.ok()?;
+        Ok(total.parse()?)
+    };
+    let small = boot("1")?;
+    let large = boot("3")?;
+    ensure!(small < 1 << 30 && large > 5 << 29, "{small} bytes became {large}");
+    at_size("2", &["machine", "start"])?.fails_with(1, "shrink")?;
+    at_size("2", &["machine", "shutdown"])?.ok()?;
+    Processes::of(&engine.path("grown")).expect_none(std::time::Duration::from_secs(30))
 }
