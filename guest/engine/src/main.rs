@@ -35,11 +35,15 @@ fn main() -> ExitCode {
         .init();
     match run(flags) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            tracing::error!("{error:#}");
-            ExitCode::FAILURE
-        }
+        Err(error) => fail(&error),
     }
+}
+
+/// Last words without the trimmings of a log line: whoever started us repeats them to a person.
+#[expect(clippy::print_stderr, reason = "the sentence a person reads")]
+fn fail(error: &anyhow::Error) -> ExitCode {
+    eprintln!("error: {error:#}");
+    ExitCode::FAILURE
 }
 
 fn run(flags: Flags) -> anyhow::Result<()> {
