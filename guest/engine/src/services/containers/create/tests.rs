@@ -1,0 +1,139 @@
+//! What becomes of requests as clients send them.
+
+use std::path::Path;
+
+use guest_api::ErrorKind;
+use serde_json::json;
+
+use super::*;
+
+const ID: &str = "3f2a9c1d77e04b5c3f2a9c1d77e04b5c3f2a9c1d77e04b5c3f2a9c1d77e04b5c";
+
+fn image() -> ContainerConfig {
+    serde_json::from_value(json!({
+        "Env": ["PATH=/bin", "A=image"], "Entrypoint": ["/entry"], "Cmd": ["serve"], "WorkingDir": "/srv",
+        "Labels": {"from": "image", "kept": "yes"}, "ExposedPorts": {"80/tcp": {}}, "StopSignal": "SIGQUIT",
+    }))
+    .unwrap()
+}
+
+fn try_resolve(body: serde_json::Value) -> Result<Resolved, Failure> {
+    resolve(guest_api::decode(body.to_string().as_bytes()).unwrap(), &image(), ID)
+}
+
+fn ok(body: serde_json::Value) -> Resolved {
+    try_resolve(body).unwrap()
+}
+
+fn refusal(body: serde_json::Value) -> String {
+    try_resolve(body).unwrap_err().message
+}
+
+#[test]
+fn the_images_settings_lie_under_the_users() {
+    let config = ok(json!({"Env": ["A=mine"], "Labels": {"from": "me"}})).config;
+    assert_eq!(config.env.unwrap(), ["A=mine", "PATH=/bin"]);
+    assert_eq!(config.labels["from"], "me");
+    assert_eq!(config.labels["kept"], "yes");
+    assert_eq!(config.working_dir, "/srv");
+    assert_eq!(config.stop_signal, "SIGQUIT");
+    assert!(config.exposed_ports.unwrap().contains_key("80/tcp"));
+    assert_eq!(config.hostname, "3f2a9c1d77e0");
+}
+
+#[test]
+fn entry_point_and_command_combine_as_dockers() {
+    let command = |body| {
+        let config = ok(body).config;
+        (config.entrypoint.unwrap_or_default(), config.cmd.unwrap_or_default())
+    };
+    let words = |list: &[&str]| list.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>();
+    assert_eq!(command(json!({})), (words(&["/entry"]), words(&["serve"])));
+    assert_eq!(command(json!({"Cmd": ["x"]})), (words(&["/entry"]), words(&["x"])));
+    assert_eq!(command(json!({"Entrypoint": ["/other"]})), (words(&["/other"]), words(&[])));
+    assert_eq!(command(json!({"Entrypoint": [""], "Cmd": ["sh"]})), (words(&[]), words(&["sh"])));
+    assert_eq!(refusal(json!({"Entrypoint": [""]})), "no command specified");
+}
+
+#[test]
+fn binds_are_read() {
+    let binds = ok(json!({"HostConfig": {"Binds": ["/a:/b", "/c/../d/:/e/./f:ro,rslave"]}})).binds;
+    assert_eq!(binds[0].source, Path::new("/a"));
+    assert!(!binds[0].read_only && binds[0].propagation == "rprivate");
+    assert_eq!(
+        (binds[1].source.as_path(), binds[1].destination.as_path()),
+        (Path::new("/d"), Path::new("/e/f"))
+    );
+    assert!(binds[1].read_only && binds[1].propagation == "rslave" && binds[1].mode == "ro,rslave");
+}
+
+#[test]
+fn what_cannot_be_honoured_is_refused_by_name() {
+    let cases = [
+        (json!({"HostConfig": {"PortBindings": {"80/tcp": [{"HostPort": "8080"}]}}}), "PortBindings"),
+        (json!({"HostConfig": {"Binds": ["data:/data"]}}), "named volumes (Binds: `data`)"),
+        (json!({"HostConfig": {"Binds": ["/data"]}}), "anonymous volumes"),
+        (json!({"Volumes": {"/data": {}}}), "anonymous volumes"),
+        (json!({"HostConfig": {"VolumesFrom": ["x"]}}), "VolumesFrom"),
+        (json!({"HostConfig": {"Devices": [{"PathOnHost": "/dev/x"}]}}), "Devices"),
+        (json!({"HostConfig": {"Init": true}}), "Init"),
+        (json!({"HostConfig": {"NetworkMode": "container:x"}}), "NetworkMode"),
+        (json!({"HostConfig": {"LogConfig": {"Type": "syslog"}}}), "LogConfig"),
+        (json!({"HostConfig": {"SecurityOpt": ["apparmor=x"]}}), "apparmor=x"),
+        (json!({"Healthcheck": {"Test": ["CMD", "true"]}}), "Healthcheck"),
+    ];
+    for (body, expected) in cases {
+        let failure = try_resolve(body).unwrap_err();
+        assert!(failure.message.contains(expected), "{} / {expected}", failure.message);
+        assert_eq!(failure.kind, ErrorKind::Invalid);
+    }
+}
+
+#[test]
+fn harmless_settings_are_kept() {
+    let host = ok(json!({"HostConfig": {
+        "PortBindings": {}, "Init": false, "OomKillDisable": false, "MemorySwappiness": -1, "PidsLimit": 0,
+        "Devices": [], "VolumeDriver": "local", "ConsoleSize": [24, 80], "Annotations": {"a": "b"}
+    }}))
+    .host;
+    assert_eq!(host.console_size, [24, 80]);
+    assert_eq!(host.annotations["a"], "b");
+    assert_eq!((host.memory_swappiness, host.pids_limit), (None, None));
+    assert_eq!((host.network_mode.as_str(), host.ipc_mode.as_str()), ("bridge", "private"));
+    assert_eq!(host.shm_size, 64 << 20);
+    assert!(!host.masked_paths.unwrap().is_empty());
+}
+
+#[test]
+fn networks_beyond_ours_are_not_found() {
+    let failure = try_resolve(json!({"HostConfig": {"NetworkMode": "front"}})).unwrap_err();
+    assert_eq!((failure.kind, failure.message.as_str()), (ErrorKind::NotFound, "network front not found"));
+    assert!(
+        refusal(json!({"NetworkingConfig": {"EndpointsConfig": {"bridge": {"IPAMConfig": {"IPv4Address": "1.2.3.4"}}}}}))
+            .contains("user defined networks only")
+    );
+    assert_eq!(ok(json!({"HostConfig": {"NetworkMode": "host"}})).config.hostname, "");
+    assert_eq!(ok(json!({"NetworkDisabled": true})).host.network_mode, "none");
+}
+
+#[test]
+fn senseless_values_have_dockers_sentences() {
+    let host = |value: serde_json::Value| refusal(json!({ "HostConfig": value }));
+    assert_eq!(host(json!({"Memory": 1024})), "Minimum memory limit allowed is 6MB");
+    assert!(host(json!({"NanoCpus": 5, "CpuQuota": 7})).starts_with("Conflicting options"));
+    assert!(host(json!({"RestartPolicy": {"Name": "maybe"}})).contains("unknown policy 'maybe'"));
+    assert!(
+        host(json!({"RestartPolicy": {"Name": "always", "MaximumRetryCount": 3}})).contains("on-failure")
+    );
+    assert!(host(json!({"AutoRemove": true, "RestartPolicy": {"Name": "always"}})).contains("AutoRemove"));
+    assert!(host(json!({"CapAdd": ["FLY"]})).contains("FLY"));
+    assert!(host(json!({"Ulimits": [{"Name": "nothing"}]})).contains("nothing"));
+    assert!(host(json!({"ExtraHosts": ["x"]})).contains("add-host"));
+    assert!(host(json!({"Binds": ["/a:b"]})).contains("must be absolute"));
+    assert!(host(json!({"Binds": ["/a:/b:wrong"]})).contains("invalid mode: wrong"));
+    assert!(host(json!({"Binds": ["/a:/b", "/c:/b"]})).starts_with("Duplicate mount point: /b"));
+    assert!(host(json!({"LogConfig": {"Config": {"max-size": "ten"}}})).contains("'ten'"));
+    assert!(refusal(json!({"WorkingDir": "srv"})).contains("absolute path"));
+    assert!(refusal(json!({"Env": ["=x"]})).contains("invalid environment variable"));
+    assert!(refusal(json!({"StopSignal": "SIGNOPE"})).contains("SIGNOPE"));
+}

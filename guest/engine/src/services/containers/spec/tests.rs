@@ -1,0 +1,146 @@
+//! Specs of whole records.
+
+use serde_json::{Value, json};
+
+use super::super::record::{Bind, tests::record};
+use super::process::DEFAULT_PATH;
+use super::*;
+
+/// The spec of the test record with these host settings, as JSON.
+fn built(change: impl FnOnce(&mut Record)) -> Value {
+    let mut record = record();
+    record.host.masked_paths = Some(vec!["/proc/kcore".into()]);
+    record.host.cgroupns_mode = "private".into();
+    record.host.shm_size = 64 << 20;
+    change(&mut record);
+    let spec = build(&Input {
+        record: &record,
+        user: &User { uid: 0, gid: 0, additional: vec![10], home: "/root".into() },
+        rootfs: Path::new("/run/c/rootfs"),
+        files: Path::new("/data/c"),
+        network: &NetworkNamespace::Path("/run/netns/c".into()),
+        grantable: &defaults::all_capabilities(),
+        host_devices: &[],
+    })
+    .unwrap();
+    serde_json::to_value(spec).unwrap()
+}
+
+fn destinations(spec: &Value) -> Vec<&str> {
+    spec["mounts"].as_array().unwrap().iter().map(|mount| mount["destination"].as_str().unwrap()).collect()
+}
+
+fn namespaces_of(spec: &Value) -> Vec<&str> {
+    spec["linux"]["namespaces"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|entry| entry["type"].as_str().unwrap())
+        .collect()
+}
+
+#[test]
+fn a_plain_container() {
+    let spec = built(|record| {
+        record.config.hostname = "web".into();
+        record.config.env = Some(vec!["A=1".into()]);
+    });
+    assert_eq!(spec["root"], json!({"path": "/run/c/rootfs", "readonly": false}));
+    assert_eq!(spec["hostname"], "web");
+    assert_eq!(spec["process"]["args"], json!(["sleep", "1"]));
+    assert_eq!(spec["process"]["cwd"], "/");
+    assert_eq!(spec["process"]["env"], json!([DEFAULT_PATH, "HOSTNAME=web", "A=1", "HOME=/root"]));
+    assert_eq!(spec["process"]["user"]["additionalGids"], json!([0, 10]));
+    assert_eq!(spec["process"]["noNewPrivileges"], false);
+    assert_eq!(spec["process"]["capabilities"]["bounding"].as_array().unwrap().len(), 14);
+    assert_eq!(namespaces_of(&spec), ["mount", "network", "uts", "pid", "ipc", "cgroup"]);
+    assert_eq!(spec["linux"]["namespaces"][1]["path"], "/run/netns/c");
+    assert_eq!(spec["linux"]["cgroupsPath"], format!("/engine/{}", "3f2a9c1d77e04b5c".repeat(4)));
+    assert_eq!(spec["linux"]["maskedPaths"], json!(["/proc/kcore"]));
+    assert!(spec["linux"]["seccomp"].is_object());
+    assert_eq!(
+        destinations(&spec),
+        [
+            "/proc",
+            "/dev",
+            "/dev/pts",
+            "/sys",
+            "/sys/fs/cgroup",
+            "/dev/mqueue",
+            "/dev/shm",
+            "/etc/resolv.conf",
+            "/etc/hostname",
+            "/etc/hosts"
+        ]
+    );
+}
+
+#[test]
+fn a_privileged_container_is_confined_by_nothing() {
+    let spec = built(|record| {
+        record.host.privileged = true;
+        record.host.masked_paths = None;
+    });
+    assert!(spec["linux"].get("seccomp").is_none_or(Value::is_null));
+    assert_eq!(spec["process"]["capabilities"]["bounding"].as_array().unwrap().len(), 41);
+    assert_eq!(spec["linux"]["maskedPaths"], json!([]));
+    assert_eq!(spec["linux"]["resources"]["devices"][0]["allow"], true);
+}
+
+#[test]
+fn namespaces_of_the_host_are_not_made() {
+    let spec = built(|record| {
+        record.host.pid_mode = "host".into();
+        record.host.ipc_mode = "host".into();
+        record.host.uts_mode = "host".into();
+        record.host.cgroupns_mode = "host".into();
+    });
+    assert_eq!(namespaces_of(&spec), ["mount", "network"]);
+    assert!(spec.get("hostname").is_none_or(Value::is_null));
+}
+
+#[test]
+fn mounts_come_after_what_they_lie_in_and_replace_ours() {
+    let bind = |source: &str, destination: &str, read_only| Bind {
+        source: source.into(),
+        destination: destination.into(),
+        read_only,
+        mode: String::new(),
+        propagation: "rprivate".into(),
+    };
+    let spec = built(|record| {
+        record.binds = vec![
+            bind("/a", "/srv/deep/er", true),
+            bind("/b", "/srv", false),
+            bind("/h", "/etc/hosts", false),
+        ];
+        record.host.tmpfs = Some([("/dev/shm".to_owned(), "size=1m".to_owned())].into());
+    });
+    let order = destinations(&spec);
+    let place = |wanted: &str| order.iter().position(|found| *found == wanted).unwrap();
+    assert!(place("/srv") < place("/srv/deep/er"));
+    assert_eq!(order.iter().filter(|found| **found == "/dev/shm").count(), 1);
+    assert_eq!(order.iter().filter(|found| **found == "/etc/hosts").count(), 1);
+    let mounts = spec["mounts"].as_array().unwrap();
+    assert_eq!(mounts[place("/etc/hosts")]["source"], "/h");
+    assert_eq!(mounts[place("/srv/deep/er")]["options"], json!(["rbind", "rprivate", "ro"]));
+    assert_eq!(mounts[place("/dev/shm")]["options"], json!(["nosuid", "nodev", "noexec", "size=1m"]));
+}
+
+#[test]
+fn limits_become_resources() {
+    let spec = built(|record| {
+        record.host.memory = 64 << 20;
+        record.host.memory_swap = 128 << 20;
+        record.host.nano_cpus = 1_500_000_000;
+        record.host.pids_limit = Some(50);
+    });
+    let resources = &spec["linux"]["resources"];
+    assert_eq!(resources["memory"]["limit"], 64 << 20);
+    assert_eq!(resources["memory"]["swap"], 128 << 20);
+    assert_eq!((&resources["cpu"]["quota"], &resources["cpu"]["period"]), (&json!(150_000), &json!(100_000)));
+    assert_eq!(resources["pids"]["limit"], 50);
+    let plain = built(|_| {});
+    assert!(plain["linux"]["resources"].get("memory").is_none_or(Value::is_null));
+    assert!(plain["linux"]["resources"].get("cpu").is_none_or(Value::is_null));
+}
