@@ -6,8 +6,8 @@ use guest_api::{ContainerConfig, HostConfig};
 use super::unsupported;
 use crate::failure::Failure;
 
-/// Refuses policies, health checks and log options that cannot be followed.
-pub fn check(config: &ContainerConfig, host: &HostConfig) -> Result<(), Failure> {
+/// Refuses what is not offered yet.
+pub fn refuse_unsupported(config: &ContainerConfig, host: &HostConfig) -> Result<(), Failure> {
     let test = |check: &Healthcheck| check.test.as_deref().is_some_and(|test| test != ["NONE"]);
     if config.healthcheck.as_ref().is_some_and(test) {
         return Err(unsupported("health checks (Healthcheck)"));
@@ -15,6 +15,11 @@ pub fn check(config: &ContainerConfig, host: &HostConfig) -> Result<(), Failure>
     if !matches!(host.log_config.kind.as_str(), "" | "json-file" | "none") {
         return Err(unsupported("this log driver (LogConfig)"));
     }
+    Ok(())
+}
+
+/// Refuses policies and log options that cannot be followed.
+pub fn check(host: &HostConfig) -> Result<(), Failure> {
     restart_policy(host)?;
     log_options(host)?;
     Ok(())

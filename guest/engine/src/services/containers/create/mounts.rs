@@ -8,8 +8,8 @@ use super::super::record::Bind;
 use super::unsupported;
 use crate::failure::Failure;
 
-/// The binds of a container, none of which has another's place.
-pub fn resolve(config: &ContainerConfig, host: &HostConfig) -> Result<Vec<Bind>, Failure> {
+/// Refuses what is not offered yet.
+pub fn refuse_unsupported(config: &ContainerConfig, host: &HostConfig) -> Result<(), Failure> {
     if config.volumes.as_ref().is_some_and(|volumes| !volumes.is_empty()) {
         return Err(unsupported("anonymous volumes (Volumes)"));
     }
@@ -19,6 +19,11 @@ pub fn resolve(config: &ContainerConfig, host: &HostConfig) -> Result<Vec<Bind>,
     if host.mounts.as_ref().is_some_and(|list| !list.is_empty()) {
         return Err(unsupported("mounts in the long form (Mounts)"));
     }
+    Ok(())
+}
+
+/// The binds of a container, none of which has another's place.
+pub fn resolve(host: &HostConfig) -> Result<Vec<Bind>, Failure> {
     for destination in host.tmpfs.iter().flat_map(|mounts| mounts.keys()) {
         destination_path(destination)?;
     }
