@@ -167,6 +167,8 @@ pub struct MachineInfo {
     pub docker_socket: PathBuf,
     /// The guest's own figures, while it runs.
     pub guest: Option<GuestStatus>,
+    /// vsock streams between host and guest, while it runs. One is the control session and one the log.
+    pub open_streams: Option<u64>,
 }
 
 /// What the guest says about itself.

@@ -118,6 +118,9 @@ fn describe(info: &MachineInfo) -> String {
             format!("{} of {}", mib(guest.disk_used_bytes), mib(guest.disk_total_bytes)),
         ));
     }
+    if let Some(streams) = info.open_streams {
+        rows.push(("Connections", format!("{streams} between host and guest")));
+    }
     rows.iter().map(|(name, value)| format!("{:<16} {value}\n", format!("{name}:"))).collect()
 }
 
@@ -177,6 +180,7 @@ mod tests {
             image_digest: None,
             docker_socket: "/s".into(),
             guest: None,
+            open_streams: None,
         };
         let text = describe(&info);
         for part in ["qemu (tcg)", "KVM emulates", "it was killed", "5 MiB of 65536 MiB", "unix:///s"] {

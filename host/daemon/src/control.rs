@@ -183,6 +183,7 @@ impl Control {
             disk_used_bytes: guest.disk_used_bytes,
         });
         let status = self.supervisor.status().borrow().clone();
+        let open_streams = self.supervisor.open_streams().await;
         Ok(MachineInfo {
             status,
             backend,
@@ -195,6 +196,7 @@ impl Control {
             image: self.image_dir.clone(),
             docker_socket: self.state_dir.home().docker_socket(),
             guest,
+            open_streams,
         })
     }
 

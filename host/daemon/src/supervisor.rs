@@ -53,6 +53,7 @@ enum Message {
         fd: OwnedFd,
     },
     GuestInfo(oneshot::Sender<Result<GuestInfo, Failure>>),
+    Streams(oneshot::Sender<u64>),
     Backend(oneshot::Sender<Option<BackendChoice>>),
     /// From the VM process of that generation.
     Vmm(u64, Report),
@@ -97,6 +98,12 @@ impl Handle {
         }
     }
 
+    /// How many connections to and from the guest are open; `None` when it does not run or the VM process does not
+    /// answer in time.
+    pub(crate) async fn open_streams(&self) -> Option<u64> {
+        tokio::time::timeout(INFO_TIME_MAX, self.ask(Message::Streams)).await.ok()?.ok()
+    }
+
     /// What runs the machine now.
     pub(crate) async fn backend(&self) -> Option<BackendChoice> {
         self.ask(Message::Backend).await.ok().flatten()
@@ -130,6 +137,8 @@ pub(crate) struct Supervisor {
     /// How the VM process said that it ended.
     stop_reason: Option<StopReason>,
     backend: Option<BackendChoice>,
+    /// Who waits for the VM process to count its streams.
+    stream_counts: Vec<oneshot::Sender<u64>>,
     session: Option<mpsc::Sender<Ask>>,
     requests: mpsc::Receiver<Message>,
     /// For the threads and tasks that report to this one.
@@ -156,6 +165,7 @@ impl Supervisor {
             vmm: None,
             stop_reason: None,
             backend: None,
+            stream_counts: Vec::new(),
             session: None,
             requests,
             reports,
@@ -200,6 +210,12 @@ impl Supervisor {
                 Some(session) => drop(session.try_send(Ask::Info(reply))),
                 None => drop(reply),
             },
+            Message::Streams(reply) => {
+                if let Some(vmm) = &self.vmm {
+                    vmm.send(Command::CountStreams, None);
+                    self.stream_counts.push(reply);
+                }
+            }
             Message::Backend(reply) => drop(reply.send(self.backend.clone())),
             Message::Vmm(generation, report) if generation == self.generation => self.vmm_reported(report),
             Message::Notice(generation, notice) if generation == self.generation => self.noticed(notice),
@@ -343,11 +359,19 @@ impl Supervisor {
                 self.handle(Input::Stage("booting the guest".into()));
             }
             Report::Event(Event::Accepted { port }, fds) => self.accepted(port, fds),
+            Report::Event(Event::Streams { open }, _) => {
+                for reply in self.stream_counts.drain(..) {
+                    if reply.send(open).is_err() {
+                        debug!("who asked for the number of streams has given up");
+                    }
+                }
+            }
             Report::Event(Event::Stopped { reason }, _) => self.stop_reason = Some(reason),
             Report::Gone(status) => {
                 self.vmm = None;
                 self.session = None;
                 self.backend = None;
+                self.stream_counts.clear();
                 let reason = match self.stop_reason.take() {
                     Some(StopReason::PoweredOff) => "the guest powered itself off".into(),
                     Some(StopReason::Killed) => "the machine was killed".into(),

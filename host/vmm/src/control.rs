@@ -13,6 +13,8 @@
 //!                           <-   Stage … Stage, Running
 //!   Connect{port} + 1 fd    ->
 //!                           <-   Accepted{port} + 1 fd
+//!   CountStreams            ->
+//!                           <-   Streams{open}
 //!   Stop | Kill | end of file ->
 //!                           <-   Stopped{reason}, end of file
 //! ```
@@ -50,6 +52,8 @@ pub enum Command {
         /// The guest's port.
         port: u32,
     },
+    /// How many vsock streams are open? Answered by [`Event::Streams`].
+    CountStreams,
     /// Power off: ask the guest through its power port, kill it when that takes too long.
     Stop,
     /// End the machine at once.
@@ -78,6 +82,11 @@ pub enum Event {
     Accepted {
         /// The host's port.
         port: u32,
+    },
+    /// The answer to [`Command::CountStreams`].
+    Streams {
+        /// vsock streams in the device's table, from either side.
+        open: u64,
     },
     /// The machine has ended. The last message.
     Stopped {

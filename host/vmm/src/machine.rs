@@ -189,6 +189,11 @@ impl Running {
         }
     }
 
+    /// How many vsock streams are open, from either side.
+    pub fn open_streams(&self) -> u64 {
+        self.connector.as_ref().map_or(0, Connector::open_streams)
+    }
+
     /// Ends the machine at once.
     pub fn kill(&self) {
         self.killer.kill();

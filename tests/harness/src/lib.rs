@@ -12,6 +12,7 @@ mod image;
 mod namespace;
 mod processes;
 mod registry;
+mod usage;
 mod world;
 
 pub use command::{Finished, Running, Timed, run, wait_until};
@@ -20,3 +21,4 @@ pub use image::{Layer, TestImage};
 pub use namespace::enter_private_namespaces;
 pub use processes::Processes;
 pub use registry::Registry;
+pub use usage::Usage;

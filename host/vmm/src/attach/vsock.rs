@@ -2,9 +2,10 @@
 
 use std::error::Error;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use guest_protocol::port;
-use host_devices::virtio::vsock::{Backend, Cid, Handle, Vsock};
+use host_devices::virtio::vsock::{Backend, Cid, Counters, Handle, Vsock};
 use host_hypervisor::qemu::Device;
 
 use super::{Attached, Context};
@@ -14,14 +15,22 @@ pub(super) struct Attachment;
 
 /// Opens connections to the guest, from any thread.
 #[derive(Clone)]
-pub(crate) struct Connector(Handle);
+pub(crate) struct Connector {
+    handle: Handle,
+    counters: Arc<Counters>,
+}
 
 impl Connector {
     /// Connects a stream socket to a port of the guest; the socket is closed if that cannot be.
     pub(crate) fn connect(&self, port: u32, stream: OwnedFd) {
-        if let Err(error) = self.0.connect(port, stream) {
+        if let Err(error) = self.handle.connect(port, stream) {
             tracing::warn!(port, %error, "cannot connect to the guest");
         }
+    }
+
+    /// How many streams are open, from either side.
+    pub(crate) fn open_streams(&self) -> u64 {
+        self.counters.open_streams()
     }
 }
 
@@ -42,7 +51,7 @@ impl super::Attachment for Attachment {
         let ports = [port::SESSION, port::LOG].into();
         let device =
             Vsock::new(Cid(u64::from(port::GUEST_CID)), Backend { ports, accepted: Box::new(accepted) })?;
-        context.connector = Some(Connector(device.handle()));
+        context.connector = Some(Connector { handle: device.handle(), counters: device.counters() });
         context.serve("vsock", device, |fd| Device::VhostUserVsock { fd })
     }
 }
