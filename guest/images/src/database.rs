@@ -5,7 +5,7 @@ use std::sync::Arc;
 use redb::{ReadTransaction, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use crate::{ChainId, Digest, Error, ImageLayer, Kind, Result};
+use crate::{ChainId, Digest, Error, ImageId, ImageLayer, Kind, Result};
 
 /// Blobs that are durable: digest to size.
 pub(crate) const BLOBS: TableDefinition<'static, &str, u64> = TableDefinition::new("images_blobs");
@@ -28,6 +28,9 @@ pub(crate) struct ImageRecord {
     /// The indexes through which it was found; kept with it.
     pub(crate) indexes: Vec<Digest>,
     pub(crate) layers: Vec<ImageLayer>,
+    /// The image it was committed from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) parent: Option<ImageId>,
     pub(crate) last_tagged: i64,
 }
 

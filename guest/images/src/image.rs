@@ -18,6 +18,8 @@ pub struct Image {
     pub manifest_digest: Digest,
     /// The manifest's media type.
     pub manifest_media_type: String,
+    /// Bytes of the manifest.
+    pub manifest_size: u64,
     /// The configuration, decoded. [`Image::config_json`] has every field.
     pub config: ImageConfig,
     /// The configuration as it is stored: its digest is the id.
@@ -30,6 +32,8 @@ pub struct Image {
     pub size: u64,
     /// The layers, bottom first.
     pub layers: Vec<ImageLayer>,
+    /// The image it was committed from, on this engine.
+    pub parent: Option<ImageId>,
     /// When the image was pulled, loaded or last tagged, in seconds since 1970.
     pub last_tagged: i64,
 }
@@ -273,10 +277,21 @@ pub struct InUse {
 /// One thing a remove did, in order.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Deleted {
-    /// A name is gone (familiar form).
-    Untagged(String),
-    /// An image or a layer is gone (`sha256:…`).
-    Deleted(String),
+    /// A name is gone.
+    Untagged(Reference),
+    /// An image is gone.
+    Image(ImageId),
+    /// A layer is gone, because the image before it in the list was the last that stood on it.
+    Layer(ChainId),
+}
+
+/// How to remove an image.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct RemoveOptions {
+    /// Also when it has several names, or stopped containers use it.
+    pub force: bool,
+    /// Its parents go along as long as nothing else needs them.
+    pub parents: bool,
 }
 
 #[cfg(test)]

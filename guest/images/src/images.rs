@@ -11,8 +11,7 @@ use redb::{ReadableTable, WriteTransaction};
 use tokio::sync::Semaphore;
 
 use crate::{
-    AnyReference, ChainId, ContentStore, Deleted, Digest, Error, Image, ImageId, InUse, Kind, Reference,
-    Result, Snapshotter,
+    AnyReference, ChainId, ContentStore, Digest, Error, Image, ImageId, Kind, Reference, Result, Snapshotter,
     database::{self, ImageRecord, NAMES, RECORDS, Store},
     download::{Downloads, blocking},
     lease::Leases,
@@ -202,52 +201,6 @@ impl Images {
         .await
     }
 
-    /// Untags and deletes by Docker's rules, with its sentences. `in_use` lists the containers made from an image.
-    ///
-    /// An image that a stopped container uses can be deleted with `force`: the container keeps its layers.
-    pub async fn remove(
-        &self,
-        name: &str,
-        force: bool,
-        in_use: impl Fn(&ImageId) -> Vec<InUse> + Send + Sync,
-    ) -> Result<Vec<Deleted>> {
-        let (inner, text) = (self.0.clone(), name.to_owned());
-        let found = blocking(move || inner.find(&text)).await?;
-        let uses = in_use(&found.id);
-        let (inner, name, id) = (self.0.clone(), name.to_owned(), found.id);
-        let (mut deleted, gone) = blocking(move || {
-            let transaction = inner.store.write()?;
-            let removal = {
-                let mut names = transaction.open_table(NAMES)?;
-                let references = names_by_id(&names)?.remove(&id).unwrap_or_default();
-                let removal = plan_removal(&name, id, found.by_name.as_ref(), &references, force, &uses)?;
-                for reference in &removal.untag {
-                    names.remove(reference.to_string().as_str())?;
-                }
-                if removal.delete {
-                    transaction.open_table(RECORDS)?.remove(id.hex().as_str())?;
-                }
-                removal
-            };
-            transaction.commit()?;
-            let deleted: Vec<Deleted> =
-                removal.untag.iter().map(|reference| Deleted::Untagged(reference.familiar())).collect();
-            Ok((deleted, removal.delete.then_some(found.record)))
-        })
-        .await?;
-        if let Some(record) = gone {
-            deleted.push(Deleted::Deleted(id.to_string()));
-            let collected = self.collect().await?;
-            let chains = record.layers.iter().rev().map(|layer| layer.chain_id);
-            deleted.extend(
-                chains
-                    .filter(|chain| collected.layers.contains(chain))
-                    .map(|chain| Deleted::Deleted(chain.to_string())),
-            );
-        }
-        Ok(deleted)
-    }
-
     /// Removes what nothing refers to; answers the bytes freed.
     pub async fn collect_garbage(&self) -> Result<u64> {
         Ok(self.collect().await?.bytes)
@@ -343,6 +296,7 @@ impl Inner {
         Ok(Image {
             id,
             manifest_digest: record.manifest,
+            manifest_size: self.content.size(&record.manifest)?.unwrap_or_default(),
             manifest_media_type: record.manifest_media_type,
             config,
             config_json,
@@ -350,6 +304,7 @@ impl Inner {
             repo_digests: familiar(digests),
             size: record.layers.iter().map(|layer| layer.size).sum(),
             layers: record.layers,
+            parent: record.parent,
             last_tagged: record.last_tagged,
         })
     }
@@ -373,7 +328,12 @@ impl Inner {
         let chains: Vec<ChainId> = record.layers.iter().map(|layer| layer.chain_id).collect();
         self.content.record(transaction, &blobs)?;
         self.snapshotter.record_layers(transaction, &chains)?;
-        transaction.open_table(RECORDS)?.insert(id.hex().as_str(), database::encode(record)?.as_slice())?;
+        let mut records = transaction.open_table(RECORDS)?;
+        // What comes again from elsewhere was still made here.
+        let known = database::get::<ImageRecord>(&records, &id.hex())?;
+        let parent = record.parent.or(known.and_then(|known| known.parent));
+        let record = ImageRecord { parent, ..record.clone() };
+        records.insert(id.hex().as_str(), database::encode(&record)?.as_slice())?;
         let mut table = transaction.open_table(NAMES)?;
         for name in names {
             table.insert(name.to_string().as_str(), id.hex().as_str())?;
@@ -440,169 +400,4 @@ pub(crate) fn names_by_id(
         names.entry(database::digest_of_key(id.value())?).or_default().push(reference);
     }
     Ok(names)
-}
-
-/// What a remove will do.
-#[derive(Debug, PartialEq, Eq)]
-struct Removal {
-    untag: Vec<Reference>,
-    delete: bool,
-}
-
-/// dockerd's decision (`ImageDelete`): which names go, and whether the image goes with them.
-fn plan_removal(
-    text: &str,
-    id: ImageId,
-    by_name: Option<&Reference>,
-    references: &[Reference],
-    force: bool,
-    uses: &[InUse],
-) -> Result<Removal> {
-    let running = uses.iter().find(|r#use| r#use.running);
-    let stopped = uses.iter().find(|r#use| !r#use.running);
-    let short = |r#use: &InUse| r#use.container.chars().take(12).collect::<String>();
-    let unable = |how: &str, why: String| {
-        Error::conflict(format!("conflict: unable to delete {} ({how}) - {why}", id.short()))
-    };
-    let forbidden = |references: usize| {
-        if let Some(r#use) = running {
-            return Some(unable(
-                "cannot be forced",
-                format!("image is being used by running container {}", short(r#use)),
-            ));
-        }
-        if !force && references > 1 {
-            return Some(unable("must be forced", "image is referenced in multiple repositories".to_owned()));
-        }
-        stopped.filter(|_| !force).map(|r#use| {
-            unable("must be forced", format!("image is being used by stopped container {}", short(r#use)))
-        })
-    };
-    let Some(name) = by_name else {
-        // By id: the names of one repository go with it, those of several need force.
-        if is_single(references) {
-            if let Some(conflict) = forbidden(0) {
-                return Err(conflict);
-            }
-        } else if let Some(conflict) = forbidden(references.len()) {
-            return Err(conflict);
-        }
-        return Ok(Removal { untag: references.to_vec(), delete: true });
-    };
-    if !force
-        && is_single(references)
-        && let Some(r#use) = uses.first()
-    {
-        return Err(Error::conflict(format!(
-            "conflict: unable to remove repository reference \"{text}\" (must force) - container {} is using its referenced image {}",
-            short(r#use),
-            id.short()
-        )));
-    }
-    let mut untag = vec![name.clone()];
-    let mut rest: Vec<&Reference> = references.iter().filter(|reference| *reference != name).collect();
-    // With the last tag of a repository go its digests.
-    let tagged = rest.iter().any(|reference| reference.digest().is_none() && reference.name() == name.name());
-    if name.digest().is_none() && !tagged {
-        let (going, staying): (Vec<&Reference>, Vec<&Reference>) = rest
-            .into_iter()
-            .partition(|reference| reference.digest().is_some() && reference.name() == name.name());
-        untag.extend(going.into_iter().cloned());
-        rest = staying;
-    }
-    // Without a name, but in use: the image stays.
-    let delete = rest.is_empty() && forbidden(0).is_none();
-    Ok(Removal { untag, delete })
-}
-
-/// At most one tag, and digests only of its repository.
-fn is_single(references: &[Reference]) -> bool {
-    if references.len() <= 1 {
-        return true;
-    }
-    let tags = references.iter().filter(|reference| reference.digest().is_none()).count();
-    tags <= 1 && references.iter().all(|reference| reference.name() == references[0].name())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const DIGEST: &str = "@sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
-
-    fn references(names: &[&str]) -> Vec<Reference> {
-        names.iter().map(|name| name.parse().expect("a name")).collect()
-    }
-
-    fn used(running: bool) -> Vec<InUse> {
-        vec![InUse { container: "0123456789abcdef".to_owned(), running }]
-    }
-
-    fn plan(
-        by_name: Option<&str>,
-        names: &[&str],
-        force: bool,
-        uses: &[InUse],
-    ) -> Result<(Vec<String>, bool), String> {
-        let names = references(names);
-        let name = by_name.map(|name| name.parse::<Reference>().expect("a name"));
-        let removal =
-            plan_removal(by_name.unwrap_or("e3b0"), Digest::of(b""), name.as_ref(), &names, force, uses);
-        removal
-            .map(|removal| (removal.untag.iter().map(Reference::familiar).collect(), removal.delete))
-            .map_err(|error| error.to_string())
-    }
-
-    fn gone(names: &[&str], delete: bool) -> Result<(Vec<String>, bool), String> {
-        Ok((names.iter().map(|name| (*name).to_owned()).collect(), delete))
-    }
-
-    #[test]
-    fn a_name_goes_alone_while_others_remain() {
-        assert_eq!(plan(Some("x:1"), &["x:1", "x:2"], false, &[]), gone(&["x:1"], false));
-        assert_eq!(plan(Some("x:1"), &["x:1", "y:1"], false, &used(true)), gone(&["x:1"], false));
-    }
-
-    #[test]
-    fn the_last_name_takes_its_digests_and_the_image_along() {
-        let digest = format!("x{DIGEST}");
-        assert_eq!(plan(Some("x:1"), &["x:1"], false, &[]), gone(&["x:1"], true));
-        assert_eq!(plan(Some("x:1"), &["x:1", &digest], false, &[]), gone(&["x:1", &digest], true));
-        let other = format!("y{DIGEST}");
-        assert_eq!(plan(Some("x:1"), &["x:1", &other], false, &[]), gone(&["x:1"], false));
-    }
-
-    #[test]
-    fn the_last_name_of_a_used_image_needs_force() {
-        let refused = "conflict: unable to remove repository reference \"x:1\" (must force) - container 0123456789ab is using its referenced image e3b0c44298fc";
-        assert_eq!(plan(Some("x:1"), &["x:1"], false, &used(false)), Err(refused.to_owned()));
-        assert_eq!(plan(Some("x:1"), &["x:1"], true, &used(false)), gone(&["x:1"], true));
-        assert_eq!(
-            plan(Some("x:1"), &["x:1"], true, &used(true)),
-            gone(&["x:1"], false),
-            "it stays without a name"
-        );
-    }
-
-    #[test]
-    fn by_id_needs_force_for_several_repositories_and_stopped_containers() {
-        assert_eq!(plan(None, &[], false, &[]), gone(&[], true));
-        assert_eq!(plan(None, &["x:1"], false, &[]), gone(&["x:1"], true));
-        let error =
-            |how: &str, why: &str| Err(format!("conflict: unable to delete e3b0c44298fc ({how}) - {why}"));
-        assert_eq!(
-            plan(None, &["x:1", "y:1"], false, &[]),
-            error("must be forced", "image is referenced in multiple repositories")
-        );
-        assert_eq!(plan(None, &["x:1", "y:1"], true, &[]), gone(&["x:1", "y:1"], true));
-        assert_eq!(
-            plan(None, &["x:1"], false, &used(false)),
-            error("must be forced", "image is being used by stopped container 0123456789ab")
-        );
-        assert_eq!(plan(None, &["x:1"], true, &used(false)), gone(&["x:1"], true));
-        assert_eq!(
-            plan(None, &["x:1"], true, &used(true)),
-            error("cannot be forced", "image is being used by running container 0123456789ab")
-        );
-    }
 }

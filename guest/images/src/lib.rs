@@ -40,6 +40,7 @@ mod progress;
 mod pull;
 pub mod reference;
 mod registry;
+mod removal;
 mod snapshot;
 mod sweep;
 mod tarball;
@@ -50,7 +51,7 @@ pub use digest::{ChainId, Digest, DigestError, Hasher};
 pub use error::{Error, Kind, Result};
 pub use image::{
     Config, Credentials, Deleted, Healthcheck, History, Image, ImageConfig, ImageId, ImageLayer, InUse,
-    LoadedImage, PulledImage, Rootfs,
+    LoadedImage, PulledImage, RemoveOptions, Rootfs,
 };
 pub use images::{DiskUsage, Images, Limits, Options};
 pub use platform::Platform;

@@ -317,6 +317,7 @@ impl Images {
             manifest_media_type: plan.manifest.stated_media_type().to_owned(),
             indexes: plan.indexes,
             layers,
+            parent: None,
             last_tagged: now(),
         };
         // From here to the end of the lease the collector waits, so the image is never without either.

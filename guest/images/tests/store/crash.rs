@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use guest_images::{Credentials, Digest, Kind};
+use guest_images::{Credentials, Digest, Kind, RemoveOptions};
 
 use crate::{
     load::saved,
@@ -17,6 +17,7 @@ use crate::{
     server::{Content, Server},
 };
 
+const FORCE: RemoveOptions = RemoveOptions { force: true, parents: true };
 const VICTIM: &str = "STORE_TEST_VICTIM";
 
 /// Not a test by itself: what the killed process does. It pulls the same image under ever new names.
@@ -38,7 +39,7 @@ async fn victim() {
         std::fs::write(acknowledged, "").expect("write");
         if images.list().await.expect("list").len() == 3 {
             std::fs::remove_file(format!("{folder}/acknowledged-{name}")).expect("remove");
-            images.remove(&reference.familiar(), true, |_| Vec::new()).await.expect("removed");
+            images.remove(&reference.familiar(), FORCE, |_| Vec::new()).await.expect("removed");
         }
     }
 }

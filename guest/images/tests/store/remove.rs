@@ -2,12 +2,15 @@
 
 use std::io::Cursor;
 
-use guest_images::{Deleted, Digest, Images, InUse, Kind};
+use guest_images::{Deleted, Digest, Images, InUse, Kind, RemoveOptions};
 
 use crate::{
     load::saved,
     maker::{MadeImage, MadeLayer, Store, silent, small},
 };
+
+const PLAIN: RemoveOptions = RemoveOptions { force: false, parents: true };
+const FORCE: RemoveOptions = RemoveOptions { force: true, parents: true };
 
 async fn loaded(store: &Store, images: &[(&str, &MadeImage)]) -> Images {
     let opened = store.open();
@@ -74,28 +77,28 @@ async fn untagging_keeps_the_image_until_its_last_name_goes() {
     images.tag("shop:1", &"other".parse().expect("a name")).await.expect("tagged");
     assert_eq!(images.resolve("other").await.expect("found").repo_tags, ["other:latest", "shop:1"]);
     assert_eq!(
-        images.remove("shop:1", false, unused).await.expect("untagged"),
-        [Deleted::Untagged("shop:1".to_owned())]
+        images.remove("shop:1", PLAIN, unused).await.expect("untagged"),
+        [Deleted::Untagged("shop:1".parse().expect("a name"))]
     );
-    let chains: Vec<String> = images
+    let chains: Vec<Deleted> = images
         .resolve("other")
         .await
         .expect("found")
         .layers
         .iter()
         .rev()
-        .map(|layer| layer.chain_id.to_string())
+        .map(|layer| Deleted::Layer(layer.chain_id))
         .collect();
     let mut expected =
-        vec![Deleted::Untagged("other:latest".to_owned()), Deleted::Deleted(image.id().to_string())];
-    expected.extend(chains.into_iter().map(Deleted::Deleted));
-    assert_eq!(images.remove("other", false, unused).await.expect("deleted"), expected);
+        vec![Deleted::Untagged("other:latest".parse().expect("a name")), Deleted::Image(image.id())];
+    expected.extend(chains);
+    assert_eq!(images.remove("other", PLAIN, unused).await.expect("deleted"), expected);
     assert!(images.list().await.expect("list").is_empty());
     for folder in ["blobs/sha256", "layers"] {
         assert_eq!(store.files(folder), [""; 0]);
     }
     assert_eq!(
-        images.remove("other", false, unused).await.expect_err("gone").to_string(),
+        images.remove("other", PLAIN, unused).await.expect_err("gone").to_string(),
         "No such image: other:latest"
     );
 }
@@ -108,7 +111,7 @@ async fn what_a_container_stands_on_stays() {
     let chain = images.resolve("shop:1").await.expect("found").chain();
     images.snapshotter().prepare("container", chain).expect("prepared");
     let stopped = |_: &Digest| vec![InUse { container: "c".repeat(64), running: false }];
-    let refused = images.remove("shop:1", false, stopped).await.expect_err("in use");
+    let refused = images.remove("shop:1", PLAIN, stopped).await.expect_err("in use");
     assert_eq!(refused.kind(), Kind::Conflict);
     assert_eq!(
         refused.to_string(),
@@ -117,7 +120,7 @@ async fn what_a_container_stands_on_stays() {
             image.id().short()
         )
     );
-    images.remove("shop:1", true, stopped).await.expect("forced");
+    images.remove("shop:1", FORCE, stopped).await.expect("forced");
     assert_eq!(store.files("layers").len(), 2, "the container's layers stay");
     assert_eq!(images.snapshotter().mounts("container").expect("mounts").lower.len(), 2);
     images.snapshotter().remove("container").expect("removed");
@@ -141,4 +144,20 @@ async fn tags_that_cannot_be_are_refused() {
         images.tag("nothing", &"x".parse().expect("a name")).await.expect_err("nothing").kind(),
         Kind::NotFound
     );
+}
+
+#[tokio::test]
+async fn an_image_with_a_damaged_configuration_can_be_removed() {
+    let image = small();
+    let store = Store::new();
+    let images = loaded(&store, &[("shop:1", &image)]).await;
+    std::fs::write(images.content().path(&image.id()), "damaged").expect("written");
+    assert_eq!(images.resolve("shop:1").await.expect_err("damaged").kind(), Kind::Corrupt);
+    assert!(images.list().await.expect("listed").is_empty());
+    let deleted = images.remove("shop:1", PLAIN, unused).await.expect("removed");
+    assert_eq!(deleted[1], Deleted::Image(image.id()));
+    assert_eq!(store.files("blobs/sha256"), [""; 0]);
+    // It can come again.
+    images.load(Cursor::new(saved(&[("shop:1", &image)])), silent).await.expect("loaded");
+    images.resolve("shop:1").await.expect("whole");
 }
