@@ -78,14 +78,62 @@ impl Filters {
     /// Whether every `label` / `key=value` filter is met by `labels`. Unlike other keys, labels all have to match.
     #[must_use]
     pub fn allows_labels(&self, labels: &BTreeMap<String, String>) -> bool {
-        self.get("label").is_none_or(|wanted| {
-            wanted.iter().all(|filter| match filter.split_once('=') {
-                Some((key, value)) => labels.get(key).is_some_and(|actual| actual == value),
-                None => labels.contains_key(filter),
-            })
-        })
+        self.get("label").is_none_or(|wanted| has_all(labels, wanted))
+    }
+
+    /// The same with `label!`, which a prune takes too: what has all of those is spared.
+    #[must_use]
+    pub fn prunes_labels(&self, labels: &BTreeMap<String, String>) -> bool {
+        self.allows_labels(labels) && self.get("label!").is_none_or(|spared| !has_all(labels, spared))
+    }
+
+    /// Refuses a key that is not among `known`.
+    pub fn expect_keys(&self, known: &[&str]) -> Result<(), InvalidFilter> {
+        match self.keys().find(|key| !known.contains(key)) {
+            Some(key) => Err(InvalidFilter { key: key.to_owned(), values: None }),
+            None => Ok(()),
+        }
+    }
+
+    /// A key whose one value is a truth: `1`, `true`, `0` or `false`.
+    pub fn boolean(&self, key: &str, default: bool) -> Result<bool, InvalidFilter> {
+        let Some(values) = self.0.get(key) else { return Ok(default) };
+        let has = |words: [&str; 2]| words.iter().any(|word| values.contains(*word));
+        match (has(["1", "true"]), has(["0", "false"])) {
+            (true, false) => Ok(true),
+            (false, true) => Ok(false),
+            _ if values.is_empty() => Err(InvalidFilter { key: key.to_owned(), values: None }),
+            _ => Err(InvalidFilter { key: key.to_owned(), values: Some(values.iter().cloned().collect()) }),
+        }
     }
 }
+
+fn has_all(labels: &BTreeMap<String, String>, wanted: &BTreeSet<String>) -> bool {
+    wanted.iter().all(|filter| match filter.split_once('=') {
+        Some((key, value)) => labels.get(key).is_some_and(|actual| actual == value),
+        None => labels.contains_key(filter),
+    })
+}
+
+/// A filter that cannot be, as dockerd says it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InvalidFilter {
+    /// The key.
+    pub key: String,
+    /// Its values, when it is they that are wrong.
+    pub values: Option<Vec<String>>,
+}
+
+impl std::fmt::Display for InvalidFilter {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match &self.values {
+            None => write!(formatter, "invalid filter '{}'", self.key),
+            Some(values) => write!(formatter, "invalid filter '{}=[{}]'", self.key, values.join(" ")),
+        }
+    }
+}
+
+impl std::error::Error for InvalidFilter {}
 
 #[cfg(test)]
 mod tests {
@@ -119,5 +167,29 @@ mod tests {
         assert!(filters.allows("name", |name| name == "y"));
         assert!(!filters.allows("name", |name| name == "z"));
         assert!(filters.allows("unused", |_| false));
+    }
+
+    #[test]
+    fn a_prune_spares_what_has_all_of_the_labels_named() {
+        let labels = BTreeMap::from([("a".to_owned(), "1".to_owned())]);
+        let prunes = |text: &str| Filters::parse(text).unwrap().prunes_labels(&labels);
+        assert!(prunes("{}") && prunes(r#"{"label":["a=1"]}"#) && !prunes(r#"{"label":["b"]}"#));
+        assert!(!prunes(r#"{"label!":["a"]}"#) && prunes(r#"{"label!":["a=2"]}"#));
+        assert!(prunes(r#"{"label!":["a","b"]}"#));
+    }
+
+    #[test]
+    fn truths_are_one_word_and_keys_are_known() {
+        let filters = |text: &str| Filters::parse(text).unwrap();
+        let boolean = |text: &str| filters(text).boolean("x", true).map_err(|error| error.to_string());
+        assert_eq!(boolean("{}"), Ok(true));
+        assert_eq!(boolean(r#"{"x":["false"]}"#), Ok(false));
+        assert_eq!(boolean(r#"{"x":{"1":true}}"#), Ok(true));
+        assert_eq!(boolean(r#"{"x":["0","1"]}"#), Err("invalid filter 'x=[0 1]'".to_owned()));
+        assert_eq!(boolean(r#"{"x":["maybe"]}"#), Err("invalid filter 'x=[maybe]'".to_owned()));
+        assert_eq!(boolean(r#"{"x":[]}"#), Err("invalid filter 'x'".to_owned()));
+        assert!(filters(r#"{"x":["1"]}"#).expect_keys(&["x"]).is_ok());
+        let error = filters(r#"{"x":["1"],"y":["1"]}"#).expect_keys(&["x"]).unwrap_err();
+        assert_eq!(error.to_string(), "invalid filter 'y'");
     }
 }

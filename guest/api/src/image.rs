@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::container::{ContainerConfig, GraphDriver};
+use crate::manifest::ManifestSummary;
 
 /// One line of `GET /images/json`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -18,6 +19,9 @@ pub struct ImageSummary {
     pub id: String,
     /// Labels of the image (JSON null when it has none).
     pub labels: Option<BTreeMap<String, String>>,
+    /// What it consists of, when that was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub manifests: Option<Vec<ManifestSummary>>,
     /// The image it was committed from.
     pub parent_id: String,
     /// `name@sha256:…`.

@@ -15,8 +15,10 @@ pub mod exec;
 pub mod filter;
 pub mod frame;
 pub mod image;
+pub mod manifest;
 pub mod network;
 pub mod system;
+pub mod usage;
 pub mod version;
 pub mod volume;
 
@@ -26,7 +28,7 @@ pub use container::{
 };
 pub use error::{ErrorBody, ErrorKind};
 pub use event::Event;
-pub use filter::Filters;
+pub use filter::{Filters, InvalidFilter};
 pub use version::ApiVersion;
 
 use std::collections::BTreeMap;

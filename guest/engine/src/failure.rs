@@ -48,6 +48,12 @@ impl Failure {
     }
 }
 
+impl From<guest_api::InvalidFilter> for Failure {
+    fn from(error: guest_api::InvalidFilter) -> Self {
+        Self::invalid(error.to_string())
+    }
+}
+
 /// An error and its causes, joined by colons. A cause that the text before it repeats already is left out.
 pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
     let mut text = error.to_string();

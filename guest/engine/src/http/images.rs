@@ -7,6 +7,7 @@ use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 use futures_util::TryStreamExt;
 use guest_api::ApiVersion;
 use guest_api::image::AuthConfig;
+use guest_images::RemoveOptions;
 use http_body_util::BodyStream;
 use hyper::HeaderMap;
 use tokio_util::io::StreamReader;
@@ -15,10 +16,20 @@ use super::Services;
 use super::request::Call;
 use super::respond::{self, Answer};
 use crate::failure::Failure;
-use crate::services::images::PullQuery;
+use crate::services::images::{ImagesQuery, PullQuery};
 
+/// Until this version a pattern for names could be given apart from the filters.
+const FILTER_UNTIL: ApiVersion = ApiVersion::new(1, 41);
+/// Since this version what images share is told on request.
+const SHARED_SIZE_SINCE: ApiVersion = ApiVersion::new(1, 42);
+/// Until this version an image without names had the names `<none>`.
+const NONE_UNTIL: ApiVersion = ApiVersion::new(1, 43);
+/// Since this version an image's manifests are told on request.
+const MANIFESTS_SINCE: ApiVersion = ApiVersion::new(1, 47);
+/// Since this version an image's containers are counted.
+const CONTAINERS_SINCE: ApiVersion = ApiVersion::new(1, 51);
 /// Until this version sizes were told twice.
-const VIRTUAL_SIZE_UNTIL: ApiVersion = ApiVersion::new(1, 44);
+pub(super) const VIRTUAL_SIZE_UNTIL: ApiVersion = ApiVersion::new(1, 44);
 
 /// base64 for URLs; clients disagree about the padding.
 const BASE64: GeneralPurpose = GeneralPurpose::new(
@@ -27,11 +38,37 @@ const BASE64: GeneralPurpose = GeneralPurpose::new(
 );
 
 pub async fn list(services: &Services, call: &Call) -> Answer {
-    let mut images = services.images.list(&call.query.filters()?).await?;
-    if call.version < VIRTUAL_SIZE_UNTIL {
-        images.iter_mut().for_each(|image| image.virtual_size = Some(image.size));
+    let mut filters = call.query.filters()?;
+    let pattern = call.query.text("filter");
+    if call.version < FILTER_UNTIL && !pattern.is_empty() {
+        filters.add("reference", pattern);
+    }
+    let query = ImagesQuery {
+        all: call.query.flag("all"),
+        filters,
+        shared_size: call.version >= SHARED_SIZE_SINCE && call.query.flag("shared-size"),
+        manifests: call.version >= MANIFESTS_SINCE && call.query.flag("manifests"),
+    };
+    let mut images = services.images.list(&query, using(services)).await?;
+    for image in &mut images {
+        if call.version < NONE_UNTIL && image.repo_tags.is_empty() && image.repo_digests.is_empty() {
+            image.repo_tags.push("<none>:<none>".to_owned());
+            image.repo_digests.push("<none>@<none>".to_owned());
+        }
+        if call.version < CONTAINERS_SINCE {
+            image.containers = -1;
+        }
+        if call.version < VIRTUAL_SIZE_UNTIL {
+            image.virtual_size = Some(image.size);
+        }
     }
     respond::json(200, &images)
+}
+
+/// The containers made from an image.
+pub(super) fn using(services: &Services) -> impl Fn(&str) -> Vec<String> + Send + Sync + use<> {
+    let containers = services.containers.clone();
+    move |id| containers.using_image(id).into_iter().map(|user| user.container).collect()
 }
 
 pub async fn inspect(services: &Services, call: &Call, name: &str) -> Answer {
@@ -54,8 +91,17 @@ pub async fn tag(services: &Services, call: &Call, name: &str) -> Answer {
 pub async fn remove(services: &Services, call: &Call, name: &str) -> Answer {
     let containers = services.containers.clone();
     let in_use = move |id: &str| containers.using_image(id);
-    let deleted = services.images.remove(name, call.query.flag("force"), in_use).await?;
-    respond::json(200, &deleted)
+    if name.trim().is_empty() {
+        return Err(Failure::invalid("image name cannot be blank"));
+    }
+    let options = RemoveOptions { force: call.query.flag("force"), parents: !call.query.flag("noprune") };
+    respond::json(200, &services.images.remove(name, options, in_use).await?)
+}
+
+pub async fn prune(services: &Services, call: &Call) -> Answer {
+    let containers = services.containers.clone();
+    let in_use = move |id: &str| containers.using_image(id);
+    respond::json(200, &services.images.prune(&call.query.filters()?, in_use).await?)
 }
 
 pub fn search() -> Answer {

@@ -84,12 +84,13 @@ async fn route(services: &Arc<Services>, call: Call) -> Answer {
         (method, ["info"]) if method == GET => system::info(services).await,
         (method, ["events"]) if method == GET => system::events(services, &call),
         (method, ["auth"]) if method == POST => system::auth(),
-        (method, ["system", "df"]) if method == GET => system::disk_usage(),
+        (method, ["system", "df"]) if method == GET => system::disk_usage(services, &call).await,
 
         (method, ["images", "json"]) if method == GET => images::list(services, &call).await,
         (method, ["images", "search"]) if method == GET => images::search(),
         (method, ["images", "create"]) if method == POST => images::create(services, call),
         (method, ["images", "load"]) if method == POST => images::load(services, call),
+        (method, ["images", "prune"]) if method == POST => images::prune(services, &call).await,
         (method, ["images", name @ .., "json"]) if method == GET && !name.is_empty() => {
             images::inspect(services, &call, &name.join("/")).await
         }
@@ -167,8 +168,9 @@ async fn route(services: &Arc<Services>, call: Call) -> Answer {
         | (_, ["images", .., "get"]) => not_yet("exporting images and containers"),
         (method, ["images", .., "push"]) if method == POST => not_yet("pushing images"),
         (_, ["containers", _, "archive"]) => not_yet("copying files"),
-        (_, ["containers", _, "stats" | "top" | "changes" | "update"])
-        | (_, ["containers" | "images", "prune"]) => not_yet("this request"),
+        (_, ["containers", _, "stats" | "top" | "changes" | "update"]) | (_, ["containers", "prune"]) => {
+            not_yet("this request")
+        }
         _ => Err(Failure::not_found("page not found")),
     }
 }

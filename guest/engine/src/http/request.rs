@@ -106,23 +106,28 @@ fn percent_decode(text: &str, plus_is_space: bool) -> String {
     String::from_utf8_lossy(&decoded).into_owned()
 }
 
-/// The query of a request. Of a repeated name the first counts.
+/// The query of a request. Of a repeated name the first counts, unless all are asked for.
 #[derive(Debug, Default)]
-pub struct Query(HashMap<String, String>);
+pub struct Query(HashMap<String, Vec<String>>);
 
 impl Query {
     pub fn parse(text: &str) -> Self {
-        let mut values = HashMap::new();
+        let mut values: HashMap<String, Vec<String>> = HashMap::new();
         for pair in text.split('&').filter(|pair| !pair.is_empty()) {
             let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
-            values.entry(percent_decode(name, true)).or_insert_with(|| percent_decode(value, true));
+            values.entry(percent_decode(name, true)).or_default().push(percent_decode(value, true));
         }
         Self(values)
     }
 
     /// A value; empty when absent.
     pub fn text(&self, name: &str) -> &str {
-        self.0.get(name).map_or("", String::as_str)
+        self.texts(name).first().map_or("", String::as_str)
+    }
+
+    /// All values of a name that may be repeated.
+    pub fn texts(&self, name: &str) -> &[String] {
+        self.0.get(name).map_or(&[], Vec::as_slice)
     }
 
     /// Docker's idea of true: anything but nothing, 0, no, false and none.
@@ -195,6 +200,8 @@ mod tests {
         assert!(query.flag("all") && !query.flag("f") && !query.flag("none") && !query.flag("absent"));
         assert_eq!(query.text("name"), "a/b c");
         assert_eq!(query.text("bad"), "%zz");
+        assert_eq!(query.texts("all"), ["1", "0"]);
+        assert_eq!(query.texts("absent"), [""; 0]);
         assert_eq!(query.number::<i64>("all").unwrap(), Some(1));
         assert!(query.number::<i64>("name").unwrap_err().message.contains("'a/b c'"));
     }

@@ -2,15 +2,17 @@
 
 use std::sync::Arc;
 
-use guest_api::Event;
+use guest_api::{ApiVersion, Event};
 use hyper::header::HeaderValue;
 use tokio::sync::{broadcast, mpsc};
 
 use super::Services;
+use super::images::VIRTUAL_SIZE_UNTIL;
 use super::request::Call;
 use super::respond::{self, Answer, Response};
 use crate::failure::Failure;
 use crate::services::events::EventFilter;
+use crate::services::system::UsageQuery;
 
 /// Events that may wait for a slow client; the log drops what lies further back.
 const EVENTS_WAITING: usize = 64;
@@ -44,8 +46,30 @@ pub fn auth() -> Answer {
     ))
 }
 
-pub fn disk_usage() -> Answer {
-    Err(Failure::not_implemented("disk usage: not supported by this version of the engine"))
+/// Since this version only what is asked for is counted.
+const USAGE_TYPES_SINCE: ApiVersion = ApiVersion::new(1, 42);
+
+pub async fn disk_usage(services: &Services, call: &Call) -> Answer {
+    let types = call.query.texts("type");
+    let mut wanted = UsageQuery::default();
+    if call.version < USAGE_TYPES_SINCE || types.is_empty() {
+        wanted = UsageQuery::everything();
+    } else {
+        for name in types {
+            match name.as_str() {
+                "container" => wanted.containers = true,
+                "image" => wanted.images = true,
+                "volume" => wanted.volumes = true,
+                "build-cache" => wanted.build_cache = true,
+                other => return Err(Failure::invalid(format!("unknown object type: {other}"))),
+            }
+        }
+    }
+    let mut usage = services.system.disk_usage(wanted).await?;
+    if call.version < VIRTUAL_SIZE_UNTIL {
+        usage.images.iter_mut().flatten().for_each(|image| image.virtual_size = Some(image.size));
+    }
+    respond::json(200, &usage)
 }
 
 pub fn events(services: &Arc<Services>, call: &Call) -> Answer {

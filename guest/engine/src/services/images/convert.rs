@@ -5,6 +5,7 @@ use guest_api::image::{
     ErrorDetail, HistoryItem, ImageDeleted, ImageInspect, ImageMetadata, ImageSummary, ProgressDetail,
     ProgressLine, RootFs,
 };
+use guest_api::manifest::{Descriptor, ImageProperties, OciPlatform, UnpackedSize};
 use guest_api::{EmptyObject, ErrorKind, KeySet};
 use guest_images::{Deleted, Error, Image, Kind, Progress};
 use jiff::Timestamp;
@@ -66,7 +67,12 @@ fn seconds(rfc3339: &str) -> i64 {
     rfc3339.parse::<Timestamp>().map_or(0, Timestamp::as_second)
 }
 
-fn size(bytes: u64) -> i64 {
+/// When an image was made; `None` when it does not say.
+pub fn created(image: &Image) -> Option<Timestamp> {
+    image.config.created.parse().ok()
+}
+
+pub fn size(bytes: u64) -> i64 {
     i64::try_from(bytes).unwrap_or(i64::MAX)
 }
 
@@ -78,12 +84,42 @@ pub fn summary(image: &Image) -> ImageSummary {
         created: seconds(&image.config.created),
         id: image.id.to_string(),
         labels: (!labels.is_empty()).then(|| labels.clone()),
-        parent_id: String::new(),
+        manifests: None,
+        parent_id: image.parent.map(|parent| parent.to_string()).unwrap_or_default(),
         repo_digests: image.repo_digests.clone(),
         repo_tags: image.repo_tags.clone(),
         shared_size: -1,
         size: size(image.size),
         virtual_size: None,
+    }
+}
+
+fn platform(image: &Image) -> OciPlatform {
+    let config = &image.config;
+    OciPlatform {
+        architecture: config.architecture.clone(),
+        os: config.os.clone(),
+        os_version: config.os_version.clone(),
+        variant: config.variant.clone(),
+    }
+}
+
+/// The manifest of an image.
+pub fn descriptor(image: &Image) -> Descriptor {
+    Descriptor {
+        media_type: image.manifest_media_type.clone(),
+        digest: image.manifest_digest.to_string(),
+        size: size(image.manifest_size),
+        platform: Some(platform(image)),
+    }
+}
+
+/// What is told of a manifest that is an image.
+pub fn image_data(image: &Image, containers: Vec<String>) -> ImageProperties {
+    ImageProperties {
+        platform: platform(image),
+        size: UnpackedSize { unpacked: size(image.size) },
+        containers,
     }
 }
 
@@ -94,6 +130,7 @@ pub fn inspect(image: &Image) -> ImageInspect {
         id: image.id.to_string(),
         repo_tags: image.repo_tags.clone(),
         repo_digests: image.repo_digests.clone(),
+        parent: image.parent.map(|parent| parent.to_string()).unwrap_or_default(),
         comment: config.comment.clone(),
         created: config.created.clone(),
         docker_version: config.docker_version.clone(),
@@ -142,8 +179,9 @@ pub fn history(image: &Image) -> Vec<HistoryItem> {
 
 pub fn deleted(deleted: Deleted) -> ImageDeleted {
     match deleted {
-        Deleted::Untagged(name) => ImageDeleted { untagged: Some(name), deleted: None },
-        Deleted::Deleted(id) => ImageDeleted { untagged: None, deleted: Some(id) },
+        Deleted::Untagged(name) => ImageDeleted { untagged: Some(name.familiar()), deleted: None },
+        Deleted::Image(id) => ImageDeleted { untagged: None, deleted: Some(id.to_string()) },
+        Deleted::Layer(chain) => ImageDeleted { untagged: None, deleted: Some(chain.to_string()) },
     }
 }
 

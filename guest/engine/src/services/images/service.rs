@@ -3,13 +3,14 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use guest_api::image::{AuthConfig, HistoryItem, ImageDeleted, ImageInspect, ImageSummary, ProgressLine};
-use guest_api::{ErrorKind, Filters};
-use guest_images::{Credentials, Deleted, Image, Images, InUse, Platform, Progress, Reference};
+use guest_api::ErrorKind;
+use guest_api::image::{AuthConfig, HistoryItem, ImageInspect, ProgressLine};
+use guest_images::{Credentials, Image, Images, Platform, Progress, Reference};
 use tokio::io::AsyncRead;
 use tokio::sync::mpsc;
 
 use super::convert;
+use super::prune::PruneTurn;
 use crate::failure::Failure;
 use crate::services::events::Events;
 
@@ -30,45 +31,24 @@ pub struct PullQuery {
 pub struct ImagesService {
     images: Images,
     events: Events,
+    prune_turn: Arc<PruneTurn>,
 }
 
 impl ImagesService {
     pub fn new(images: Images, events: Events) -> Self {
-        Self { images, events }
+        Self { images, events, prune_turn: Arc::default() }
     }
 
     pub fn store(&self) -> &Images {
         &self.images
     }
 
-    pub async fn list(&self, filters: &Filters) -> Result<Vec<ImageSummary>, Failure> {
-        const KEYS: [&str; 7] = ["before", "dangling", "label", "reference", "since", "until", "all"];
-        if let Some(unknown) = filters.keys().find(|key| !KEYS.contains(key)) {
-            return Err(Failure::invalid(format!("invalid filter '{unknown}'")));
-        }
-        let bound = async |key: &str| -> Result<Option<String>, Failure> {
-            match filters.get(key).and_then(|values| values.iter().next()) {
-                Some(name) => Ok(Some(self.resolve(name).await?.config.created)),
-                None => Ok(None),
-            }
-        };
-        let (before, since) = (bound("before").await?, bound("since").await?);
-        let images = self.images.list().await.map_err(|error| convert::failure(&error))?;
-        let shown = |image: &&Image| {
-            let dangling = image.repo_tags.is_empty();
-            before.as_ref().is_none_or(|before| image.config.created < *before)
-                && since.as_ref().is_none_or(|since| image.config.created > *since)
-                && filters.allows("dangling", |value| matches!(value, "true" | "1") == dangling)
-                && filters.allows("reference", |pattern| {
-                    image
-                        .repo_tags
-                        .iter()
-                        .chain(&image.repo_digests)
-                        .any(|name| matches_reference(name, pattern))
-                })
-                && filters.allows_labels(&image.config.config.labels)
-        };
-        Ok(images.iter().filter(shown).map(convert::summary).collect())
+    pub(super) fn events(&self) -> &Events {
+        &self.events
+    }
+
+    pub(super) fn prune_turn(&self) -> &PruneTurn {
+        &self.prune_turn
     }
 
     pub async fn resolve(&self, name: &str) -> Result<Image, Failure> {
@@ -98,27 +78,6 @@ impl ImagesService {
         self.images.tag(source, &target).await.map_err(|error| convert::failure(&error))?;
         self.event("tag", &image.id.to_string(), &target.familiar(), Some(&image));
         Ok(())
-    }
-
-    pub async fn remove(
-        &self,
-        name: &str,
-        force: bool,
-        in_use: impl Fn(&str) -> Vec<InUse> + Send + Sync,
-    ) -> Result<Vec<ImageDeleted>, Failure> {
-        let image = self.resolve(name).await?;
-        let using = move |id: &guest_images::ImageId| in_use(&id.to_string());
-        let deleted =
-            self.images.remove(name, force, using).await.map_err(|error| convert::failure(&error))?;
-        let id = image.id.to_string();
-        for step in &deleted {
-            match step {
-                Deleted::Untagged(name) => self.event("untag", &id, name, Some(&image)),
-                Deleted::Deleted(gone) if *gone == id => self.event("delete", &id, &id, None),
-                Deleted::Deleted(_) => {}
-            }
-        }
-        Ok(deleted.into_iter().map(convert::deleted).collect())
     }
 
     /// Pulls, and sends Docker's lines to the returned channel; the last is the failure, if it failed. What cannot
@@ -237,63 +196,9 @@ fn credentials(auth: Option<AuthConfig>) -> Credentials {
     }
 }
 
-/// `busybox`, `busybox:1*`, `*/team/*`: a pattern of Go's `path.Match`, against the name with and without its tag.
-fn matches_reference(name: &str, pattern: &str) -> bool {
-    let bare = match name.split_once('@') {
-        Some((bare, _)) => bare,
-        None => name.rsplit_once(':').filter(|(_, tag)| !tag.contains('/')).map_or(name, |(bare, _)| bare),
-    };
-    wildcard(name.as_bytes(), pattern.as_bytes()) || wildcard(bare.as_bytes(), pattern.as_bytes())
-}
-
-/// `*` is any run without a slash, `?` one character but a slash. Steps back to the last star only, so it is linear
-/// enough for any pattern.
-fn wildcard(text: &[u8], pattern: &[u8]) -> bool {
-    let (mut at, mut in_pattern) = (0, 0);
-    let mut star: Option<(usize, usize)> = None;
-    while at < text.len() {
-        match pattern.get(in_pattern) {
-            Some(b'*') => {
-                star = Some((at, in_pattern));
-                in_pattern += 1;
-            }
-            Some(byte) if *byte == text[at] || (*byte == b'?' && text[at] != b'/') => {
-                at += 1;
-                in_pattern += 1;
-            }
-            _ => match star {
-                Some((from, place)) if text[from] != b'/' => {
-                    star = Some((from + 1, place));
-                    at = from + 1;
-                    in_pattern = place + 1;
-                }
-                _ => return false,
-            },
-        }
-    }
-    pattern[in_pattern..].iter().all(|byte| *byte == b'*')
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn reference_patterns_are_gos() {
-        for (name, pattern, expected) in [
-            ("busybox:latest", "busybox", true),
-            ("busybox:latest", "busybox:l*", true),
-            ("busybox:latest", "busy*", true),
-            ("busybox:latest", "box", false),
-            ("r:5000/team/app:1", "*/team/*", true),
-            ("r:5000/team/app:1", "*/app", false),
-            ("r:5000/team/app:1", "r:5000/team/app", true),
-            ("busybox@sha256:ab", "busybox", true),
-            ("aaaaaaaaaaaaaaaaaaaaaaaa", "*a*a*a*a*a*a*b", false),
-        ] {
-            assert_eq!(matches_reference(name, pattern), expected, "{name} {pattern}");
-        }
-    }
 
     #[test]
     fn tags_given_apart_are_put_on() {

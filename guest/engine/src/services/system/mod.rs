@@ -1,5 +1,7 @@
 //! What this engine is: `/version` and `/info`.
 
 mod service;
+mod usage;
 
 pub use service::System;
+pub use usage::UsageQuery;
