@@ -523,6 +523,9 @@ pub struct State {
     pub started_at: String,
     /// RFC 3339; year 1 when never.
     pub finished_at: String,
+    /// How its health check goes; absent without one, and before the first start.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub health: Option<crate::health::Health>,
 }
 
 /// Body of `POST /containers/{id}/wait`.
@@ -552,6 +555,16 @@ pub struct Top {
     pub processes: Vec<Vec<String>>,
     /// Column names.
     pub titles: Vec<String>,
+}
+
+/// Answer of `POST /containers/prune`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct ContainersPruned {
+    /// Their ids; JSON null when there were none.
+    pub containers_deleted: Option<Vec<String>>,
+    /// Bytes of their writable layers.
+    pub space_reclaimed: u64,
 }
 
 #[cfg(test)]

@@ -76,6 +76,7 @@ fn state(view: &View) -> State {
         error: last.error.clone(),
         started_at: time(view.live.as_ref().map(|live| live.started_at).or(last.started_at)),
         finished_at: time(last.finished_at),
+        health: last.health.clone(),
     }
 }
 

@@ -7,6 +7,7 @@ use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use guest_api::health::Health;
 use guest_api::{ContainerConfig, HostConfig};
 use ipnet::Ipv4Net;
 use jiff::Timestamp;
@@ -62,6 +63,9 @@ pub struct LastRun {
     /// Why it could not be started.
     #[serde(default)]
     pub error: String,
+    /// How its health check goes, or went.
+    #[serde(default)]
+    pub health: Option<Health>,
 }
 
 /// Facts about a run that a restarted engine needs: `run.json` beside the shim's files, gone with a reboot.

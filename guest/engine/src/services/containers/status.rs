@@ -1,5 +1,6 @@
 //! How long ago, in Docker's words: the STATUS column of `ps`.
 
+use guest_api::health::HealthStatus;
 use jiff::Timestamp;
 
 use super::record::View;
@@ -13,8 +14,13 @@ pub fn status(view: &View, now: Timestamp) -> String {
         Phase::Created => "Created".to_owned(),
         Phase::Running | Phase::Paused => {
             let since = view.live.as_ref().map_or(now, |live| live.started_at);
-            let paused = if view.phase == Phase::Paused { " (Paused)" } else { "" };
-            format!("Up {}{paused}", human(now, since))
+            let more = match &last.health {
+                _ if view.phase == Phase::Paused => " (Paused)".to_owned(),
+                Some(health) if health.status == HealthStatus::Starting => " (health: starting)".to_owned(),
+                Some(health) => format!(" ({})", health.status.word()),
+                None => String::new(),
+            };
+            format!("Up {}{more}", human(now, since))
         }
         Phase::Restarting => format!("Restarting ({}){}", last.exit_code, ago(last.finished_at)),
         // A container that could not be started never finished.

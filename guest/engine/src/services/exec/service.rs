@@ -8,15 +8,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use guest_api::exec::{ExecCreate, ExecInspect, ExecProcess, ExecStart};
-use guest_runtime::shim::{ConsoleSize, ErrorKind as ShimErrorKind, Request as ShimRequest, Stdin};
+use guest_runtime::shim::{ConsoleSize, Request as ShimRequest, Stdin};
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 use tokio_util::task::TaskTracker;
 
 use crate::failure::Failure;
 use crate::services::containers::{
-    Containers, Request, Shim, ShimError, Streams, Verdict, View, admit, exec_process, read_text,
-    resolve_user, runtime_text, shim_failure,
+    Containers, Request, Shim, Streams, Verdict, View, admit, describe, exec_failure, shim_failure,
 };
 
 /// How long the end of an exec is remembered.
@@ -206,25 +205,7 @@ impl Execs {
         let shim = Shim::at(&context.run_folder(&exec.container));
         let mut config = exec.config.clone();
         config.console_size = console_size.or(config.console_size);
-        let process = {
-            let (rootfs, view, config) = (context.rootfs(&exec.container), view.clone(), config.clone());
-            let grantable = context.grantable.clone();
-            let work = move || {
-                let read = |path: &str| {
-                    read_text(&rootfs, path).map_err(|error| {
-                        Failure::internal(format!("cannot read the container's {path}"), &error)
-                    })
-                };
-                let wanted = if config.user.is_empty() { &view.record.config.user } else { &config.user };
-                let groups = view.record.host.group_add.as_deref().unwrap_or_default();
-                let user = resolve_user(wanted, groups, &read("/etc/passwd")?, &read("/etc/group")?)?;
-                exec_process(&view.record, &config, &user, &grantable)
-            };
-            let built = tokio::task::spawn_blocking(work).await;
-            built
-                .map_err(|error| ours(Failure::internal("preparing the exec failed", &error)))?
-                .map_err(ours)?
-        };
+        let process = describe(context, &view.record, &config).await.map_err(ours)?;
         let stdin = match (attached && config.attach_stdin, config.tty) {
             (true, false) => Stdin::Once,
             (true, true) => Stdin::Open,
@@ -238,7 +219,7 @@ impl Execs {
             stdin,
             console_size: size.map(|[height, width]| ConsoleSize { width, height }),
         };
-        shim.ask("exec", request).await.map_err(start_failure)?;
+        shim.ask("exec", request).await.map_err(exec_failure)?;
         let process_id = Some(id.to_owned());
         let stream = if attached {
             let streams = Streams {
@@ -247,7 +228,7 @@ impl Execs {
                 stdout: config.attach_stdout || config.tty,
                 stderr: config.attach_stderr,
             };
-            Some(shim.attach(process_id.clone(), streams).await.map_err(start_failure)?)
+            Some(shim.attach(process_id.clone(), streams).await.map_err(exec_failure)?)
         } else {
             None
         };
@@ -255,7 +236,7 @@ impl Execs {
         let pid = match shim.start(process_id.clone()).await {
             Ok(pid) => pid,
             Err(error) => {
-                let (code, failure) = start_failure(error);
+                let (code, failure) = exec_failure(error);
                 self.event(&view, "exec_die", id, &exec.config, &[("exitCode", code.to_string())]);
                 if let Err(error) = shim.ask("forget", ShimRequest::Forget { id: id.to_owned() }).await {
                     tracing::debug!(exec = &id[..12], %error, "the shim keeps a failed exec");
@@ -339,21 +320,6 @@ impl Execs {
     }
 }
 
-/// The exit code and the sentence of an exec that could not be started.
-fn start_failure(error: ShimError) -> (i32, Failure) {
-    match error {
-        ShimError::Refused { kind, message } if kind != ShimErrorKind::Conflict => {
-            let text = runtime_text(&message);
-            // dockerd names the verb.
-            let text = text
-                .trim_start_matches("failed to create task for container: failed to create shim task: ")
-                .replacen("OCI runtime create failed", "OCI runtime exec failed", 1);
-            (kind.exit_code(), Failure::invalid(text))
-        }
-        other => (126, shim_failure(other)),
-    }
-}
-
 fn forget_old(execs: &mut HashMap<String, Arc<Exec>>, now: Instant) {
     let age = |exec: &Exec| match *exec.state.borrow() {
         State::Ended { at, .. } => Some(now.saturating_duration_since(at)),
@@ -389,16 +355,5 @@ mod tests {
         assert_eq!(execs.len(), 2);
         forget_old(&mut execs, now + REMEMBERED * 2);
         assert!(execs.contains_key("open") && execs.len() == 1);
-    }
-
-    #[test]
-    fn a_missing_program_is_127_in_dockers_words() {
-        let message = "exec: \"nope\": executable file not found in $PATH".to_owned();
-        let (code, failure) = start_failure(ShimError::Refused { kind: ShimErrorKind::NotFound, message });
-        assert_eq!(code, 127);
-        assert_eq!(
-            failure.message,
-            "OCI runtime exec failed: exec: \"nope\": executable file not found in $PATH: unknown"
-        );
     }
 }

@@ -1,25 +1,22 @@
 //! How a container lives: health checks, restart policy, logging.
 
-use guest_api::container::Healthcheck;
 use guest_api::{ContainerConfig, HostConfig};
 
 use super::unsupported;
 use crate::failure::Failure;
+use crate::services::containers::health;
 
 /// Refuses what is not offered yet.
-pub fn refuse_unsupported(config: &ContainerConfig, host: &HostConfig) -> Result<(), Failure> {
-    let test = |check: &Healthcheck| check.test.as_deref().is_some_and(|test| test != ["NONE"]);
-    if config.healthcheck.as_ref().is_some_and(test) {
-        return Err(unsupported("health checks (Healthcheck)"));
-    }
+pub fn refuse_unsupported(host: &HostConfig) -> Result<(), Failure> {
     if !matches!(host.log_config.kind.as_str(), "" | "json-file" | "none") {
         return Err(unsupported("this log driver (LogConfig)"));
     }
     Ok(())
 }
 
-/// Refuses policies and log options that cannot be followed.
-pub fn check(host: &HostConfig) -> Result<(), Failure> {
+/// Refuses health checks, policies and log options that cannot be followed.
+pub fn check(config: &ContainerConfig, host: &HostConfig) -> Result<(), Failure> {
+    config.healthcheck.as_ref().map_or(Ok(()), health::verify)?;
     restart_policy(host)?;
     log_options(host)?;
     Ok(())

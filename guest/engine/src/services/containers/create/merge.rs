@@ -4,6 +4,8 @@ use std::collections::BTreeSet;
 
 use guest_api::ContainerConfig;
 
+use crate::services::containers::health;
+
 /// Puts the image's settings under the user's, by Docker's rules.
 pub fn merge(config: &mut ContainerConfig, image: &ContainerConfig) {
     if config.user.is_empty() {
@@ -41,9 +43,7 @@ pub fn merge(config: &mut ContainerConfig, image: &ContainerConfig) {
     if config.shell.is_none() {
         config.shell.clone_from(&image.shell);
     }
-    if config.healthcheck.is_none() {
-        config.healthcheck.clone_from(&image.healthcheck);
-    }
+    config.healthcheck = health::merge(config.healthcheck.take(), image.healthcheck.as_ref());
 }
 
 /// The name in `NAME=value`.

@@ -33,7 +33,7 @@ pub fn resolve(create: ContainerCreate, image: &ContainerConfig, id: &str) -> Re
     let ContainerCreate { mut config, mut host_config, networking_config } = create;
     // The user's own settings: an image's volumes and health check are kept, not yet followed.
     mounts::refuse_unsupported(&config, &host_config)?;
-    life::refuse_unsupported(&config, &host_config)?;
+    life::refuse_unsupported(&host_config)?;
     merge::merge(&mut config, image);
     if config.entrypoint.as_deref() == Some(&[String::new()]) {
         config.entrypoint = None;
@@ -49,7 +49,7 @@ pub fn resolve(create: ContainerCreate, image: &ContainerConfig, id: &str) -> Re
     host::refuse_unsupported(&host_config)?;
     host::check(&host_config)?;
     network::check(&host_config)?;
-    life::check(&host_config)?;
+    life::check(&config, &host_config)?;
     let binds = mounts::resolve(&host_config)?;
     host::fill_defaults(&mut host_config);
     Ok(Resolved { config, host: host_config, binds, warnings: Vec::new() })

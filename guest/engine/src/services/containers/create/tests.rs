@@ -80,7 +80,7 @@ fn what_cannot_be_honoured_is_refused_by_name() {
         (json!({"HostConfig": {"NetworkMode": "container:x"}}), "NetworkMode"),
         (json!({"HostConfig": {"LogConfig": {"Type": "syslog"}}}), "LogConfig"),
         (json!({"HostConfig": {"SecurityOpt": ["apparmor=x"]}}), "apparmor=x"),
-        (json!({"Healthcheck": {"Test": ["CMD", "true"]}}), "Healthcheck"),
+        (json!({"Healthcheck": {"Test": ["CMD", "true"], "Interval": 1}}), "Healthcheck"),
     ];
     for (body, expected) in cases {
         let failure = try_resolve(body).unwrap_err();

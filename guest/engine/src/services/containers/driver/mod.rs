@@ -4,27 +4,34 @@
 //! stop and the pause before a restart by policy arrive on the same loop. Readers never ask the driver: it publishes
 //! a [`View`] after each change. It ends when the container has been removed, or when the service lets go of it (the
 //! container itself then goes on: live restore).
+//!
+//! [`stop`] holds the stopping, [`restore`] the taking over at the engine's start.
+
+mod restore;
+mod stop;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use guest_api::ErrorKind;
-use guest_runtime::shim::{Exit, ProcessId, Request as ShimRequest, Status};
+use guest_api::health::{Health, HealthResult, HealthStatus};
+use guest_runtime::shim::{Exit, ProcessId, Request as ShimRequest};
 use jiff::Timestamp;
 use tokio::net::UnixStream;
 use tokio::process::Child;
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::time::{Instant, timeout};
+use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::index::Index;
-use super::record::{Live, Record, RunRecord, View};
-use super::run::{self, Context};
-use super::shim::{Shim, Streams};
-use super::signal::{SIGKILL, SIGTERM};
-use super::table::{self, Change, Phase, Request, Verdict};
 use crate::failure::Failure;
+use crate::services::containers::health::{self, Check, Monitor};
+use crate::services::containers::index::Index;
+use crate::services::containers::record::{Live, Record, View};
+use crate::services::containers::run::{self, Context};
+use crate::services::containers::shim::{Shim, Streams};
+use crate::services::containers::signal::SIGKILL;
+use crate::services::containers::table::{self, Change, Phase, Request, Verdict};
+use stop::{StopStep, Stopping};
 
 /// How long a process may take to go after SIGKILL before its shim is killed too, and then before a stop gives up.
 const KILL_DEADLINE: Duration = Duration::from_secs(5);
@@ -33,13 +40,6 @@ const RESTART_PAUSE_MIN: Duration = Duration::from_millis(100);
 const RESTART_PAUSE_MAX: Duration = Duration::from_secs(60);
 /// A run that lasted this long makes the next pause short again.
 const RUN_IS_GOOD: Duration = Duration::from_secs(10);
-/// Seconds between the stop signal and SIGKILL unless somebody says otherwise.
-const STOP_TIMEOUT_SECONDS: i64 = 10;
-/// How long taking a shim's state back may take at most when the engine starts.
-const RESTORE_DEADLINE: Duration = Duration::from_secs(3);
-
-/// Exit code of a container that ended with the machine, as dockerd gives it.
-const LOST_EXIT_CODE: i32 = 255;
 
 type Reply = oneshot::Sender<Result<(), Failure>>;
 
@@ -103,28 +103,14 @@ struct Run {
     child: Option<Child>,
     /// Resolves once, with the end of the container's process; `None` when its shim died without telling.
     end: AbortOnDropHandle<Option<Exit>>,
+    /// Checks its health, unless it is paused.
+    monitor: Option<Monitor>,
 }
 
-struct Stopping {
-    step: StopStep,
-    /// When to take the next step.
-    deadline: Option<Instant>,
-    waiting: Vec<Reply>,
-    /// Then start it again, and tell these.
-    restart: Vec<Reply>,
-    /// Then remove it, and tell these.
-    remove: Vec<Reply>,
-}
-
-/// How hard a container is being stopped.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum StopStep {
-    /// The stop signal was sent.
-    Asked,
-    /// SIGKILL was sent.
-    Killed,
-    /// Its shim was killed too, and everything in its cgroup.
-    Reaped,
+/// What happens to a run by itself.
+enum Happened {
+    Ended(Option<Exit>),
+    Checked(HealthResult, Duration),
 }
 
 /// The driver of one container.
@@ -182,7 +168,10 @@ impl Driver {
                     Some(command) => self.handle(command).await,
                     None => return,
                 },
-                exit = ended(&mut self.run) => self.process_ended(exit).await,
+                happened = happened(&mut self.run) => match happened {
+                    Happened::Ended(exit) => self.process_ended(exit).await,
+                    Happened::Checked(result, since_start) => self.checked(result, since_start),
+                },
                 () = sleep_until(deadline) => self.deadline_passed().await,
             }
         }
@@ -261,13 +250,10 @@ impl Driver {
                 }
                 Verdict::Refuse(kind, text) => answer(reply, Err(Failure::new(kind, text))),
             },
-            Command::Kill { signal, reply } => {
-                let result = match self.admit(Request::Kill) {
-                    Verdict::Refuse(kind, text) => Err(Failure::new(kind, text)),
-                    _ => self.kill(signal).await,
-                };
-                answer(reply, result);
-            }
+            Command::Kill { signal, reply } => match self.admit(Request::Kill) {
+                Verdict::Refuse(kind, text) => answer(reply, Err(Failure::new(kind, text))),
+                _ => self.kill(signal, reply).await,
+            },
             Command::Pause { reply } => {
                 let result = self.freeze(Request::Pause, ShimRequest::Pause, Change::Paused, "pause").await;
                 answer(reply, result);
@@ -283,6 +269,9 @@ impl Driver {
                     (_, Some(run)) => run.shim.resize(None, width, height).await.map_err(run::shim_failure),
                     (_, None) => Err(Failure::conflict(guest_api::error::not_running(&self.record.id))),
                 };
+                if result.is_ok() {
+                    self.event("resize", &[("height", height.to_string()), ("width", width.to_string())]);
+                }
                 answer(reply, result);
             }
             Command::Rename { name, reply } => {
@@ -332,6 +321,11 @@ impl Driver {
                 self.record.last.error.clear();
                 self.adopt(started.shim, started.live, started.child);
                 self.change(Change::Started);
+                self.record.last.health = Check::of(&self.record.config).map(|_| {
+                    let log = self.record.last.health.take().unwrap_or_default().log;
+                    Health { log, ..Health::default() }
+                });
+                self.watch_health(true);
                 self.publish();
                 if let Some(endpoint) = self.run.as_ref().and_then(|run| run.live.endpoint.clone()) {
                     self.network_event("connect", &endpoint.network);
@@ -379,196 +373,42 @@ impl Driver {
                 }
             }
         }));
-        self.run = Some(Run { shim, live, child, end });
+        self.run = Some(Run { shim, live, child, end, monitor: None });
     }
 
-    /// Takes over a container that an earlier engine started. `Err` when it does not run any more: the caller lets
-    /// [`Driver::clean_up`] do the rest.
-    pub async fn restore(&mut self, run_record: &RunRecord) -> Result<(), ()> {
-        let shim = Shim::at(&self.context.run_folder(&self.record.id));
-        let (status, pid) = match timeout(RESTORE_DEADLINE, shim.state()).await {
-            Ok(Ok(state)) => (state.status, state.pid),
-            Ok(Err(_)) => return Err(()),
-            // It lives but does not answer now. Killing its container for that would be worse than waiting for it.
-            Err(_) => {
-                tracing::warn!(container = self.record.short_id(), "its shim does not answer");
-                (Status::Running, run::recorded_pid(&self.context, &self.record.id))
-            }
-        };
-        let phase = match status {
-            Status::Running => Phase::Running,
-            Status::Paused => Phase::Paused,
-            // Its end is told by the wait that follows.
-            Status::Stopped => Phase::Running,
-            // The engine died between making and starting it.
-            Status::Empty | Status::Created => return Err(()),
-        };
-        let live = Live { pid, started_at: run_record.started_at, endpoint: run_record.endpoint.clone() };
-        if let Some(endpoint) = &live.endpoint {
-            self.context.networks.restore(&self.record.id, &self.record.name, endpoint);
+    /// Checks the health of what runs from now on; or, when it is paused, does not.
+    fn watch_health(&mut self, watch: bool) {
+        let Some(run) = &mut self.run else { return };
+        let Some(check) = Check::of(&self.record.config) else { return };
+        if watch {
+            let health = self.record.last.health.get_or_insert_default();
+            health::write(&self.context.run_folder(&self.record.id), health);
+            let (context, started_at) = (&self.context, run.live.started_at);
+            run.monitor = Some(Monitor::start(context, &self.record, &run.shim, started_at, check));
+        } else {
+            run.monitor = None;
+            self.unwatched();
         }
-        self.record.last.started_at = Some(live.started_at);
-        self.record.stopped_by_user = run_record.stopped_by_user;
-        self.adopt(shim, live, None);
-        self.phase = phase;
+    }
+
+    /// dockerd calls a container unhealthy that nobody checks any more.
+    fn unwatched(&mut self) {
+        if let Some(health) = &mut self.record.last.health {
+            health.status = HealthStatus::Unhealthy;
+        }
+    }
+
+    /// A check of its health has been made.
+    fn checked(&mut self, result: HealthResult, since_start: Duration) {
+        let Some(check) = Check::of(&self.record.config) else { return };
+        let health = self.record.last.health.get_or_insert_default();
+        let before = health.status;
+        health::note(health, result, &check, since_start);
+        let now = health.status;
+        health::write(&self.context.run_folder(&self.record.id), health);
         self.publish();
-        Ok(())
-    }
-
-    /// Cleans up after a run whose shim is gone, and takes over its exit status, if there is one. `lost`: it ran, and
-    /// nothing of the run is left to ask. For the start of the engine, before anybody else knows the driver.
-    pub async fn clean_up(&mut self, run_record: Option<RunRecord>, lost: bool) {
-        let endpoint = run_record.as_ref().and_then(|run| run.endpoint.clone());
-        let exit = run::tear_down(&self.context, &self.record, None, endpoint.as_ref()).await;
-        if let Err(error) = run::remove_run_folder(&self.context, &self.record.id).await {
-            tracing::warn!(container = self.record.short_id(), %error, "a run folder stays behind");
-        }
-        match run_record {
-            Some(run_record) => {
-                self.record.last.started_at = Some(run_record.started_at);
-                self.record.stopped_by_user |= run_record.stopped_by_user;
-                self.note_end(exit);
-            }
-            None if lost => {
-                self.note_end(None);
-                self.record.last.exit_code = LOST_EXIT_CODE;
-            }
-            None => return,
-        }
-        self.phase = Phase::Exited;
-        self.publish();
-        if let Err(error) = self.save().await {
-            tracing::error!(container = self.record.short_id(), %error, "cannot keep how it ended");
-        }
-        self.event("die", &[("exitCode", self.record.last.exit_code.to_string())]);
-    }
-
-    /// What an engine does at its start with a container that is not running.
-    pub async fn resume_policy(&mut self) {
-        if self.record.host.auto_remove && self.record.last.started_at.is_some() {
-            if let Err(error) = self.remove().await {
-                tracing::warn!(container = self.record.short_id(), %error, "cannot remove it");
-            }
-            return;
-        }
-        let again = self.record.last.started_at.is_some()
-            && match self.record.host.restart_policy.name.as_str() {
-                "always" => true,
-                "unless-stopped" => !self.record.stopped_by_user,
-                "on-failure" => !self.record.stopped_by_user && self.record.last.exit_code != 0,
-                _ => false,
-            };
-        if again && let Err(error) = self.start().await {
-            tracing::warn!(container = self.record.short_id(), %error, "cannot start it by its restart policy");
-        }
-    }
-
-    async fn stop(&mut self, signal: Option<i32>, seconds: Option<i64>, ask: impl FnOnce(&mut Stopping)) {
-        self.mark_stopped_by_user();
-        if let Some(stopping) = &mut self.stopping {
-            // Somebody is at it already; the more impatient one wins.
-            ask(stopping);
-            let deadline = deadline(seconds.unwrap_or(STOP_TIMEOUT_SECONDS));
-            if stopping.step == StopStep::Asked && deadline < stopping.deadline.or(deadline) {
-                stopping.deadline = deadline;
-            }
-            return;
-        }
-        let seconds = seconds.or(self.record.config.stop_timeout).unwrap_or(STOP_TIMEOUT_SECONDS);
-        let mut stopping = Stopping {
-            step: StopStep::Asked,
-            deadline: deadline(seconds),
-            waiting: Vec::new(),
-            restart: Vec::new(),
-            remove: Vec::new(),
-        };
-        ask(&mut stopping);
-        self.stopping = Some(stopping);
-        if self.phase == Phase::Restarting {
-            // Nothing runs: calling the restart off is all.
-            self.restart_at = None;
-            self.change(Change::GaveUp);
-            self.runs_ended += 1;
-            self.publish();
-            self.stopped().await;
-            return;
-        }
-        let signal = signal.unwrap_or_else(|| self.stop_signal());
-        if signal == SIGKILL
-            && let Some(stopping) = &mut self.stopping
-        {
-            // There is nothing harder to follow.
-            stopping.step = StopStep::Killed;
-            stopping.deadline = Some(Instant::now() + KILL_DEADLINE);
-        }
-        if self.phase == Phase::Paused
-            && let Err(error) =
-                self.freeze(Request::Unpause, ShimRequest::Resume, Change::Unpaused, "unpause").await
-        {
-            tracing::warn!(container = self.record.short_id(), %error, "cannot unpause it to stop it");
-        }
-        let signalled = if signal == SIGKILL { self.kill_now().await } else { self.signal(signal).await };
-        if let Err(error) = signalled {
-            tracing::warn!(container = self.record.short_id(), signal, %error, "cannot signal it");
-            // Then harder, at once; or, if that was it, wait for what comes.
-            if signal != SIGKILL {
-                self.deadline_passed().await;
-            }
-        }
-    }
-
-    fn stop_signal(&self) -> i32 {
-        super::signal::parse(&self.record.config.stop_signal).unwrap_or(SIGTERM)
-    }
-
-    /// A policy must not start it again, also not after a restart of the engine.
-    fn mark_stopped_by_user(&mut self) {
-        self.record.stopped_by_user = true;
-        if let Some(run) = &self.run
-            && let Err(error) = run::write_run_record(
-                &self.context,
-                &self.record,
-                &RunRecord {
-                    started_at: run.live.started_at,
-                    endpoint: run.live.endpoint.clone(),
-                    stopped_by_user: true,
-                },
-            )
-        {
-            tracing::warn!(container = self.record.short_id(), %error, "cannot note that it is to stop");
-        }
-    }
-
-    async fn signal(&self, signal: i32) -> Result<(), Failure> {
-        let Some(run) = &self.run else {
-            return Err(Failure::conflict(guest_api::error::not_running(&self.record.id)));
-        };
-        run.shim.kill(signal, None).await.map_err(run::shim_failure)?;
-        self.event("kill", &[("signal", signal.to_string())]);
-        Ok(())
-    }
-
-    async fn kill(&mut self, signal: i32) -> Result<(), Failure> {
-        if self.phase == Phase::Restarting {
-            let (reply, answer) = oneshot::channel();
-            self.stop(Some(signal), Some(0), |stopping| stopping.waiting.push(reply)).await;
-            return answer.await.unwrap_or_else(|_| Err(Failure::broken("a stop was forgotten")));
-        }
-        if signal == SIGKILL || signal == self.stop_signal() {
-            self.mark_stopped_by_user();
-        }
-        if signal == SIGKILL { self.kill_now().await } else { self.signal(signal).await }
-    }
-
-    /// SIGKILL through the shim, or without it when it does not answer.
-    async fn kill_now(&self) -> Result<(), Failure> {
-        match self.signal(SIGKILL).await {
-            Err(failure) if failure.kind == ErrorKind::Internal => {
-                let end = run::reap(&self.context, &self.record.id).await;
-                self.event("kill", &[("signal", SIGKILL.to_string())]);
-                end.map(drop)
-            }
-            other => other,
+        if now != before {
+            self.event(&format!("health_status: {}", now.word()), &[]);
         }
     }
 
@@ -587,6 +427,7 @@ impl Driver {
         };
         run.shim.ask(action, ask).await.map_err(run::shim_failure)?;
         self.change(change);
+        self.watch_health(change == Change::Unpaused);
         self.publish();
         self.event(action, &[]);
         Ok(())
@@ -632,20 +473,6 @@ impl Driver {
         }
     }
 
-    fn give_up_stopping(&mut self) {
-        let text = format!(
-            "could not kill container {}: it did not end within {} s of SIGKILL",
-            self.record.id,
-            2 * KILL_DEADLINE.as_secs()
-        );
-        let stopping = self.stopping.take();
-        for reply in
-            stopping.into_iter().flat_map(|it| it.waiting.into_iter().chain(it.restart).chain(it.remove))
-        {
-            answer(reply, Err(Failure::broken(&text)));
-        }
-    }
-
     /// The container's process has ended: everything of the run goes, then policies have their say.
     async fn process_ended(&mut self, exit: Option<Exit>) {
         let Some(run) = self.run.take() else { return };
@@ -657,6 +484,7 @@ impl Driver {
         )
         .await;
         self.note_end(exit.or(told));
+        self.unwatched();
         self.runs_ended += 1;
         let started = run.live.started_at;
         let last = &self.record.last;
@@ -723,38 +551,6 @@ impl Driver {
             }
     }
 
-    /// It does not run any more: whoever waited for that goes on.
-    async fn stopped(&mut self) {
-        let stopping = self.stopping.take();
-        let (mut waiting, mut restart, mut remove) = (Vec::new(), Vec::new(), Vec::new());
-        if let Some(it) = stopping {
-            (waiting, restart, remove) = (it.waiting, it.restart, it.remove);
-            self.event("stop", &[]);
-        }
-        if self.phase == Phase::Restarting {
-            return;
-        }
-        if !restart.is_empty() && remove.is_empty() {
-            let result = self.start().await;
-            if result.is_ok() {
-                self.event("restart", &[]);
-            }
-            restart.into_iter().chain(waiting).for_each(|reply| answer(reply, result.clone()));
-            return;
-        }
-        let result =
-            if remove.is_empty() && !self.record.host.auto_remove { Ok(()) } else { self.remove().await };
-        if let Err(error) = &result
-            && remove.is_empty()
-        {
-            tracing::warn!(container = self.record.short_id(), %error, "cannot remove it");
-        }
-        let gone = Failure::conflict(format!("container {} is being removed", self.record.id));
-        restart.into_iter().for_each(|reply| answer(reply, Err(gone.clone())));
-        remove.into_iter().for_each(|reply| answer(reply, result.clone()));
-        waiting.into_iter().for_each(|reply| answer(reply, Ok(())));
-    }
-
     async fn remove(&mut self) -> Result<(), Failure> {
         self.restart_at = None;
         self.change(Change::RemovalBegan);
@@ -782,17 +578,18 @@ fn answer(reply: Reply, result: Result<(), Failure>) {
     let _ = reply.send(result);
 }
 
-fn deadline(seconds: i64) -> Option<Instant> {
-    u64::try_from(seconds)
-        .ok()
-        .map(|seconds| Instant::now() + Duration::from_secs(seconds.min(u64::from(u32::MAX))))
-}
-
-async fn ended(run: &mut Option<Run>) -> Option<Exit> {
-    match run {
+async fn happened(run: &mut Option<Run>) -> Happened {
+    let Some(run) = run else { return std::future::pending().await };
+    let checked = async {
+        match &mut run.monitor {
+            Some(monitor) => monitor.next().await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
         // The task waits and does nothing else; if it fails, nobody saw the end.
-        Some(run) => (&mut run.end).await.unwrap_or(None),
-        None => std::future::pending().await,
+        exit = &mut run.end => Happened::Ended(exit.unwrap_or(None)),
+        (result, since_start) = checked => Happened::Checked(result, since_start),
     }
 }
 
