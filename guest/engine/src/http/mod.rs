@@ -12,6 +12,7 @@ mod networks;
 mod request;
 mod respond;
 mod system;
+mod usage;
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -128,6 +129,8 @@ async fn route(services: &Arc<Services>, call: Call) -> Answer {
         (method, ["containers", id, "rename"]) if method == POST => {
             containers::rename(services, &call, id).await
         }
+        (method, ["containers", id, "top"]) if method == GET => usage::top(services, &call, id).await,
+        (method, ["containers", id, "stats"]) if method == GET => usage::stats(services, &call, id).await,
         (method, ["containers", id, "exec"]) if method == POST => exec::create(services, call, id).await,
         (method, ["containers", id]) if method == DELETE => containers::remove(services, &call, id).await,
 
@@ -168,7 +171,7 @@ async fn route(services: &Arc<Services>, call: Call) -> Answer {
         | (_, ["images", .., "get"]) => not_yet("exporting images and containers"),
         (method, ["images", .., "push"]) if method == POST => not_yet("pushing images"),
         (_, ["containers", _, "archive"]) => not_yet("copying files"),
-        (_, ["containers", _, "stats" | "top" | "changes" | "update"]) | (_, ["containers", "prune"]) => {
+        (_, ["containers", _, "changes" | "update"]) | (_, ["containers", "prune"]) => {
             not_yet("this request")
         }
         _ => Err(Failure::not_found("page not found")),

@@ -1,6 +1,7 @@
 //! `ps`: which containers, and what is shown of each.
 
 use guest_api::container::{HostConfigSummary, MountPoint, NetworkSettingsSummary, PortSummary};
+use guest_api::health::HealthStatus;
 use guest_api::{ContainerSummary, Filters};
 use jiff::Timestamp;
 
@@ -56,6 +57,14 @@ pub fn select(
             return Err(Failure::invalid(format!("invalid filter 'status={state}'")));
         }
     }
+    for status in filters.get("health").into_iter().flatten() {
+        if HealthStatus::parse(status).is_none() {
+            return Err(Failure::invalid(format!(
+                "invalid filter 'health={status}': invalid value for health ({status}): must be one of none, starting, \
+                 healthy, unhealthy"
+            )));
+        }
+    }
     for code in filters.get("exited").into_iter().flatten() {
         if code.parse::<i32>().is_err() {
             return Err(Failure::invalid(format!("invalid filter 'exited={code}'")));
@@ -107,10 +116,13 @@ pub fn select(
                 let port = if port.contains('/') { port.to_owned() } else { format!("{port}/tcp") };
                 record.config.exposed_ports.as_ref().is_some_and(|ports| ports.contains_key(&port))
             })
-            // No port is published, no container is a task, none has a health check that runs.
+            // No port is published and no container is a task.
             && filters.allows("publish", |_| false)
             && filters.allows("is-task", |value| matches!(value, "false" | "0"))
-            && filters.allows("health", |health| health == "none")
+            && filters.allows("health", |wanted| {
+                let health = record.last.health.as_ref().map_or(HealthStatus::None, |health| health.status);
+                HealthStatus::parse(wanted) == Some(health)
+            })
             && filters.allows_labels(&record.config.labels)
     };
     let mut chosen: Vec<View> = views.iter().filter(|view| shown(view)).cloned().collect();

@@ -22,8 +22,11 @@ mod service;
 mod shim;
 mod signal;
 mod spec;
+mod stats;
 mod status;
 mod table;
+mod top;
+mod usage;
 mod user;
 
 pub use driver::Attachment;
@@ -37,3 +40,4 @@ pub use service::{Containers, RemoveQuery, WaitCondition};
 pub use shim::{Shim, Streams};
 pub use signal::parse as parse_signal;
 pub use table::{Phase, Request, Verdict, admit};
+pub use usage::StatsMode;

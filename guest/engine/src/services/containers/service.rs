@@ -8,12 +8,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use guest_api::container::WaitError;
 use guest_api::{
     ContainerConfig, ContainerCreate, ContainerCreated, ContainerInspect, ContainerSummary, WaitResult,
 };
 use guest_images::InUse;
 use jiff::Timestamp;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::timeout;
 use tokio_util::task::TaskTracker;
 
@@ -52,7 +53,8 @@ pub struct RemoveQuery {
     pub force: bool,
 }
 
-/// The container service.
+/// The container service. Cheap to clone.
+#[derive(Clone)]
 pub struct Containers {
     context: Arc<Context>,
     index: Arc<Index>,
@@ -211,6 +213,16 @@ impl Containers {
         &self.context
     }
 
+    /// What is published about a container from now on.
+    pub(super) fn watch(&self, wanted: &str) -> Result<watch::Receiver<Arc<View>>, Failure> {
+        Ok(self.find(wanted)?.views)
+    }
+
+    /// Runs something that the engine waits for at its end.
+    pub(super) fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
+        self.tasks.spawn(work);
+    }
+
     /// All views.
     pub fn views(&self) -> Vec<View> {
         self.index.all().iter().map(|handle| View::clone(&handle.view())).collect()
@@ -294,7 +306,8 @@ impl Containers {
         let first = views.borrow_and_update().clone();
         Ok(async move {
             let met = |view: &View| match condition {
-                WaitCondition::Removed => view.removed,
+                // One that cannot be removed says why.
+                WaitCondition::Removed => view.removed || view.phase == Phase::Dead,
                 WaitCondition::NextExit => view.runs_ended > first.runs_ended || view.removed,
                 WaitCondition::NotRunning => {
                     view.runs_ended > first.runs_ended
@@ -302,11 +315,16 @@ impl Containers {
                         || !(view.phase.is_live() || view.phase == Phase::Restarting)
                 }
             };
-            let code = match views.wait_for(|view| met(view)).await {
-                Ok(view) => view.record.last.exit_code,
-                Err(_) => return Err(Failure::broken("the engine is ending")),
+            let Ok(view) = views.wait_for(|view| met(view)).await else {
+                return Err(Failure::broken("the engine is ending"));
             };
-            Ok(WaitResult { status_code: i64::from(code), error: None })
+            let last = &view.record.last;
+            // Once it is gone, why it did not start does not matter any more.
+            let error = Some(last.error.clone()).filter(|text| !text.is_empty() && !view.removed);
+            Ok(WaitResult {
+                status_code: i64::from(last.exit_code),
+                error: error.map(|message| WaitError { message }),
+            })
         })
     }
 

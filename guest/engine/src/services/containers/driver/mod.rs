@@ -566,6 +566,7 @@ impl Driver {
             }
             Err(failure) => {
                 self.change(Change::RemovalFailed);
+                self.record.last.error.clone_from(&failure.message);
                 self.publish();
                 Err(failure)
             }

@@ -113,6 +113,20 @@ impl Cgroup {
         self.folders.iter().filter(|folder| folder.root.is_dir())
     }
 
+    /// Where one of its control files is, in whichever hierarchy has it.
+    pub fn file(&self, name: &str) -> Option<PathBuf> {
+        self.existing().map(|folder| folder.root.join(name)).find(|path| path.exists())
+    }
+
+    /// The ids of all processes in it and below, each once, in ascending order.
+    pub fn processes(&self) -> Vec<i32> {
+        // Every hierarchy holds all of them; one that is not in the first was just being moved.
+        let groups = self.existing().next().map(|folder| tree(&folder.root)).unwrap_or_default();
+        let pids: std::collections::BTreeSet<i32> =
+            groups.iter().flat_map(|group| processes(group)).map(|pid| pid.as_raw_nonzero().get()).collect();
+        pids.into_iter().collect()
+    }
+
     /// Kills every process in it and below, and waits until they are gone. Idempotent.
     pub fn kill(&self) -> Result<(), CgroupError> {
         let deadline = Instant::now() + KILL_TIMEOUT;
