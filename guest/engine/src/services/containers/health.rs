@@ -328,7 +328,7 @@ impl Drop for Guard {
 pub async fn end(shim: &Shim, id: &str) {
     let ending = async {
         match shim.kill(super::signal::SIGKILL, Some(id.to_owned())).await {
-            Ok(()) => drop(shim.wait(Some(id.to_owned())).await?),
+            Ok(()) => _ = shim.wait(Some(id.to_owned())).await?,
             Err(error) => tracing::debug!(exec = &id[..12], %error, "cannot kill a process"),
         }
         shim.ask("forget", ShimRequest::Forget { id: id.to_owned() }).await

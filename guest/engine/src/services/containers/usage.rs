@@ -93,10 +93,9 @@ impl Containers {
                     (sample.preread, sample.precpu_stats) = (read, cpu);
                 }
                 // The first of two only says what the second is counted from.
-                if !(mode == StatsMode::Once && first && live) {
-                    if output.send(sample).await.is_err() || mode != StatsMode::Stream {
-                        return;
-                    }
+                let only_counted_from = mode == StatsMode::Once && first && live;
+                if !only_counted_from && (output.send(sample).await.is_err() || mode != StatsMode::Stream) {
+                    return;
                 }
                 tokio::select! {
                     () = tokio::time::sleep(PERIOD) => {}
