@@ -64,7 +64,7 @@ pub async fn run(settings: Settings, ready: Option<OwnedFd>) -> anyhow::Result<(
     tracing::info!(stop_containers = settings.stop_containers_on_exit, "ending");
     stop.cancel();
     serving.await.context("the listener failed")?;
-    services.containers.shut_down(settings.stop_containers_on_exit).await;
+    services.containers.shut_down(settings.stop_containers_on_exit, settings.shutdown_timeout_seconds).await;
     tasks.close();
     if tokio::time::timeout(DRAIN_DEADLINE, tasks.wait()).await.is_err() {
         tracing::debug!(tasks = tasks.len(), "open connections are cut");
@@ -85,6 +85,7 @@ async fn open(settings: &Arc<Settings>) -> anyhow::Result<(Arc<Services>, TaskTr
             insecure_registries: settings.insecure_registries.clone(),
             mirrors: settings.registry_mirrors.clone(),
             bundled: settings.bundled_images.clone(),
+            concurrent_downloads: settings.transfers.downloads,
             ..Options::default()
         };
         tokio::task::spawn_blocking(move || Images::open(&root, database, options)).await??
@@ -103,6 +104,7 @@ async fn open(settings: &Arc<Settings>) -> anyhow::Result<(Arc<Services>, TaskTr
         events: events.clone(),
         shim: settings.shim.clone(),
         native: settings.native,
+        defaults: settings.containers.clone(),
         data: settings.data_root.join("containers"),
         run: settings.run_root.join("containers"),
         grantable: guest_runtime::defaults::grantable().context("cannot tell this process's capabilities")?,

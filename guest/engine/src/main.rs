@@ -26,18 +26,22 @@ use tracing_subscriber::EnvFilter;
 use crate::config::{Flags, Settings};
 
 fn main() -> ExitCode {
-    let flags = Flags::parse();
-    let filter = EnvFilter::try_from_env("ENGINE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    match run(Flags::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(&error),
+    }
+}
+
+/// Log lines to standard error. The environment says how much, else the settings do.
+fn start_log(level: Option<&str>) {
+    let filter =
+        EnvFilter::try_from_env("ENGINE_LOG").unwrap_or_else(|_| EnvFilter::new(level.unwrap_or("info")));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .with_target(false)
         .with_ansi(false)
         .init();
-    match run(flags) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => fail(&error),
-    }
 }
 
 /// Last words without the trimmings of a log line: whoever started us repeats them to a person.
@@ -49,6 +53,10 @@ fn fail(error: &anyhow::Error) -> ExitCode {
 
 fn run(flags: Flags) -> anyhow::Result<()> {
     let settings = Settings::resolve(flags)?;
+    start_log(settings.log_level);
+    for warning in &settings.warnings {
+        tracing::warn!("{warning}");
+    }
     // Before anything else opens a descriptor.
     let ready = settings.ready_fd.map(inherited).transpose()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start")?;

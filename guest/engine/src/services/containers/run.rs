@@ -26,6 +26,7 @@ use super::record::{EndpointRecord, Live, Record, RunRecord};
 use super::shim::{Shim, ShimError, Streams};
 use super::spec::{self, NetworkNamespace};
 use super::{create, files, rootfs, user};
+use crate::config::ContainerDefaults;
 use crate::failure::Failure;
 use crate::plan::Undo;
 use crate::services::events::Events;
@@ -52,6 +53,8 @@ pub struct Context {
     pub shim: PathBuf,
     /// On a Linux host, not in our machine.
     pub native: bool,
+    /// What the settings give a container that says nothing itself.
+    pub defaults: ContainerDefaults,
     /// `<data root>/containers`.
     pub data: PathBuf,
     /// `<run root>/containers`.

@@ -36,7 +36,7 @@ const COMMANDS_WAITING: usize = 64;
 const LOG_BATCHES_WAITING: usize = 4;
 /// How long containers have to stop when the engine ends with them.
 const SHUTDOWN_STOP_SECONDS: i64 = 8;
-const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(12);
+const SHUTDOWN_GRACE: Duration = Duration::from_secs(4);
 
 /// What a `wait` waits for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -141,7 +141,7 @@ impl Containers {
     pub async fn create(
         &self,
         name: Option<&str>,
-        create: ContainerCreate,
+        mut create: ContainerCreate,
     ) -> Result<ContainerCreated, Failure> {
         let name = name.filter(|name| !name.is_empty()).map(names::check).transpose()?;
         let wanted = create.config.image.clone();
@@ -153,6 +153,7 @@ impl Containers {
             .map_err(|error| crate::services::images::failure(&error))?;
         let id = self.index.new_id();
         let image_config: ContainerConfig = crate::services::images::container_config(&image);
+        create::fill_settings(&mut create, &self.context.defaults);
         let resolved = create::resolve(create, &image_config, &id)?;
         if !self.context.native
             && let Some(bind) =
@@ -387,9 +388,11 @@ impl Containers {
         using.map(|view| InUse { container: view.record.id.clone(), running: view.phase.is_live() }).collect()
     }
 
-    /// Lets go of every driver; with `stop`, ends the containers first, all at once.
-    pub async fn shut_down(&self, stop: bool) {
+    /// Lets go of every driver; with `stop`, ends the containers first, all at once. Each gets the seconds it was made
+    /// with, `seconds_max` at most; negative is no bound.
+    pub async fn shut_down(&self, stop: bool, seconds_max: Option<i64>) {
         if stop {
+            let most = seconds_max.unwrap_or(SHUTDOWN_STOP_SECONDS);
             let stops = self.index.all().into_iter().filter(|handle| {
                 let phase = handle.view().phase;
                 phase.is_live() || phase == Phase::Restarting
@@ -397,9 +400,8 @@ impl Containers {
             let mut stopping = tokio::task::JoinSet::new();
             for handle in stops {
                 stopping.spawn(async move {
-                    let seconds = handle.view().record.config.stop_timeout.unwrap_or(SHUTDOWN_STOP_SECONDS);
-                    let seconds =
-                        if seconds < 0 { SHUTDOWN_STOP_SECONDS } else { seconds.min(SHUTDOWN_STOP_SECONDS) };
+                    let own = handle.view().record.config.stop_timeout.unwrap_or(SHUTDOWN_STOP_SECONDS);
+                    let seconds = if own < 0 || (0..own).contains(&most) { most } else { own };
                     let (reply, answer) = oneshot::channel();
                     let command = Command::Stop { signal: None, timeout: Some(seconds), reply };
                     if handle.commands.send(command).await.is_ok() {
@@ -409,8 +411,14 @@ impl Containers {
                 });
             }
             let all = async { while stopping.join_next().await.is_some() {} };
-            if timeout(SHUTDOWN_DEADLINE, all).await.is_err() {
-                tracing::warn!("containers did not stop within {} s", SHUTDOWN_DEADLINE.as_secs());
+            match u64::try_from(most) {
+                Ok(seconds) => {
+                    let deadline = Duration::from_secs(seconds) + SHUTDOWN_GRACE;
+                    if timeout(deadline, all).await.is_err() {
+                        tracing::warn!("containers did not stop within {} s", deadline.as_secs());
+                    }
+                }
+                Err(_) => all.await,
             }
         }
         self.index.clear();

@@ -5,6 +5,7 @@
 //! naming it; one that changes nothing is kept and shown again by inspect. Each module owns the settings of one subject.
 
 mod config;
+mod defaults;
 mod host;
 mod life;
 mod merge;
@@ -15,6 +16,7 @@ mod tests;
 
 use guest_api::{ContainerConfig, ContainerCreate, HostConfig};
 
+pub use self::defaults::fill_settings;
 pub use self::life::log_options;
 use super::record::Bind;
 use crate::failure::Failure;
