@@ -83,6 +83,9 @@ pub struct Info {
     pub memory_limit: bool,
     /// cgroup swap limits work.
     pub swap_limit: bool,
+    /// cgroup limits of the kernel's memory for TCP work.
+    #[serde(rename = "KernelMemoryTCP", skip_serializing_if = "crate::is_false")]
+    pub kernel_memory_tcp: bool,
     /// cgroup CPU quotas work.
     pub cpu_cfs_period: bool,
     /// cgroup CPU quotas work.
@@ -179,8 +182,33 @@ pub struct Info {
     /// Device interface folders.
     #[serde(rename = "CDISpecDirs")]
     pub cdi_spec_dirs: Vec<String>,
+    /// What makes the rules of networks.
+    pub firewall_backend: FirewallBackend,
+    /// Devices found by their interface; none here.
+    pub discovered_devices: Vec<serde_json::Value>,
+    /// Where networks take their subnets from, if the settings say so.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub default_address_pools: Vec<AddressPool>,
     /// Things a user should know (JSON null when none).
     pub warnings: Option<Vec<String>>,
+}
+
+/// What makes the rules of networks.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct FirewallBackend {
+    /// `nftables`.
+    pub driver: String,
+}
+
+/// A range that networks take subnets from.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct AddressPool {
+    /// The range.
+    pub base: String,
+    /// Prefix length of each subnet.
+    pub size: i64,
 }
 
 /// What can be plugged.
@@ -230,6 +258,9 @@ pub struct IndexConfig {
 pub struct Runtime {
     /// The program.
     pub path: String,
+    /// Its first arguments.
+    #[serde(rename = "runtimeArgs", skip_serializing_if = "Vec::is_empty")]
+    pub arguments: Vec<String>,
 }
 
 /// Swarm is never active here.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use guest_api::container::ContainerCreate;
+use guest_api::container::{ContainerConfig, ContainerCreate};
 use guest_api::frame::{MULTIPLEXED, RAW};
 use guest_api::{ApiVersion, WaitResult};
 use guest_images::Image;
@@ -78,7 +78,10 @@ fn is_ancestor(images: &[Image], record: &Record, wanted: &str) -> bool {
 
 pub async fn create(services: &Services, call: Call) -> Answer {
     let name = call.query.text("name").to_owned();
-    let create: ContainerCreate = call.json().await?;
+    let create: ContainerCreate = call.required_json().await?;
+    if create.config == ContainerConfig::default() {
+        return Err(Failure::invalid("config cannot be empty in order to create a container"));
+    }
     let created = services.containers.create(Some(&name), create).await?;
     respond::json(201, &created)
 }

@@ -3,6 +3,7 @@
 //! One `match` is the whole routing table ([`route`]). Paths may begin with `/v1.N`; without it they mean the newest
 //! version. Answers carry the headers clients negotiate by.
 
+mod absent;
 mod containers;
 mod exec;
 mod hijack;
@@ -53,7 +54,13 @@ pub async fn serve(
     request: hyper::Request<Incoming>,
     hangup: Arc<Hangup>,
 ) -> Result<Response, Infallible> {
-    let head = request.method() == Method::HEAD;
+    let (head, experimental) = (request.method() == Method::HEAD, services.system.settings.experimental);
+    if let Some(clean) = request::cleaned(request.uri().path()) {
+        let query = request.uri().query().map(|query| format!("?{query}")).unwrap_or_default();
+        let response =
+            respond::moved(&format!("{clean}{query}")).unwrap_or_else(|failure| respond::error(&failure));
+        return Ok(respond::finish(response, head, experimental));
+    }
     let answer = match Call::new(request, hangup) {
         Ok(call) => {
             // A task of its own: what was begun is finished, also when the connection breaks.
@@ -61,7 +68,7 @@ pub async fn serve(
             let routed = services.tasks.spawn(async move { route(&owned, call).await }).await;
             routed.unwrap_or_else(|error| Err(Failure::internal("the request failed", &error)))
         }
-        Err(failure) => Err(failure),
+        Err(failure) => Ok(respond::wrong_version(&failure)),
     };
     let response = answer.unwrap_or_else(|failure| {
         if failure.kind == ErrorKind::Internal {
@@ -69,7 +76,7 @@ pub async fn serve(
         }
         respond::error(&failure)
     });
-    Ok(respond::finish(response, head))
+    Ok(respond::finish(response, head, experimental))
 }
 
 async fn route(services: &Arc<Services>, call: Call) -> Answer {
@@ -81,8 +88,9 @@ async fn route(services: &Arc<Services>, call: Call) -> Answer {
     let path: Vec<&str> = path.iter().map(String::as_str).collect();
     match (&method, path.as_slice()) {
         (method, ["_ping"]) if method == GET || method == HEAD => Ok(system::ping()),
+        (method, _) if method == Method::OPTIONS => Ok(respond::empty(200)),
         (method, ["version"]) if method == GET => system::version(services),
-        (method, ["info"]) if method == GET => system::info(services).await,
+        (method, ["info"]) if method == GET => system::info(services, &call).await,
         (method, ["events"]) if method == GET => system::events(services, &call),
         (method, ["auth"]) if method == POST => system::auth(),
         (method, ["system", "df"]) if method == GET => system::disk_usage(services, &call).await,
@@ -150,21 +158,14 @@ async fn route(services: &Arc<Services>, call: Call) -> Answer {
         (method, ["volumes", "create" | "prune"]) if method == POST => not_yet("volumes"),
         (method, ["volumes", name]) if method == GET || method == DELETE => networks::no_volume(name),
 
-        (method, ["swarm" | "services" | "tasks" | "nodes" | "secrets" | "configs", ..])
-            if method == GET || method == POST =>
-        {
-            Err(Failure::new(
-                ErrorKind::Unavailable,
-                "This node is not a swarm manager. Use \"docker swarm init\" or \"docker swarm join\" to connect this \
-                 node to swarm and try again.",
-            ))
+        (_, ["swarm" | "services" | "tasks" | "nodes" | "secrets" | "configs", ..]) => {
+            absent::swarm(call).await
         }
-        (method, ["plugins"]) if method == GET => respond::json(200, &[(); 0]),
-        (method, ["plugins", name, ..]) if method == GET => {
-            Err(Failure::not_found(format!("plugin \"{name}\" not found")))
-        }
+        (_, ["plugins", ..]) => absent::plugins(&call),
+        (method, ["session" | "grpc"]) if method == POST => absent::buildkit(&call),
+        (method, ["build", "prune"]) if method == POST => absent::build_prune(),
+        (method, ["build", ..]) if method == POST => not_yet("building images"),
 
-        (_, ["build", ..] | ["grpc"] | ["session"]) => not_yet("building images"),
         (_, ["commit"])
         | (_, ["containers", _, "export"])
         | (_, ["images", "get"])
@@ -174,7 +175,7 @@ async fn route(services: &Arc<Services>, call: Call) -> Answer {
         (_, ["containers", _, "changes" | "update"]) | (_, ["containers", "prune"]) => {
             not_yet("this request")
         }
-        _ => Err(Failure::not_found("page not found")),
+        _ => respond::page_not_found(),
     }
 }
 

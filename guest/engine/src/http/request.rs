@@ -3,10 +3,12 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use bytes::Bytes;
 use guest_api::version::{NEWEST, OLDEST};
 use guest_api::{ApiVersion, Filters};
-use http_body_util::{BodyExt, Limited};
+use http_body_util::{BodyExt, LengthLimitError, Limited};
 use hyper::body::Incoming;
+use hyper::header::{CONTENT_TYPE, HeaderValue};
 use hyper::{HeaderMap, Method};
 use jiff::Timestamp;
 use serde::de::DeserializeOwned;
@@ -30,6 +32,7 @@ pub struct Call {
 }
 
 impl Call {
+    /// Fails when the version is one that is not spoken.
     pub fn new(request: hyper::Request<Incoming>, hangup: Arc<Hangup>) -> Result<Self, Failure> {
         let (version, segments) = split_path(request.uri().path())?;
         Ok(Self {
@@ -49,41 +52,117 @@ impl Call {
         async move { hangup.happened().await }
     }
 
-    /// Reads the whole body as JSON; an empty body is an empty object.
+    /// Reads the whole body as JSON; no body is an empty object.
     pub async fn json<T: DeserializeOwned>(self) -> Result<T, Failure> {
-        let body = Limited::new(self.request.into_body(), BODY_MAX_BYTES).collect().await;
-        let bytes = body
-            .map_err(|error| Failure::invalid(format!("cannot read the request body: {error}")))?
-            .to_bytes();
+        let (content_type, bytes) = self.body().await?;
+        if bytes.is_empty() {
+            return decode(b"{}");
+        }
+        content_type?;
         decode(&bytes)
+    }
+
+    /// Reads the whole body as JSON; it has to be there.
+    pub async fn required_json<T: DeserializeOwned>(self) -> Result<T, Failure> {
+        let (content_type, bytes) = self.body().await?;
+        if bytes.is_empty() {
+            return Err(Failure::invalid("invalid JSON: got EOF while reading request body"));
+        }
+        content_type?;
+        decode(&bytes)
+    }
+
+    /// The body, and whether its type is JSON's: the complaint about that waits until it is known that there is one.
+    async fn body(self) -> Result<(Result<(), Failure>, Bytes), Failure> {
+        let content_type = check_content_type(self.headers.get(CONTENT_TYPE));
+        let body = Limited::new(self.request.into_body(), BODY_MAX_BYTES).collect().await;
+        let bytes = body.map_err(|error| {
+            if error.downcast_ref::<LengthLimitError>().is_some() {
+                return Failure::invalid(format!("the request body is larger than {BODY_MAX_BYTES} bytes"));
+            }
+            Failure::invalid(format!("cannot read the request body: {error}"))
+        })?;
+        Ok((content_type, bytes.to_bytes()))
     }
 }
 
-/// Reads JSON; nothing is an empty object. Fuzzed.
+/// In dockerd's words.
+fn check_content_type(given: Option<&HeaderValue>) -> Result<(), Failure> {
+    let text = given.map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned()).unwrap_or_default();
+    let kind = text.split(';').next().unwrap_or_default().trim();
+    if kind.eq_ignore_ascii_case("application/json") {
+        return Ok(());
+    }
+    Err(Failure::invalid(format!("unsupported Content-Type header ({text}): must be 'application/json'")))
+}
+
+/// Reads one JSON value; `null` is an empty object. Fuzzed.
 pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Failure> {
-    let bytes = if bytes.trim_ascii().is_empty() { b"{}" } else { bytes };
-    guest_api::decode(bytes).map_err(|error| Failure::invalid(format!("invalid JSON: {error}")))
+    let bytes = if bytes.trim_ascii() == b"null" { b"{}" } else { bytes };
+    guest_api::decode(bytes).map_err(|error| {
+        if error.is_eof() {
+            return Failure::invalid("invalid JSON: unexpected EOF");
+        }
+        if error.to_string().starts_with("trailing characters") {
+            return Failure::invalid("unexpected content after JSON");
+        }
+        Failure::invalid(format!("invalid JSON: {error}"))
+    })
 }
 
 /// Splits `/v1.44/containers/json`; the version is the newest when there is none.
 fn split_path(path: &str) -> Result<(ApiVersion, Vec<String>), Failure> {
     let mut segments: Vec<String> =
         path.trim_start_matches('/').split('/').map(|part| percent_decode(part, false)).collect();
-    let named = segments.first().and_then(|first| first.strip_prefix('v')?.parse::<ApiVersion>().ok());
-    let Some(version) = named else { return Ok((NEWEST, segments)) };
-    if version < OLDEST {
+    let Some(text) =
+        segments.first().and_then(|first| first.strip_prefix('v')).filter(|text| is_version(text))
+    else {
+        return Ok((NEWEST, segments));
+    };
+    // A path that is nothing but a version leads nowhere.
+    if segments.len() < 2 {
+        return Ok((NEWEST, segments));
+    }
+    // dockerd compares all numbers that are there.
+    let numbers: Vec<u32> = text.split('.').map(|part| part.parse().unwrap_or(0)).collect();
+    let bound = |version: ApiVersion| vec![version.major, version.minor];
+    if numbers < bound(OLDEST) {
         return Err(Failure::invalid(format!(
-            "client version {version} is too old. Minimum supported API version is {OLDEST}, please upgrade your \
+            "client version {text} is too old. Minimum supported API version is {OLDEST}, please upgrade your \
              client to a newer version"
         )));
     }
-    if version > NEWEST {
+    if numbers > bound(NEWEST) {
         return Err(Failure::invalid(format!(
-            "client version {version} is too new. Maximum supported API version is {NEWEST}"
+            "client version {text} is too new. Maximum supported API version is {NEWEST}"
         )));
     }
+    let version = ApiVersion::new(numbers[0], numbers.get(1).copied().unwrap_or(0));
     segments.remove(0);
     Ok((version, segments))
+}
+
+fn is_version(text: &str) -> bool {
+    !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.')
+}
+
+/// The path without empty segments, `.` and `..`; `None` when it is that already.
+pub fn cleaned(path: &str) -> Option<String> {
+    let mut kept: Vec<&str> = Vec::new();
+    let decoded = |part: &str| percent_decode(part, false);
+    let parts: Vec<&str> = path.split('/').skip(1).collect();
+    let last = parts.len().saturating_sub(1);
+    for (at, part) in parts.iter().copied().enumerate() {
+        match decoded(part).as_str() {
+            // The end of `/containers/` stays.
+            "" if at == last => kept.push(""),
+            "" | "." => {}
+            ".." => drop(kept.pop()),
+            _ => kept.push(part),
+        }
+    }
+    let clean = format!("/{}", kept.join("/"));
+    (clean != path).then_some(clean)
 }
 
 fn percent_decode(text: &str, plus_is_space: bool) -> String {
@@ -153,8 +232,7 @@ impl Query {
     }
 
     pub fn filters(&self) -> Result<Filters, Failure> {
-        Filters::parse(self.text("filters"))
-            .map_err(|error| Failure::invalid(format!("invalid filter: {error}")))
+        Filters::parse(self.text("filters")).map_err(|_| Failure::invalid("invalid filter"))
     }
 }
 
@@ -217,8 +295,38 @@ mod tests {
     }
 
     #[test]
-    fn bodies_may_be_empty_but_not_wrong() {
-        assert!(decode::<guest_api::exec::ExecStart>(b" \n").is_ok());
-        assert!(decode::<guest_api::exec::ExecStart>(b"{").unwrap_err().message.starts_with("invalid JSON"));
+    fn wrong_bodies_are_refused_in_dockerds_words() {
+        let refused = |bytes: &[u8]| decode::<guest_api::exec::ExecStart>(bytes).unwrap_err().message;
+        assert!(decode::<guest_api::exec::ExecStart>(b"null").is_ok());
+        assert_eq!(refused(b"{"), "invalid JSON: unexpected EOF");
+        assert_eq!(refused(b"{} {}"), "unexpected content after JSON");
+        assert!(refused(b"[]").starts_with("invalid JSON: "));
+        let content_type = |text: &'static str| check_content_type(Some(&HeaderValue::from_static(text)));
+        assert!(content_type("application/json; charset=utf-8").is_ok());
+        assert_eq!(
+            content_type("text/plain").unwrap_err().message,
+            "unsupported Content-Type header (text/plain): must be 'application/json'"
+        );
+    }
+
+    #[test]
+    fn paths_are_cleaned_like_gos() {
+        assert_eq!(cleaned("/containers/json"), None);
+        assert_eq!(cleaned("/containers/"), None);
+        assert_eq!(cleaned("/"), None);
+        assert_eq!(cleaned("//info").as_deref(), Some("/info"));
+        assert_eq!(cleaned("/containers//json").as_deref(), Some("/containers/json"));
+        assert_eq!(cleaned("/containers/%2e%2e/json").as_deref(), Some("/json"));
+        assert_eq!(cleaned("/containers/a%2Fb/json"), None);
+    }
+
+    #[test]
+    fn versions_are_compared_number_by_number() {
+        let refused = |path: &str| split_path(path).unwrap_err().message;
+        assert!(refused("/v1.4.5/info").starts_with("client version 1.4.5 is too old"));
+        assert!(refused("/v99/info").ends_with(&format!("Maximum supported API version is {NEWEST}")));
+        assert!(refused("/v1/info").contains("too old"));
+        assert_eq!(split_path("/v1.40").unwrap().1, ["v1.40"]);
+        assert_eq!(split_path("/vx/info").unwrap().1, ["vx", "info"]);
     }
 }

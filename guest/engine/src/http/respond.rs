@@ -9,7 +9,7 @@ use guest_api::version::NEWEST;
 use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Empty, Full, StreamBody};
 use hyper::body::Frame;
-use hyper::header::{CONTENT_TYPE, HeaderValue};
+use hyper::header::{CONTENT_TYPE, HeaderValue, LOCATION};
 use serde::Serialize;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -94,18 +94,57 @@ pub fn json_lines<T: Serialize + Send + 'static>(
     response
 }
 
+/// Which of the common headers an answer carries, as an extension of it; all of them without one.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Headers {
+    /// dockerd finds the route first: a path that leads nowhere has none.
+    None,
+    /// It checks the version next.
+    NotExperimental,
+}
+
+/// A path or method that leads nowhere.
+pub fn page_not_found() -> Answer {
+    let body = ErrorBody { message: "page not found".to_owned() };
+    let mut response = json(404, &body)?;
+    response.extensions_mut().insert(Headers::None);
+    Ok(response)
+}
+
+/// A path with `//` or `..` in it leads to the one without.
+pub fn moved(location: &str) -> Answer {
+    let mut response = empty(301);
+    let location = HeaderValue::from_str(location)
+        .map_err(|_| Failure::invalid(format!("the path {location:?} cannot be written in a header")))?;
+    response.headers_mut().insert(LOCATION, location);
+    response.extensions_mut().insert(Headers::None);
+    Ok(response)
+}
+
+/// A version outside of what is spoken.
+pub fn wrong_version(failure: &Failure) -> Response {
+    let mut response = error(failure);
+    response.extensions_mut().insert(Headers::NotExperimental);
+    response
+}
+
 /// Adds the headers of every answer.
-pub fn finish(mut response: Response, head: bool) -> Response {
+pub fn finish(mut response: Response, head: bool, experimental: bool) -> Response {
+    let which = response.extensions_mut().remove::<Headers>();
     let headers = response.headers_mut();
     let mut set = |name: &'static str, value: &str| {
         if let Ok(value) = HeaderValue::from_str(value) {
             headers.insert(name, value);
         }
     };
-    set("api-version", &NEWEST.to_string());
-    set("docker-experimental", "false");
-    set("ostype", "linux");
-    set("server", concat!("engine/", env!("CARGO_PKG_VERSION"), " (linux)"));
+    if which != Some(Headers::None) {
+        set("api-version", &NEWEST.to_string());
+        set("ostype", "linux");
+        set("server", concat!("engine/", env!("CARGO_PKG_VERSION"), " (linux)"));
+    }
+    if which.is_none() {
+        set("docker-experimental", if experimental { "true" } else { "false" });
+    }
     if head {
         *response.body_mut() = empty_body();
     }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use guest_api::{ApiVersion, Event};
 use hyper::header::HeaderValue;
+use serde_json::{Value, json};
 use tokio::sync::{broadcast, mpsc};
 
 use super::Services;
@@ -13,6 +14,9 @@ use super::respond::{self, Answer, Response};
 use crate::failure::Failure;
 use crate::services::events::EventFilter;
 use crate::services::system::UsageQuery;
+
+/// Since this version images have `create` events.
+const IMAGE_CREATE_SINCE: ApiVersion = ApiVersion::new(1, 46);
 
 /// Events that may wait for a slow client; the log drops what lies further back.
 const EVENTS_WAITING: usize = 64;
@@ -36,8 +40,53 @@ pub fn version(services: &Services) -> Answer {
     respond::json(200, &services.system.version())
 }
 
-pub async fn info(services: &Services) -> Answer {
-    respond::json(200, &services.system.info().await?)
+/// What `/info` had up to a version, or has since one.
+mod since {
+    use guest_api::ApiVersion;
+
+    pub const NO_KERNEL_MEMORY: ApiVersion = ApiVersion::new(1, 42);
+    pub const NO_NONDISTRIBUTABLE: ApiVersion = ApiVersion::new(1, 47);
+    pub const FIREWALL: ApiVersion = ApiVersion::new(1, 49);
+    pub const NO_EXPECTED_COMMITS: ApiVersion = ApiVersion::new(1, 49);
+    pub const DEVICES: ApiVersion = ApiVersion::new(1, 50);
+    pub const NO_BRIDGE_FILTER: ApiVersion = ApiVersion::new(1, 50);
+    pub const STRUCTURED_SECURITY: ApiVersion = ApiVersion::new(1, 25);
+}
+
+pub async fn info(services: &Services, call: &Call) -> Answer {
+    let info = services.system.info().await?;
+    let (version, kernel_memory) = (call.version, info.kernel_memory_tcp);
+    let mut info =
+        serde_json::to_value(&info).map_err(|error| Failure::internal("cannot write info", &error))?;
+    if version < since::NO_KERNEL_MEMORY {
+        info["KernelMemory"] = kernel_memory.into();
+    }
+    if version < since::NO_NONDISTRIBUTABLE {
+        info["RegistryConfig"]["AllowNondistributableArtifactsCIDRs"] = Value::Null;
+        info["RegistryConfig"]["AllowNondistributableArtifactsHostnames"] = Value::Null;
+    }
+    if version < since::NO_EXPECTED_COMMITS {
+        for part in ["ContainerdCommit", "RuncCommit", "InitCommit"] {
+            info[part]["Expected"] = info[part]["ID"].clone();
+        }
+    }
+    if version < since::NO_BRIDGE_FILTER {
+        info["BridgeNfIptables"] = false.into();
+        info["BridgeNfIp6tables"] = false.into();
+    }
+    if version < since::STRUCTURED_SECURITY {
+        info["SecurityOptions"] = json!(["seccomp"]);
+        info["ExecutionDriver"] = "<not supported>".into();
+    }
+    if let Value::Object(fields) = &mut info {
+        if version < since::FIREWALL {
+            fields.remove("FirewallBackend");
+        }
+        if version < since::DEVICES {
+            fields.remove("DiscoveredDevices");
+        }
+    }
+    respond::json(200, &info)
 }
 
 pub fn auth() -> Answer {
@@ -74,18 +123,28 @@ pub async fn disk_usage(services: &Services, call: &Call) -> Answer {
 
 pub fn events(services: &Arc<Services>, call: &Call) -> Answer {
     let (since, until) = (call.query.moment("since")?, call.query.moment("until")?);
+    if let (Some(from), Some(to)) = (since, until)
+        && to < from
+    {
+        let (from, to) = (call.query.text("since"), call.query.text("until"));
+        return Err(Failure::invalid(format!("`since` time ({from}) cannot be after `until` time ({to})")));
+    }
+    let image_created = call.version >= IMAGE_CREATE_SINCE;
     let filter = EventFilter::new(call.query.filters()?);
     let subscription = services.events.subscribe();
     let (records, lines) = mpsc::channel(EVENTS_WAITING);
     services.tasks.spawn(async move {
         let nanoseconds = |event: &Event| i128::from(event.time_nano);
-        // Without `since` the past is not asked for.
-        if let Some(since) = since {
+        let wanted = |event: &Event| {
+            filter.accepts(event) && (image_created || event.kind != "image" || event.action != "create")
+        };
+        // Without a bound the past is not asked for.
+        if since.is_some() || until.is_some() {
             for event in subscription.past {
                 let at = nanoseconds(&event);
-                let due =
-                    at >= since.as_nanosecond() && until.is_none_or(|until| at <= until.as_nanosecond());
-                if due && filter.accepts(&event) && records.send(Event::clone(&event)).await.is_err() {
+                let due = since.is_none_or(|since| at >= since.as_nanosecond())
+                    && until.is_none_or(|until| at <= until.as_nanosecond());
+                if due && wanted(&event) && records.send(Event::clone(&event)).await.is_err() {
                     return;
                 }
             }
@@ -108,7 +167,7 @@ pub fn events(services: &Arc<Services>, call: &Call) -> Answer {
                 () = records.closed() => return,
             };
             match event {
-                Ok(event) if filter.accepts(&event) => {
+                Ok(event) if wanted(&event) => {
                     if records.send(Event::clone(&event)).await.is_err() {
                         return;
                     }

@@ -1,5 +1,7 @@
 //! What this engine is: `/version` and `/info`.
 
+mod cgroups;
+mod info;
 mod service;
 mod usage;
 
