@@ -6,6 +6,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::lease::{GrantedPort, Lease, PortRequest};
+
 /// The version of the contract. It changes only when an older end could misunderstand a newer one; new kinds of
 /// requests and new fields do not change it.
 pub const PROTOCOL_VERSION: u32 = 1;
@@ -30,7 +32,9 @@ impl Hello {
     }
 }
 
-/// What the host asks of the guest. Each is answered once, with a [`Response`] or a [`Failure`].
+/// What one end asks of the other. Each is answered once, with a [`Response`] or a [`Failure`].
+///
+/// The daemon asks the agent; the engine, on a session of its own, asks the daemon for leases.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum Request {
@@ -44,6 +48,25 @@ pub enum Request {
     PowerOff,
     /// Tell how the guest is. Answered by [`Response::Info`].
     Info,
+    /// Hold these ports of the host for a container, all or none. Answered by [`Response::Granted`] once connections to
+    /// them are taken. What the container held before is let go first.
+    Acquire {
+        /// The container's id.
+        container: String,
+        /// What it publishes.
+        ports: Vec<PortRequest>,
+    },
+    /// Let go of all that a container holds; nothing if it holds nothing. Answered by [`Response::Done`].
+    Release {
+        /// The container's id.
+        container: String,
+    },
+    /// These are all leases there are: let go of others, hold again what was lost. The engine's first request on every
+    /// session. Answered by [`Response::Reconciled`].
+    Reconcile {
+        /// What running containers hold.
+        leases: Vec<Lease>,
+    },
 }
 
 /// The answer to a [`Request`] that could be carried out.
@@ -54,6 +77,16 @@ pub enum Response {
     Done,
     /// The answer to [`Request::Info`].
     Info(GuestInfo),
+    /// The answer to [`Request::Acquire`].
+    Granted {
+        /// What is held now: one entry for each address of each request.
+        ports: Vec<GrantedPort>,
+    },
+    /// The answer to [`Request::Reconcile`].
+    Reconciled {
+        /// Sentences about leases that cannot be held any more; their ports answer no longer.
+        lost: Vec<String>,
+    },
 }
 
 /// How the guest is.
@@ -151,6 +184,8 @@ pub enum FailureKind {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::lease::Transport;
+    use std::net::Ipv4Addr;
 
     #[track_caller]
     fn check<T>(message: T, json: &str)
@@ -171,6 +206,33 @@ mod tests {
         check(Request::SetClock { unix_nanos: -5 }, r#"{"kind":"set_clock","unix_nanos":-5}"#);
         check(Request::PowerOff, r#"{"kind":"power_off"}"#);
         check(Request::Info, r#"{"kind":"info"}"#);
+        check(
+            Request::Acquire {
+                container: "c".into(),
+                ports: vec![PortRequest {
+                    transport: Transport::Tcp,
+                    addresses: vec![Ipv4Addr::UNSPECIFIED.into()],
+                    first: 80,
+                    last: 80,
+                    container_port: 8080,
+                }],
+            },
+            r#"{"kind":"acquire","container":"c","ports":[{"transport":"tcp","addresses":["0.0.0.0"],"first":80,"last":80,"container_port":8080}]}"#,
+        );
+        check(Request::Release { container: "c".into() }, r#"{"kind":"release","container":"c"}"#);
+        check(Request::Reconcile { leases: Vec::new() }, r#"{"kind":"reconcile","leases":[]}"#);
+        check(
+            Response::Granted {
+                ports: vec![GrantedPort {
+                    transport: Transport::Udp,
+                    address: Ipv4Addr::LOCALHOST.into(),
+                    port: 53,
+                    container_port: 5353,
+                }],
+            },
+            r#"{"kind":"granted","ports":[{"transport":"udp","address":"127.0.0.1","port":53,"container_port":5353}]}"#,
+        );
+        check(Response::Reconciled { lost: Vec::new() }, r#"{"kind":"reconciled","lost":[]}"#);
         check(Response::Done, r#"{"kind":"done"}"#);
         check(
             Response::Info(GuestInfo {

@@ -21,5 +21,8 @@ pub const POWER: u32 = 1027;
 /// Host to guest: the Docker API, served by the engine.
 pub const API: u32 = 2375;
 
-/// Host to guest: connections to published ports. Reserved for them; nobody listens yet.
+/// Guest to host: the engine's session, on which it leases what its containers need on the host ([`crate::lease`]).
+pub const LEASES: u32 = 1026;
+
+/// Host to guest: connections to published ports, served by the engine. Each begins with a [`crate::forward::Header`].
 pub const FORWARD: u32 = 2376;

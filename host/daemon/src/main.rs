@@ -8,6 +8,7 @@ mod bounded_log;
 mod control;
 mod gate;
 mod image;
+mod leases;
 mod lifecycle;
 mod session;
 mod settings;

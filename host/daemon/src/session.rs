@@ -55,7 +55,7 @@ pub(crate) async fn drive(
                 }
                 SessionEvent::Response { id, result } => match (infos.remove(&id), result) {
                     (Some(reply), Ok(Response::Info(guest))) => drop(reply.send(Ok(guest))),
-                    (Some(reply), Ok(Response::Done)) => {
+                    (Some(reply), Ok(_)) => {
                         drop(reply.send(Err(Failure::new(FailureKind::Failed, "the guest gave no figures"))));
                     }
                     (Some(reply), Err(failure)) => drop(reply.send(Err(failure))),

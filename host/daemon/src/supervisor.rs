@@ -5,6 +5,7 @@
 
 use crate::bounded_log::BoundedLog;
 use crate::image::VmImage;
+use crate::leases::Leases;
 use crate::lifecycle::{Action, Input, Lifecycle, Ticket};
 use crate::session::{self, Ask};
 use crate::settings::{HostSize, Settings};
@@ -137,6 +138,8 @@ pub(crate) struct Supervisor {
     /// How the VM process said that it ended.
     stop_reason: Option<StopReason>,
     backend: Option<BackendChoice>,
+    /// What the machine's containers hold on this host.
+    leases: Option<Arc<Leases>>,
     /// Who waits for the VM process to count its streams.
     stream_counts: Vec<oneshot::Sender<u64>>,
     session: Option<mpsc::Sender<Ask>>,
@@ -165,6 +168,7 @@ impl Supervisor {
             vmm: None,
             stop_reason: None,
             backend: None,
+            leases: None,
             stream_counts: Vec::new(),
             session: None,
             requests,
@@ -202,7 +206,7 @@ impl Supervisor {
             }
             Message::Remove(reply) => drop(reply.send(self.remove())),
             Message::Handover { port, fd } => match &self.vmm {
-                Some(vmm) => vmm.send(Command::Connect { port }, Some(fd)),
+                Some(vmm) => vmm.send(Command::Connect { port, header: None }, Some(fd)),
                 None => debug!(port, "a connection was dropped: the machine is gone"),
             },
             Message::GuestInfo(reply) => match &self.session {
@@ -241,7 +245,10 @@ impl Supervisor {
         while let Some(action) = self.lifecycle.next_action() {
             match action {
                 Action::Spawn => match self.spawn() {
-                    Ok(vmm) => self.vmm = Some(vmm),
+                    Ok(vmm) => {
+                        self.leases = Some(Arc::new(Leases::new(vmm.sink())));
+                        self.vmm = Some(vmm);
+                    }
                     Err(error) => self.feed(Input::VmmExited(Some(format!("{error:#}")))),
                 },
                 Action::PowerOff => self.power_off(),
@@ -372,6 +379,9 @@ impl Supervisor {
                 self.session = None;
                 self.backend = None;
                 self.stream_counts.clear();
+                if let Some(leases) = self.leases.take() {
+                    tokio::spawn(async move { leases.release_all().await });
+                }
                 let reason = match self.stop_reason.take() {
                     Some(StopReason::PoweredOff) => "the guest powered itself off".into(),
                     Some(StopReason::Killed) => "the machine was killed".into(),
@@ -409,6 +419,11 @@ impl Supervisor {
                     .await;
                     let _ = reports.send(Message::SessionEnded(generation, why)).await;
                 });
+            }
+            port::LEASES => {
+                if let Some(leases) = &self.leases {
+                    tokio::spawn(Arc::clone(leases).serve(stream));
+                }
             }
             port::LOG => {
                 let path = self.state_dir.home().machine_dir(MACHINE).join("engine.log");

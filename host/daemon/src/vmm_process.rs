@@ -5,6 +5,7 @@
 
 use anyhow::{Context, Result};
 use command_fds::{CommandFdExt, FdMapping};
+use guest_protocol::port;
 use host_vmm::MachineSpec;
 use host_vmm::control::{Channel, Command as VmmCommand, Event};
 use std::fs::File;
@@ -86,6 +87,17 @@ impl VmmProcess {
             report(Report::Gone(reap(child, &reaped)));
         })?;
         Ok(Self { commands, process })
+    }
+
+    /// What takes connections to published ports into the machine, past the supervisor.
+    pub(crate) fn sink(&self) -> host_forward::Sink {
+        let commands = self.commands.clone();
+        Arc::new(move |header, stream| {
+            let connect = VmmCommand::Connect { port: port::FORWARD, header: Some(header) };
+            if commands.send((connect, Some(stream))).is_err() {
+                debug!("a connection was dropped: the machine is gone");
+            }
+        })
     }
 
     /// Sends one command with its descriptor. A process that is gone has said so by [`Report::Gone`].

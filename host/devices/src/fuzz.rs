@@ -130,7 +130,7 @@ pub fn vsock(mut data: &[u8]) {
     let mut model = vsock::model(vsock::Cid(3), registry, backend);
     if let Ok((near, far)) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None) {
         sockets.lock().unwrap_or_else(PoisonError::into_inner).push(near);
-        model.connect(7, far, Instant::now());
+        model.connect(7, b"preface".to_vec(), far, Instant::now());
     }
     if mode & 1 == 0 {
         guest.write(0, data);

@@ -33,6 +33,8 @@ use rustix::net::{
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use guest_protocol::forward::Header;
+
 use crate::backend::Accelerator;
 use crate::spec::MachineSpec;
 
@@ -51,6 +53,9 @@ pub enum Command {
     Connect {
         /// The guest's port.
         port: u32,
+        /// What the guest reads first, on a connection to a published port.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        header: Option<Header>,
     },
     /// How many vsock streams are open? Answered by [`Event::Streams`].
     CountStreams,
@@ -339,13 +344,13 @@ mod tests {
         let mut ours = Vec::new();
         for port in 0..20 {
             let (near, far) = UnixStream::pair().unwrap();
-            daemon.send(&Command::Connect { port }, &[far.as_fd()]).unwrap();
+            daemon.send(&Command::Connect { port, header: None }, &[far.as_fd()]).unwrap();
             daemon.send(&Command::Stop, &[]).unwrap();
             ours.push(near);
         }
         for (port, near) in ours.iter_mut().enumerate() {
             let (command, fds) = vmm.receive::<Command>().unwrap().unwrap();
-            assert_eq!(command, Command::Connect { port: port as u32 });
+            assert_eq!(command, Command::Connect { port: port as u32, header: None });
             let [fd] = <[OwnedFd; 1]>::try_from(fds).unwrap();
             UnixStream::from(fd).write_all(&[port as u8]).unwrap();
             let mut byte = [0];

@@ -17,6 +17,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::mpsc::Sender;
 use std::thread::JoinHandle;
 
+use guest_protocol::forward::Header;
 use host_hypervisor::qemu::{Exit, Killer, Launch, LaunchError, Machine, Monitor, MonitorEvent};
 
 use crate::attach::{self, AttachError, Attached, Connector, ConsoleTail, Context};
@@ -182,9 +183,10 @@ impl Running {
     }
 
     /// Connects a stream socket to a vsock port of the guest. The socket is closed if nobody listens there.
-    pub fn connect(&self, port: u32, stream: OwnedFd) {
+    /// The guest reads `header` first, if there is one.
+    pub fn connect(&self, port: u32, header: Option<&Header>, stream: OwnedFd) {
         match &self.connector {
-            Some(connector) => connector.connect(port, stream),
+            Some(connector) => connector.connect(port, header, stream),
             None => tracing::debug!(port, "this machine has no vsock device"),
         }
     }

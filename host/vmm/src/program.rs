@@ -302,8 +302,8 @@ impl<'a> Driver<'a> {
     fn command(&mut self, command: Command, fds: Vec<OwnedFd>) {
         match command {
             Command::Start(_) => tracing::warn!("a machine is started once; ignoring another start"),
-            Command::Connect { port } => match <[OwnedFd; 1]>::try_from(fds) {
-                Ok([stream]) => self.running.connect(port, stream),
+            Command::Connect { port, header } => match <[OwnedFd; 1]>::try_from(fds) {
+                Ok([stream]) => self.running.connect(port, header.as_ref(), stream),
                 Err(fds) => tracing::warn!(port, count = fds.len(), "connect needs one file descriptor"),
             },
             Command::CountStreams => {
@@ -385,7 +385,7 @@ impl<'a> Driver<'a> {
     fn power_off(&mut self) {
         match UnixStream::pair() {
             Ok((ours, theirs)) => {
-                self.running.connect(port::POWER, theirs.into());
+                self.running.connect(port::POWER, None, theirs.into());
                 self.power_streams.push(ours);
             }
             Err(error) => tracing::warn!(%error, "cannot make a socket to ask the guest to power off"),
@@ -512,7 +512,7 @@ mod tests {
     fn a_stop_in_the_queue_calls_a_start_off_and_stays_there() {
         let (sender, receiver) = mpsc::channel();
         let mut inbox = Inbox { receiver, waiting: VecDeque::new() };
-        sender.send(Signal::Command(Command::Connect { port: 1 }, Vec::new())).unwrap();
+        sender.send(Signal::Command(Command::Connect { port: 1, header: None }, Vec::new())).unwrap();
         assert!(!inbox.called_off());
         sender.send(Signal::Command(Command::Stop, Vec::new())).unwrap();
         assert!(inbox.called_off() && inbox.called_off());

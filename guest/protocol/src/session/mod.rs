@@ -29,7 +29,7 @@
 //! Each [`Session::request`] has exactly one [`SessionEvent::Response`]: the peer's answer, or a failure of kind
 //! [`FailureKind::Timeout`] or [`FailureKind::Closed`] that is made here. An answer that comes after the timeout is
 //! dropped. The peer's requests come as [`SessionEvent::Request`] and are answered with [`Session::respond`], in any
-//! order. Either end may ask; today only the host has anything to ask.
+//! order. Either end may ask: the daemon asks the agent, and the engine asks the daemon for leases.
 //!
 //! # Heartbeat
 //!
@@ -84,7 +84,7 @@ pub const OUTPUT_MAX: usize = 4 * frame::LENGTH_MAX;
 pub enum Role {
     /// The daemon.
     Host,
-    /// The agent.
+    /// The agent, or the engine on its own session.
     Guest,
 }
 
@@ -289,6 +289,10 @@ impl Request {
             Request::SetClock { .. } | Request::Info => Duration::from_secs(15),
             // The answer only says that it has begun; but a guest in trouble may be slow to say it.
             Request::PowerOff => Duration::from_secs(15),
+            // Only binds sockets; a thousand of them take less.
+            Request::Acquire { .. } | Request::Release { .. } | Request::Reconcile { .. } => {
+                Duration::from_secs(30)
+            }
         }
     }
 }

@@ -4,6 +4,7 @@ use std::error::Error;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use guest_protocol::forward::Header;
 use guest_protocol::port;
 use host_devices::virtio::vsock::{Backend, Cid, Counters, Handle, Vsock};
 use host_hypervisor::qemu::Device;
@@ -22,8 +23,12 @@ pub(crate) struct Connector {
 
 impl Connector {
     /// Connects a stream socket to a port of the guest; the socket is closed if that cannot be.
-    pub(crate) fn connect(&self, port: u32, stream: OwnedFd) {
-        if let Err(error) = self.handle.connect(port, stream) {
+    pub(crate) fn connect(&self, port: u32, header: Option<&Header>, stream: OwnedFd) {
+        let preface = match header.map(Header::encode).transpose() {
+            Ok(preface) => preface.unwrap_or_default(),
+            Err(error) => return tracing::warn!(port, %error, "cannot begin a connection to the guest"),
+        };
+        if let Err(error) = self.handle.connect(port, preface, stream) {
             tracing::warn!(port, %error, "cannot connect to the guest");
         }
     }
@@ -48,7 +53,7 @@ impl super::Attachment for Attachment {
             // Without a driver the connection has nobody to serve it: dropping it closes it.
             drop(signals.send(Signal::Accepted { port, stream }));
         };
-        let ports = [port::SESSION, port::LOG].into();
+        let ports = [port::SESSION, port::LOG, port::LEASES].into();
         let device =
             Vsock::new(Cid(u64::from(port::GUEST_CID)), Backend { ports, accepted: Box::new(accepted) })?;
         context.connector = Some(Connector { handle: device.handle(), counters: device.counters() });

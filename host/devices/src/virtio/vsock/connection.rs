@@ -120,6 +120,8 @@ pub(super) struct Connection {
     writable: bool,
 
     to_guest: ToGuest,
+    /// What the guest gets before anything from the socket; what it has got of it is gone.
+    preface: Vec<u8>,
     sent: Wrapping<u32>,
     guest_buffer_bytes: u32,
     guest_forwarded: Wrapping<u32>,
@@ -148,6 +150,7 @@ impl Connection {
             // The first event says otherwise if need be; trying costs one call.
             writable: true,
             to_guest: ToGuest::Open,
+            preface: Vec::new(),
             sent: Wrapping(0),
             guest_buffer_bytes: 0,
             guest_forwarded: Wrapping(0),
@@ -158,9 +161,10 @@ impl Connection {
         }
     }
 
-    /// A stream that the host opens; the guest has yet to be asked.
-    pub fn to_guest(key: Key, socket: OwnedFd) -> Self {
-        Self::new(key, socket, Phase::Requested, Pending { request: true, ..Pending::default() })
+    /// A stream that the host opens and begins with `preface`; the guest has yet to be asked.
+    pub fn to_guest(key: Key, preface: Vec<u8>, socket: OwnedFd) -> Self {
+        let pending = Pending { request: true, ..Pending::default() };
+        Self { preface, ..Self::new(key, socket, Phase::Requested, pending) }
     }
 
     /// A stream that the guest has asked for with `request`.
@@ -380,7 +384,7 @@ impl Connection {
         self.phase == Phase::Established
             && !self.pending.response
             && self.to_guest == ToGuest::Open
-            && self.readable
+            && (self.readable || !self.preface.is_empty())
             && (self.credit() > 0 || !self.asked_for_credit)
     }
 
@@ -407,13 +411,22 @@ impl Connection {
         Some(self.header(guest, operation, flags, 0))
     }
 
-    /// How many bytes may be read from the host socket for the guest now.
+    /// How many bytes may be read for the guest now.
     pub fn readable_bytes(&self) -> usize {
-        if self.may_read() { self.credit() } else { 0 }
+        match (self.may_read(), self.preface.len()) {
+            (false, _) => 0,
+            (true, 0) => self.credit(),
+            (true, preface) => self.credit().min(preface),
+        }
     }
 
-    /// Reads the host socket into guest buffers that hold at most [`Self::readable_bytes`].
+    /// Reads the preface, then the host socket, into guest buffers that hold at most [`Self::readable_bytes`].
     pub fn receive(&mut self, space: &mut Buffers<'_>) -> (Received, Verdict) {
+        if !self.preface.is_empty() {
+            let count = space.copy_in(&self.preface);
+            self.preface.drain(..count);
+            return (Received::Data(count), Verdict::Keep);
+        }
         match space.receive(self.socket.as_fd()) {
             Ok(0) => {
                 self.readable = false;

@@ -89,7 +89,7 @@ impl Counters {
 }
 
 pub(crate) enum Message {
-    Connect { port: u32, socket: OwnedFd },
+    Connect { port: u32, preface: Vec<u8>, socket: OwnedFd },
 }
 
 /// Why a socket was not taken.
@@ -116,18 +116,19 @@ pub struct Handle {
 }
 
 impl Handle {
-    /// Opens a stream to a port of the guest and copies between it and `socket`, a connected stream socket.
+    /// Opens a stream to a port of the guest and copies between it and `socket`, a connected stream socket. The guest
+    /// gets `preface` first.
     ///
     /// Returns at once. If the guest refuses, or does not answer within ten seconds, the socket is closed. Bytes
     /// already waiting in the socket are delivered once the guest has accepted. Whether the socket is blocking does
     /// not matter and is not changed.
-    pub fn connect(&self, port: u32, socket: OwnedFd) -> Result<(), ConnectError> {
+    pub fn connect(&self, port: u32, preface: Vec<u8>, socket: OwnedFd) -> Result<(), ConnectError> {
         match socket_type(&socket) {
             Ok(SocketType::STREAM) => {}
             _ => return Err(ConnectError::NotAStreamSocket { port }),
         }
         self.mailbox
-            .send(Message::Connect { port, socket })
+            .send(Message::Connect { port, preface, socket })
             .map_err(|_refused| ConnectError::Stopped { port })
     }
 }

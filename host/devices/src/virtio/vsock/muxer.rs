@@ -98,10 +98,10 @@ impl Muxer {
     }
 
     /// Opens a stream from the host to a port of the guest.
-    pub fn connect(&mut self, guest_port: u32, socket: OwnedFd, now: Instant) {
+    pub fn connect(&mut self, guest_port: u32, preface: Vec<u8>, socket: OwnedFd, now: Instant) {
         let Some(host_port) = self.ephemeral_port(guest_port) else { return };
         let key = Key { host_port, guest_port };
-        if let Some(slot) = self.insert(Connection::to_guest(key, socket)) {
+        if let Some(slot) = self.insert(Connection::to_guest(key, preface, socket)) {
             let generation = self.slots[slot].generation;
             self.requested.push_back((now + CONNECT_TIMEOUT, slot, generation));
             self.enqueue(slot);

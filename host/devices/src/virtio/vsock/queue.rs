@@ -55,8 +55,8 @@ impl Queues {
     }
 
     /// Opens a stream from the host to a port of the guest.
-    pub fn connect(&mut self, port: u32, socket: OwnedFd, now: Instant) {
-        self.muxer.connect(port, socket, now);
+    pub fn connect(&mut self, port: u32, preface: Vec<u8>, socket: OwnedFd, now: Instant) {
+        self.muxer.connect(port, preface, socket, now);
     }
 
     /// Takes packets from the guest; `true` when there may be more.
@@ -242,7 +242,7 @@ impl Model for Queues {
 
     fn message(&mut self, message: Message) {
         match message {
-            Message::Connect { port, socket } => self.connect(port, socket, Instant::now()),
+            Message::Connect { port, preface, socket } => self.connect(port, preface, socket, Instant::now()),
         }
     }
 

@@ -275,7 +275,7 @@ impl Guest {
     }
 
     fn connect(&mut self, socket: OwnedFd) -> Name {
-        self.handle.connect(2375, socket).unwrap();
+        self.handle.connect(2375, Vec::new(), socket).unwrap();
         self.until("the host asks for a stream", |guest| !guest.requests.is_empty());
         self.requests.pop().unwrap()
     }
@@ -382,7 +382,7 @@ fn small_buffers_of_the_guest_are_filled_and_useless_ones_handed_back() {
     guest.until("useless buffers are handed back", |guest| {
         if guest.device.counters().opened.get() == 0 {
             let (_, far) = UnixStream::pair().unwrap();
-            guest.handle.connect(1, far.into()).unwrap();
+            guest.handle.connect(1, Vec::new(), far.into()).unwrap();
         }
         guest.device.counters().malformed.get() >= 1 || guest.rx.take_used().is_some()
     });
@@ -472,6 +472,24 @@ fn sixty_four_mebibytes_each_way_with_a_tiny_socket_buffer() {
     both_ways(&mut guest, near, name, 64 << 20);
     guest.until_reset(name);
     guest.until_closed();
+}
+
+#[test]
+fn a_preface_comes_first_whatever_its_length() {
+    for length in [1, RX_BUFFER_BYTES as usize, 3 * RX_BUFFER_BYTES as usize] {
+        let mut guest = Guest::new();
+        let (mut host, far) = UnixStream::pair().unwrap();
+        host.write_all(b"behind").unwrap();
+        guest.handle.connect(2376, vec![b'p'; length], far.into()).unwrap();
+        guest.until("the host asks for a stream", |guest| !guest.requests.is_empty());
+        let name = guest.requests.pop().unwrap();
+        guest.until("all has come", |guest| guest.streams[&name].inbox.len() == length + 6);
+        let inbox = guest.take(name);
+        assert!(inbox[..length].iter().all(|byte| *byte == b'p') && inbox.ends_with(b"behind"));
+        drop(host);
+        guest.until_reset(name);
+        guest.until_closed();
+    }
 }
 
 #[test]
@@ -640,7 +658,7 @@ fn a_guest_that_does_not_answer_in_time_is_given_up() {
     let mut muxer = Muxer::new(GUEST, poll.registry().try_clone().unwrap(), backend, Arc::clone(&counters));
     let (mut host, far) = UnixStream::pair().unwrap();
     let now = Instant::now();
-    muxer.connect(1, far.into(), now);
+    muxer.connect(1, Vec::new(), far.into(), now);
     assert_eq!(muxer.deadline(), Some(now + Duration::from_secs(10)));
     muxer.tick(now + Duration::from_secs(9));
     assert_eq!(counters.open_streams(), 1);
@@ -653,10 +671,10 @@ fn a_guest_that_does_not_answer_in_time_is_given_up() {
 fn only_stream_sockets_are_taken() {
     let guest = Guest::new();
     let file = tempfile::tempfile().unwrap();
-    let error = guest.handle.connect(80, file.into()).unwrap_err();
+    let error = guest.handle.connect(80, Vec::new(), file.into()).unwrap_err();
     assert_eq!(error.to_string(), "cannot connect guest port 80: the descriptor is not a stream socket");
     let (_, datagrams) = std::os::unix::net::UnixDatagram::pair().unwrap();
-    assert!(guest.handle.connect(80, datagrams.into()).is_err());
+    assert!(guest.handle.connect(80, Vec::new(), datagrams.into()).is_err());
 }
 
 #[test]
@@ -665,7 +683,7 @@ fn after_the_device_sockets_are_refused() {
     let handle = guest.handle.clone();
     let (mut host, far) = UnixStream::pair().unwrap();
     drop(guest);
-    let error = handle.connect(80, far.into()).unwrap_err();
+    let error = handle.connect(80, Vec::new(), far.into()).unwrap_err();
     assert_eq!(error.to_string(), "cannot connect guest port 80: the socket device has stopped");
     assert!(read_to_end(&mut host).is_empty());
 }
@@ -864,7 +882,7 @@ proptest! {
     #[test]
     fn no_packets_harm_the_device(packets in prop::collection::vec(hostile(), 1..60)) {
         let mut guest = Guest::new();
-        guest.handle.connect(1, UnixStream::pair().unwrap().1.into()).unwrap();
+        guest.handle.connect(1, Vec::new(), UnixStream::pair().unwrap().1.into()).unwrap();
         let zeroes = vec![0; 70_000];
         for packet in &packets {
             while guest.tx_slots.is_empty() {
