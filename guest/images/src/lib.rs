@@ -24,17 +24,20 @@
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
+mod compression;
 mod content;
 mod database;
 mod digest;
 mod download;
 mod error;
+mod extract;
 mod image;
 mod images;
 mod lease;
 mod load;
 pub mod manifest;
 mod overlay;
+mod pack;
 mod platform;
 mod progress;
 mod pull;

@@ -14,13 +14,13 @@ use tokio::io::AsyncRead;
 
 use crate::{
     Digest, Error, Images, Kind, LoadedImage, Platform, Progress, Reference, Result,
+    compression::Compression,
     download::blocking,
     image::nullable,
     lease::Lease,
     manifest::{self, Descriptor, Document, Manifest},
     pull::{Listener, Plan, Stage},
     tarball::{EntryKind, Reader, TarError},
-    unpack::Compression,
 };
 
 const ENTRIES_MAX: u64 = 100_000;

@@ -27,7 +27,7 @@ use redb::{ReadableTable, WriteTransaction};
 use crate::{
     ChainId, Digest, Error, Result,
     database::{self, LAYERS, LayerRecord, SNAPSHOTS, SnapshotRecord, Store},
-    overlay, unpack,
+    extract, overlay, unpack,
 };
 
 /// What a temporary folder's name begins with.
@@ -120,7 +120,7 @@ impl Snapshotter {
             }
             // overlayfs shows the upper folder's own owner and mode for the root.
             if let Some(top) = lower.first() {
-                unpack::copy_description(top, &upper)?;
+                extract::copy_description(top, &upper)?;
             }
             // A folder without a row is a leftover of a crash.
             self.discard(&folder)?;
@@ -352,7 +352,7 @@ impl Snapshotter {
             };
             if let Some(described) = below.iter().find(|below| is_folder(below)).filter(|_| is_folder(layer))
             {
-                unpack::copy_description(&described.join(path), &layer.join(path))?;
+                extract::copy_description(&described.join(path), &layer.join(path))?;
             }
         }
         Ok(())

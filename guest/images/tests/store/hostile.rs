@@ -190,7 +190,7 @@ async fn hostile_layers_are_refused() {
         whole[..1200].to_vec()
     };
     for (tar, why) in [
-        (escape, "leads out of the layer"),
+        (escape, "leads out of it"),
         (many, "has more than the limit of 100 entries"),
         (truncated, "cannot be unpacked"),
         (b"no tar at all".to_vec(), "cannot be unpacked"),

@@ -7,7 +7,8 @@
 
 use std::io::{self, BufRead, Read};
 
-const BLOCK: usize = 512;
+use super::{BLOCK, padding};
+
 /// Bytes of one PAX header or long name at most, as in Go.
 const METADATA_BYTES_MAX: u64 = 1 << 20;
 /// Data segments of one sparse file at most.
@@ -433,10 +434,6 @@ fn decimal(bytes: &[u8]) -> Result<u64, TarError> {
 fn until_nul(bytes: &[u8]) -> &[u8] {
     let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
     &bytes[..end]
-}
-
-fn padding(size: u64) -> u64 {
-    (BLOCK as u64 - size % BLOCK as u64) % BLOCK as u64
 }
 
 /// `length key=value\n`, again and again.
