@@ -24,6 +24,8 @@
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
+pub mod archive;
+mod changes;
 mod compression;
 mod content;
 mod database;
@@ -49,6 +51,7 @@ mod sweep;
 mod tarball;
 pub mod unpack;
 
+pub use changes::{Change, ChangeKind, MountPoint};
 pub use content::ContentStore;
 pub use digest::{ChainId, Digest, DigestError, Hasher};
 pub use error::{Error, Kind, Result};

@@ -134,7 +134,8 @@ fn mount_by_string(mounts: &Mounts, target: &Path) -> Result<(), Failure> {
     Ok(rustix::mount::mount("overlay", target, "overlay", MountFlags::empty(), Some(options.as_c_str()))?)
 }
 
-fn bind(folder: &Path, target: &Path) -> Result<()> {
+/// Shows a folder, or the mount on it, at a second place.
+pub(crate) fn bind(folder: &Path, target: &Path) -> Result<()> {
     let by_tree = || -> rustix::io::Result<()> {
         let tree = open_tree(CWD, folder, OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC)?;
         move_mount(&tree, "", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)

@@ -23,11 +23,15 @@ use std::{
 };
 
 use redb::{ReadableTable, WriteTransaction};
+use rustix::fs::{Mode, OFlags};
 
 use crate::{
-    ChainId, Digest, Error, Result,
+    ChainId, Change, Digest, Error, MountPoint, Result,
+    changes::{self, Scaffold},
     database::{self, LAYERS, LayerRecord, SNAPSHOTS, SnapshotRecord, Store},
-    extract, overlay, unpack,
+    extract, overlay,
+    pack::Packer,
+    unpack,
 };
 
 /// What a temporary folder's name begins with.
@@ -50,6 +54,8 @@ pub struct Mounts {
 pub struct Usage {
     /// Bytes on the disk.
     pub size_bytes: u64,
+    /// Bytes of the files' contents, as they say themselves.
+    pub content_bytes: u64,
     /// Files and folders.
     pub inodes: u64,
 }
@@ -78,6 +84,10 @@ struct Inner {
     /// In place in this run, without a row yet.
     fresh: Mutex<HashMap<ChainId, LayerRecord>>,
     temporaries: AtomicU64,
+    /// Where this process mounted which snapshots.
+    mounted: Mutex<HashMap<PathBuf, String>>,
+    /// One mounting of a snapshot at a time.
+    mounting: Mutex<HashMap<String, Arc<Mutex<()>>>>,
 }
 
 impl Snapshotter {
@@ -97,6 +107,8 @@ impl Snapshotter {
             store,
             fresh: Mutex::default(),
             temporaries: AtomicU64::new(0),
+            mounted: Mutex::default(),
+            mounting: Mutex::default(),
         })))
     }
 
@@ -160,18 +172,73 @@ impl Snapshotter {
     }
 
     /// Mounts it at `target`, which is made when absent. Fine when it is mounted there already.
+    ///
+    /// Where it is mounted at another place too, both show one file system: two overlays over one upper folder would not
+    /// see each other's changes.
     pub fn mount(&self, key: &str, target: &Path) -> Result<()> {
+        self.mount_beside(key, target, None)
+    }
+
+    /// Like [`mount`](Self::mount), where it may be mounted at `other` since before this process began.
+    pub fn mount_beside(&self, key: &str, target: &Path, other: Option<&Path>) -> Result<()> {
         let mounts = self.mounts(key)?;
         fs::create_dir_all(target).map_err(|source| Error::io("make the folder", target, source))?;
+        let turn = self.mounting(key);
+        let _mine = lock(&turn);
         if overlay::is_mounted(target)? {
             return Ok(());
         }
-        overlay::mount(&mounts, target)
+        let mut shared = false;
+        for place in self.places(key).iter().map(PathBuf::as_path).chain(other) {
+            if !shared && overlay::is_mounted(place)? {
+                overlay::bind(place, target)?;
+                shared = true;
+            }
+        }
+        if !shared {
+            overlay::mount(&mounts, target)?;
+        }
+        lock(&self.0.mounted).insert(target.to_path_buf(), key.to_owned());
+        Ok(())
     }
 
     /// Unmounts; fine when nothing is mounted there.
     pub fn unmount(&self, target: &Path) -> Result<()> {
-        overlay::unmount(target)
+        overlay::unmount(target)?;
+        lock(&self.0.mounted).remove(target);
+        Ok(())
+    }
+
+    /// What was changed in it, by path, but for what a runtime puts into every root. Blocks for as long as it takes to walk the
+    /// changes.
+    pub fn changes(&self, key: &str, points: &[MountPoint]) -> Result<Vec<Change>> {
+        let mounts = self.mounts(key)?;
+        changes::changes(&mounts, &Scaffold::find(&mounts, points)?)
+    }
+
+    /// Writes what was changed in it as the tar of a layer. The same changes give the same bytes.
+    pub fn diff(&self, key: &str, points: &[MountPoint], output: impl io::Write) -> Result<()> {
+        let mounts = self.mounts(key)?;
+        let scaffold = Scaffold::find(&mounts, points)?;
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let upper = rustix::fs::open(&mounts.upper, flags, Mode::empty())
+            .map_err(|source| Error::io("open", &mounts.upper, source))?;
+        let mut packer = Packer::layer(output, &scaffold.without);
+        packer.tree(upper, b"")?;
+        packer.finish().map(drop)
+    }
+
+    /// Where a snapshot is mounted, as far as this process did it.
+    fn places(&self, key: &str) -> Vec<PathBuf> {
+        let mounted = lock(&self.0.mounted);
+        mounted.iter().filter(|(_, mounted)| *mounted == key).map(|(place, _)| place.clone()).collect()
+    }
+
+    /// The lock under which one snapshot is mounted.
+    fn mounting(&self, key: &str) -> Arc<Mutex<()>> {
+        let mut mounting = lock(&self.0.mounting);
+        mounting.retain(|_, turn| Arc::strong_count(turn) > 1);
+        mounting.entry(key.to_owned()).or_default().clone()
     }
 
     /// Turns the changes of `key` into a layer on its parent; the key is gone afterwards. It must not be mounted.
@@ -249,7 +316,7 @@ impl Snapshotter {
     }
 
     fn fresh(&self) -> MutexGuard<'_, HashMap<ChainId, LayerRecord>> {
-        self.0.fresh.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0.fresh)
     }
 
     /// Where a layer lies, whether or not it is there.
@@ -456,6 +523,11 @@ impl Drop for Temporary {
     }
 }
 
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // The maps stay right whatever panicked beside them.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 fn no_layer(chain: &ChainId) -> Error {
     Error::not_found(format!("layer {chain} is not in the store"))
 }
@@ -478,6 +550,9 @@ pub(crate) fn usage(folder: &Path) -> Result<Usage> {
                 continue;
             }
             total.size_bytes += data.blocks() * 512;
+            if !data.is_dir() {
+                total.content_bytes += data.len();
+            }
             total.inodes += 1;
             if data.is_dir() {
                 pending.push(entry.path());

@@ -213,10 +213,7 @@ fn names_that_lead_out_are_refused() {
     for path in ["../secret", "a/../../secret", "./../x", "..", "a/b/../../../x"] {
         let error = Scratch::new().unpack(Tar::default().file(path, b"evil")).expect_err(path);
         assert_eq!(error.kind(), Kind::Invalid);
-        assert_eq!(
-            error.to_string(),
-            format!("layer test is refused: entry `{path}` leads out of it")
-        );
+        assert_eq!(error.to_string(), format!("layer test is refused: entry `{path}` leads out of it"));
     }
 }
 
@@ -261,10 +258,7 @@ fn links_through_proc_do_not_lead_out() {
 #[test]
 fn hard_links_to_the_outside_are_refused() {
     let outside = Scratch::new().unpack(Tar::default().hard_link("x", "../secret")).expect_err("outside");
-    assert_eq!(
-        outside.to_string(),
-        "layer test is refused: entry `x` links to `../secret`, outside of it"
-    );
+    assert_eq!(outside.to_string(), "layer test is refused: entry `x` links to `../secret`, outside of it");
     let missing = Scratch::new().unpack(Tar::default().hard_link("x", "/etc/passwd")).expect_err("missing");
     assert_eq!(
         missing.to_string(),

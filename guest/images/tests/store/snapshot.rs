@@ -207,3 +207,27 @@ async fn bad_keys_and_missing_layers_are_refused() {
     assert_eq!(snapshotter.prepare("x", None).expect_err("taken").kind(), Kind::Conflict);
     assert_eq!(snapshotter.mounts("y").expect_err("unknown").kind(), Kind::NotFound);
 }
+
+#[tokio::test]
+async fn two_mounts_of_a_snapshot_are_one_file_system() {
+    if !in_own_mounts("snapshot::two_mounts_of_a_snapshot_are_one_file_system") {
+        return;
+    }
+    let store = Store::new();
+    let images = loaded(&store, &small()).await;
+    let chain = images.list().await.expect("listed")[0].chain();
+    let snapshotter = images.snapshotter();
+    snapshotter.prepare("twice", chain).expect("prepared");
+    let (one, two) = (store.path().join("one"), store.path().join("two"));
+    snapshotter.mount("twice", &one).expect("mounted");
+    snapshotter.mount("twice", &two).expect("mounted");
+    std::fs::write(one.join("new"), "seen").expect("written");
+    assert_eq!(read(two.join("new")), "seen");
+    // The second outlives the first, and a third joins it.
+    snapshotter.unmount(&one).expect("unmounted");
+    snapshotter.mount_beside("twice", &one, Some(&two)).expect("mounted");
+    std::fs::write(two.join("newer"), "seen").expect("written");
+    assert_eq!(read(one.join("newer")), "seen");
+    snapshotter.unmount(&one).expect("unmounted");
+    snapshotter.unmount(&two).expect("unmounted");
+}
