@@ -12,6 +12,7 @@ pub mod container;
 pub mod error;
 pub mod event;
 pub mod exec;
+pub mod files;
 pub mod filter;
 pub mod frame;
 pub mod health;

@@ -147,7 +147,10 @@ pub(crate) fn bind(folder: &Path, target: &Path) -> Result<()> {
 pub(crate) fn is_mounted(target: &Path) -> Result<bool> {
     let table = fs::read_to_string("/proc/self/mountinfo")
         .map_err(|source| Error::io("read", Path::new("/proc/self/mountinfo"), source))?;
-    let target = fs::canonicalize(target).map_err(|source| Error::io("find", target, source))?;
+    let target = match fs::canonicalize(target) {
+        Err(source) if source.kind() == io::ErrorKind::NotFound => return Ok(false),
+        result => result.map_err(|source| Error::io("find", target, source))?,
+    };
     let escaped = target
         .to_string_lossy()
         .replace('\\', "\\134")

@@ -46,7 +46,8 @@ pub async fn list(services: &Services, call: &Call) -> Answer {
     if call.query.flag("size") {
         for line in &mut lines {
             let written = services.containers.written_bytes(&line.id).await?;
-            line.size_rw = Some(written);
+            // As with dockerd, nothing is not told.
+            line.size_rw = (written > 0).then_some(written);
             line.size_root_fs = Some(written + services.images.bytes(&line.image_id).await?);
         }
     }

@@ -4,6 +4,7 @@
 //! version. Answers carry the headers clients negotiate by.
 
 mod absent;
+mod archive;
 mod containers;
 mod exec;
 mod hijack;
@@ -84,6 +85,7 @@ async fn route(services: &Arc<Services>, call: Call) -> Answer {
     const HEAD: &Method = &Method::HEAD;
     const POST: &Method = &Method::POST;
     const DELETE: &Method = &Method::DELETE;
+    const PUT: &Method = &Method::PUT;
     let (method, path) = (call.method.clone(), call.segments.clone());
     let path: Vec<&str> = path.iter().map(String::as_str).collect();
     match (&method, path.as_slice()) {
@@ -139,6 +141,15 @@ async fn route(services: &Arc<Services>, call: Call) -> Answer {
         }
         (method, ["containers", id, "top"]) if method == GET => usage::top(services, &call, id).await,
         (method, ["containers", id, "stats"]) if method == GET => usage::stats(services, &call, id).await,
+        (method, ["containers", id, "archive"]) if method == HEAD => archive::stat(services, &call, id).await,
+        (method, ["containers", id, "archive"]) if method == GET => {
+            archive::copy_out(services, &call, id).await
+        }
+        (method, ["containers", id, "archive"]) if method == PUT => {
+            archive::copy_in(services, call, id).await
+        }
+        (method, ["containers", id, "export"]) if method == GET => archive::export(services, &call, id).await,
+        (method, ["containers", id, "changes"]) if method == GET => archive::changes(services, id).await,
         (method, ["containers", id, "exec"]) if method == POST => exec::create(services, call, id).await,
         (method, ["containers", id]) if method == DELETE => containers::remove(services, &call, id).await,
 
@@ -166,15 +177,11 @@ async fn route(services: &Arc<Services>, call: Call) -> Answer {
         (method, ["build", "prune"]) if method == POST => absent::build_prune(),
         (method, ["build", ..]) if method == POST => not_yet("building images"),
 
-        (_, ["commit"])
-        | (_, ["containers", _, "export"])
-        | (_, ["images", "get"])
-        | (_, ["images", .., "get"]) => not_yet("exporting images and containers"),
-        (method, ["images", .., "push"]) if method == POST => not_yet("pushing images"),
-        (_, ["containers", _, "archive"]) => not_yet("copying files"),
-        (_, ["containers", _, "changes" | "update"]) | (_, ["containers", "prune"]) => {
-            not_yet("this request")
+        (_, ["commit"]) | (_, ["images", "get"]) | (_, ["images", .., "get"]) => {
+            not_yet("exporting images and containers")
         }
+        (method, ["images", .., "push"]) if method == POST => not_yet("pushing images"),
+        (_, ["containers", _, "update"]) | (_, ["containers", "prune"]) => not_yet("this request"),
         _ => respond::page_not_found(),
     }
 }

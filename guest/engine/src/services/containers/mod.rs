@@ -4,6 +4,7 @@
 //! The service keeps an index of drivers and hands requests to them; lists and inspections read published views and
 //! never wait for a driver. It does not own images, networks or processes: those have owners of their own.
 
+mod archive;
 mod create;
 mod driver;
 mod files;
@@ -29,6 +30,7 @@ mod top;
 mod usage;
 mod user;
 
+pub use archive::ExtractQuery;
 pub use driver::Attachment;
 pub use inspect::NEVER;
 pub use list::ListQuery;

@@ -70,6 +70,7 @@ impl Containers {
             // Logs, environments and root file systems are the engine's user's alone.
             std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o700))?;
         }
+        super::archive::tree::sweep(&service.context)?;
         let records: Vec<Record> =
             service.context.store.all(store::CONTAINERS)?.into_iter().map(|(_, record)| record).collect();
         let known: BTreeSet<String> = records.iter().map(|record| record.id.clone()).collect();
@@ -208,6 +209,11 @@ impl Containers {
     /// What was published last about a container.
     pub fn view(&self, wanted: &str) -> Result<Arc<View>, Failure> {
         Ok(self.find(wanted)?.view())
+    }
+
+    /// Owns tasks that outlive the request they were made for.
+    pub fn tasks(&self) -> &TaskTracker {
+        &self.tasks
     }
 
     pub fn context(&self) -> &Arc<Context> {
@@ -378,7 +384,7 @@ impl Containers {
     pub async fn written_bytes(&self, wanted: &str) -> Result<i64, Failure> {
         let (snapshotter, id) = (self.context.snapshotter(), self.view(wanted)?.record.id.clone());
         let usage = run::blocking(move || snapshotter.usage(&id)).await?;
-        Ok(i64::try_from(usage.size_bytes).unwrap_or(i64::MAX))
+        Ok(i64::try_from(usage.content_bytes).unwrap_or(i64::MAX))
     }
 
     /// The containers made from an image.

@@ -1,0 +1,80 @@
+//! `/containers/{id}/archive`, `/export` and `/changes`.
+
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
+use futures_util::TryStreamExt;
+use guest_api::files::PathStat;
+use http_body_util::BodyStream;
+use hyper::body::Incoming;
+use hyper::header::HeaderValue;
+use tokio_util::io::{StreamReader, SyncIoBridge};
+
+use super::Services;
+use super::request::Call;
+use super::respond::{self, Answer, Response};
+use crate::failure::Failure;
+use crate::services::containers::ExtractQuery;
+
+/// Where the facts about a path are, in base64 of JSON.
+const STAT: &str = "x-docker-container-path-stat";
+
+/// The body of a request as a reader for threads outside of the runtime. It fails when the client has gone.
+pub fn body_reader(body: Incoming) -> impl std::io::Read + Send + 'static {
+    let frames = BodyStream::new(body).map_err(std::io::Error::other);
+    let data = frames.try_filter_map(|frame| std::future::ready(Ok(frame.into_data().ok())));
+    SyncIoBridge::new(StreamReader::new(Box::pin(data)))
+}
+
+fn path(call: &Call) -> Result<&str, Failure> {
+    match call.query.text("path") {
+        "" => Err(Failure::invalid("bad parameter: path cannot be empty")),
+        path => Ok(path),
+    }
+}
+
+fn tell(response: &mut Response, stat: &PathStat) -> Result<(), Failure> {
+    let json =
+        serde_json::to_vec(stat).map_err(|error| Failure::internal("cannot write the answer", &error))?;
+    let value = HeaderValue::from_str(&BASE64_STANDARD.encode(json))
+        .map_err(|error| Failure::internal("cannot write the answer", &error))?;
+    response.headers_mut().insert(STAT, value);
+    Ok(())
+}
+
+pub async fn stat(services: &Services, call: &Call, id: &str) -> Answer {
+    let stat = services.containers.stat_path(id, path(call)?).await?;
+    let mut response = respond::empty(200);
+    tell(&mut response, &stat)?;
+    Ok(response)
+}
+
+pub async fn copy_out(services: &Services, call: &Call, id: &str) -> Answer {
+    let (stat, pieces) = services.containers.copy_out(id, path(call)?).await?;
+    let mut response = respond::with_status(200, respond::stream(pieces, call.gone()));
+    respond::content_type(&mut response, "application/x-tar");
+    tell(&mut response, &stat)?;
+    Ok(response)
+}
+
+pub async fn copy_in(services: &Services, call: Call, id: &str) -> Answer {
+    let query = ExtractQuery {
+        keep_kinds: call.query.flag("noOverwriteDirNonDir"),
+        as_user: call.query.flag("copyUIDGID"),
+    };
+    let path = path(&call)?.to_owned();
+    services.containers.copy_in(id, &path, query, body_reader(call.request.into_body())).await?;
+    Ok(respond::empty(200))
+}
+
+pub async fn export(services: &Services, call: &Call, id: &str) -> Answer {
+    let pieces = services.containers.export(id).await?;
+    let mut response = respond::with_status(200, respond::stream(pieces, call.gone()));
+    respond::content_type(&mut response, "application/octet-stream");
+    Ok(response)
+}
+
+/// `null` when nothing changed, as dockerd has it.
+pub async fn changes(services: &Services, id: &str) -> Answer {
+    let changes = services.containers.changes(id).await?;
+    respond::json(200, &(!changes.is_empty()).then_some(changes))
+}
