@@ -96,9 +96,13 @@ fn check_content_type(given: Option<&HeaderValue>) -> Result<(), Failure> {
     Err(Failure::invalid(format!("unsupported Content-Type header ({text}): must be 'application/json'")))
 }
 
-/// Reads one JSON value; `null` is an empty object. Fuzzed.
+/// Reads one JSON object; `null` is an empty one. Fuzzed.
 pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Failure> {
     let bytes = if bytes.trim_ascii() == b"null" { b"{}" } else { bytes };
+    // The reader would take a list as the members in order.
+    if bytes.trim_ascii_start().starts_with(b"[") {
+        return Err(Failure::invalid("invalid JSON: a list where an object is expected"));
+    }
     guest_api::decode(bytes).map_err(|error| {
         if error.is_eof() {
             return Failure::invalid("invalid JSON: unexpected EOF");
