@@ -19,6 +19,7 @@ use tokio_util::task::TaskTracker;
 use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener};
 
 use super::Services;
+use super::lenient::Lenient;
 
 /// Longest path of a unix socket: the kernel's 108 bytes less the terminating zero.
 const SOCKET_PATH_MAX: usize = 107;
@@ -159,7 +160,7 @@ where
         .half_close(true)
         .timer(TokioTimer::new())
         .header_read_timeout(None)
-        .serve_connection(TokioIo::new(stream), service)
+        .serve_connection(TokioIo::new(Lenient::new(stream)), service)
         .with_upgrades();
     tokio::pin!(serving);
     let result = tokio::select! {

@@ -9,6 +9,7 @@ mod containers;
 mod exec;
 mod hijack;
 mod images;
+mod lenient;
 mod listener;
 mod networks;
 mod request;

@@ -2,6 +2,10 @@
 
 use guest_api::{Event, Filters};
 
+/// Filters that name a subject.
+const SUBJECTS: [&str; 9] =
+    ["daemon", "container", "plugin", "volume", "network", "node", "service", "secret", "config"];
+
 /// The filters of one listener.
 #[derive(Clone, Debug, Default)]
 pub struct EventFilter(Filters);
@@ -14,26 +18,28 @@ impl EventFilter {
     /// Whether the listener wants it.
     pub fn accepts(&self, event: &Event) -> bool {
         let filters = &self.0;
-        // `exec_start` selects `exec_start: sh -c …` as well.
-        let action = event.action.split(": ").next().unwrap_or_default();
         filters.allows("type", |kind| kind == event.kind)
-            && filters.allows("event", |wanted| wanted == event.action || wanted == action)
+            && self.action(&event.action)
             && filters.allows("scope", |scope| scope == event.scope)
-            && ["container", "network", "volume", "daemon", "plugin"]
-                .iter()
-                .all(|kind| self.subject(kind, event))
+            && SUBJECTS.iter().all(|kind| self.subject(kind, event))
             && self.image(event)
             && filters.allows_labels(&event.actor.attributes)
     }
 
-    /// A subject's filter holds its name, its id or the start of its id.
+    /// Once an action is asked for that is told with more behind it (`exec_start: sh -c …`), all are by their starts.
+    fn action(&self, action: &str) -> bool {
+        const TOLD_WITH_MORE: [&str; 3] = ["health_status", "exec_create", "exec_start"];
+        let by_start = self
+            .0
+            .get("event")
+            .is_some_and(|wanted| wanted.iter().any(|wanted| TOLD_WITH_MORE.contains(&wanted.as_str())));
+        self.0.allows("event", |wanted| wanted == action || (by_start && action.starts_with(wanted)))
+    }
+
+    /// A subject's filter holds the start of its name or id. Whatever the event's type, as with dockerd.
     fn subject(&self, kind: &str, event: &Event) -> bool {
-        self.0.allows(kind, |wanted| {
-            let name = event.actor.attributes.get("name").map(String::as_str);
-            let container = event.actor.attributes.get("container").map(String::as_str);
-            (event.kind == kind && (event.actor.id.starts_with(wanted) || name == Some(wanted)))
-                || (kind == "container" && container.is_some_and(|id| id.starts_with(wanted)))
-        })
+        let name = event.actor.attributes.get("name").map_or("", String::as_str);
+        self.0.allows(kind, |wanted| event.actor.id.starts_with(wanted) || name.starts_with(wanted))
     }
 
     /// An image's filter is met by its own events and by those of its containers, with and without the tag.
@@ -82,6 +88,7 @@ mod tests {
     fn exec_actions_are_selected_without_their_command() {
         assert!(accepts(r#"{"event":["exec_start"]}"#, "container", "exec_start: sh -c x", &[]));
         assert!(!accepts(r#"{"event":["exec_start"]}"#, "container", "start", &[]));
+        assert!(!accepts(r#"{"event":["exec"]}"#, "container", "exec_start: sh -c x", &[]));
     }
 
     #[test]
@@ -90,8 +97,8 @@ mod tests {
         assert!(accepts(r#"{"container":["web"]}"#, "container", "start", &web));
         assert!(accepts(r#"{"container":["3f2a"]}"#, "container", "start", &web));
         assert!(!accepts(r#"{"container":["other"]}"#, "container", "start", &web));
-        assert!(!accepts(r#"{"container":["web"]}"#, "image", "pull", &web));
-        assert!(accepts(r#"{"container":["77"]}"#, "network", "connect", &[("container", "7788")]));
+        assert!(accepts(r#"{"container":["we"]}"#, "container", "start", &web));
+        assert!(!accepts(r#"{"container":["77"]}"#, "network", "connect", &[("container", "7788")]));
     }
 
     #[test]
