@@ -1,25 +1,16 @@
 //! `/containers/…`.
 
-use std::sync::Arc;
-
-use bytes::Bytes;
 use guest_api::container::{ContainerConfig, ContainerCreate};
 use guest_api::frame::{MULTIPLEXED, RAW};
 use guest_api::{ApiVersion, WaitResult};
 use guest_images::Image;
-use tokio::io::AsyncWriteExt;
 use tokio::sync::mpsc;
 
 use super::Services;
-use super::hijack::{Client, hijack};
 use super::request::Call;
 use super::respond::{self, Answer};
 use crate::failure::Failure;
-use crate::relay::{DetachKeys, End, relay};
-use crate::services::containers::{
-    Attachment, ListQuery, LogQuery, Record, RemoveQuery, Streams, View, WaitCondition, parse_signal,
-    shim_failure,
-};
+use crate::services::containers::{ListQuery, LogQuery, Record, RemoveQuery, WaitCondition, parse_signal};
 
 /// Before this version `wait` knew no conditions.
 const CONDITIONS_SINCE: ApiVersion = ApiVersion::new(1, 30);
@@ -214,83 +205,4 @@ pub fn logs(services: &Services, call: &Call, id: &str) -> Answer {
     let kind = if tty || call.version < MULTIPLEXED_SINCE { RAW } else { MULTIPLEXED };
     respond::content_type(&mut response, kind);
     Ok(response)
-}
-
-pub async fn attach(services: &Arc<Services>, call: Call, id: &str) -> Answer {
-    let keys = DetachKeys::parse(call.query.text("detachKeys"))
-        .map_err(|error| Failure::invalid(error.to_string()))?;
-    let view = services.containers.view(id)?;
-    let config = &view.record.config;
-    let streams = Streams {
-        stdin: call.query.flag("stdin") && config.open_stdin,
-        stdout: call.query.flag("stdout"),
-        stderr: call.query.flag("stderr"),
-    };
-    let (logs, live) = (call.query.flag("logs"), call.query.flag("stream"));
-    // The stream first, then the log up to now: what is written between is seen twice rather than never.
-    let attachment = if live { Some(services.containers.attach(id, streams).await?) } else { None };
-    let past = if logs {
-        let query = LogQuery { stdout: streams.stdout, stderr: streams.stderr, ..LogQuery::default() };
-        Some(services.containers.logs(id, query)?)
-    } else {
-        None
-    };
-    let keys = (config.tty && streams.stdin).then_some(keys);
-    let session = Session { streams, attachment, past, keys, services: services.clone(), view: view.clone() };
-    Ok(hijack(&services.tasks, call, config.tty, move |client| async move {
-        match client {
-            Client::Upgraded(stream) => session.run(stream).await,
-            Client::Body(stream) => session.run(stream).await,
-        }
-    }))
-}
-
-/// One attached client.
-struct Session {
-    streams: Streams,
-    attachment: Option<Attachment>,
-    past: Option<mpsc::Receiver<std::io::Result<Bytes>>>,
-    keys: Option<DetachKeys>,
-    services: Arc<Services>,
-    view: Arc<View>,
-}
-
-impl Session {
-    async fn run<C>(self, mut client: C)
-    where
-        C: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
-    {
-        let mut past = self.past;
-        while let Some(Ok(batch)) = match &mut past {
-            Some(past) => past.recv().await,
-            None => None,
-        } {
-            if client.write_all(&batch).await.is_err() {
-                return;
-            }
-        }
-        let stream = match self.attachment {
-            None => None,
-            Some(Attachment::Now(shim)) => match shim.attach(None, self.streams).await {
-                Ok(stream) => Some(stream),
-                Err(error) => {
-                    // It may have ended in this moment: then there is nothing more to see.
-                    tracing::debug!(container = self.view.record.short_id(), error = %shim_failure(error), "cannot attach");
-                    None
-                }
-            },
-            // Never started, or removed before: nothing comes.
-            Some(Attachment::Later(stream)) => stream.await.ok(),
-        };
-        let Some(stream) = stream else {
-            // The client may have gone.
-            let _ = client.shutdown().await;
-            return;
-        };
-        let end = relay(client, stream, self.streams.stdin, self.keys, std::future::ready(())).await;
-        if end == End::Detached {
-            let record = &self.view.record;
-            self.services.events.publish("container", "detach", &record.id, record.event_attributes());
-        }
-    }
 }

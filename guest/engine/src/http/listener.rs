@@ -20,6 +20,7 @@ use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener};
 
 use super::Services;
 use super::lenient::Lenient;
+use super::takeover::Takeover;
 
 /// Longest path of a unix socket: the kernel's 108 bytes less the terminating zero.
 const SOCKET_PATH_MAX: usize = 107;
@@ -160,7 +161,7 @@ where
         .half_close(true)
         .timer(TokioTimer::new())
         .header_read_timeout(None)
-        .serve_connection(TokioIo::new(Lenient::new(stream)), service)
+        .serve_connection(TokioIo::new(Takeover::new(Lenient::new(stream))), service)
         .with_upgrades();
     tokio::pin!(serving);
     let result = tokio::select! {

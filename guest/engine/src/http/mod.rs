@@ -5,6 +5,7 @@
 
 mod absent;
 mod archive;
+mod attach;
 mod containers;
 mod exec;
 mod hijack;
@@ -15,7 +16,9 @@ mod networks;
 mod request;
 mod respond;
 mod system;
+mod takeover;
 mod usage;
+mod websocket;
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -131,14 +134,16 @@ async fn route(services: &Arc<Services>, call: Call) -> Answer {
         (method, ["containers", id, "pause"]) if method == POST => containers::pause(services, id).await,
         (method, ["containers", id, "unpause"]) if method == POST => containers::unpause(services, id).await,
         (method, ["containers", id, "wait"]) if method == POST => containers::wait(services, &call, id),
-        (method, ["containers", id, "attach"]) if method == POST => {
-            containers::attach(services, call, id).await
-        }
+        (method, ["containers", id, "attach"]) if method == POST => attach::attach(services, call, id).await,
         (method, ["containers", id, "resize"]) if method == POST => {
             containers::resize(services, &call, id).await
         }
         (method, ["containers", id, "rename"]) if method == POST => {
             containers::rename(services, &call, id).await
+        }
+        (method, ["containers", "prune"]) if method == POST => usage::prune(services, &call).await,
+        (method, ["containers", id, "attach", "ws"]) if method == GET => {
+            websocket::attach(services, call, id).await
         }
         (method, ["containers", id, "top"]) if method == GET => usage::top(services, &call, id).await,
         (method, ["containers", id, "stats"]) if method == GET => usage::stats(services, &call, id).await,
@@ -182,7 +187,7 @@ async fn route(services: &Arc<Services>, call: Call) -> Answer {
             not_yet("exporting images and containers")
         }
         (method, ["images", .., "push"]) if method == POST => not_yet("pushing images"),
-        (_, ["containers", _, "update"]) | (_, ["containers", "prune"]) => not_yet("this request"),
+        (_, ["containers", _, "update"]) => not_yet("this request"),
         _ => respond::page_not_found(),
     }
 }

@@ -1,4 +1,4 @@
-//! `/containers/{id}/top` and `/containers/{id}/stats`.
+//! `/containers/{id}/top`, `/containers/{id}/stats` and `/containers/prune`.
 
 use guest_api::ApiVersion;
 
@@ -26,4 +26,8 @@ pub async fn stats(services: &Services, call: &Call, id: &str) -> Answer {
     };
     let samples = services.containers.stats(id, mode).await?;
     Ok(respond::json_lines(samples, call.gone()))
+}
+
+pub async fn prune(services: &Services, call: &Call) -> Answer {
+    respond::json(200, &services.containers.prune(&call.query.filters()?).await?)
 }

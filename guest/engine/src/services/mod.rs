@@ -5,4 +5,5 @@ pub mod events;
 pub mod exec;
 pub mod images;
 pub mod networks;
+pub mod prune;
 pub mod system;

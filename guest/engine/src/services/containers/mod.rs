@@ -16,6 +16,7 @@ mod list;
 mod log;
 mod names;
 mod process;
+mod prune;
 mod record;
 mod rootfs;
 mod run;

@@ -28,6 +28,7 @@ use super::shim::Streams;
 use super::table::Phase;
 use super::{create, follow, inspect, names};
 use crate::failure::Failure;
+use crate::services::prune::Turn;
 use crate::store;
 
 /// Requests one driver may have waiting; more make their senders wait.
@@ -59,12 +60,13 @@ pub struct Containers {
     context: Arc<Context>,
     index: Arc<Index>,
     tasks: TaskTracker,
+    prune_turn: Arc<Turn>,
 }
 
 impl Containers {
     /// Takes over what an earlier engine left: containers that run go on, leavings of others go.
     pub async fn open(context: Arc<Context>, tasks: TaskTracker) -> anyhow::Result<Self> {
-        let service = Self { context, index: Arc::default(), tasks };
+        let service = Self { context, index: Arc::default(), tasks, prune_turn: Arc::default() };
         for folder in [&service.context.data, &service.context.run] {
             std::fs::create_dir_all(folder)?;
             // Logs, environments and root file systems are the engine's user's alone.
@@ -228,6 +230,10 @@ impl Containers {
     /// Runs something that the engine waits for at its end.
     pub(super) fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
         self.tasks.spawn(work);
+    }
+
+    pub(super) fn prune_turn(&self) -> &Turn {
+        &self.prune_turn
     }
 
     /// All views.

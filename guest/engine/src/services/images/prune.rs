@@ -1,41 +1,18 @@
 //! `rmi` and `image prune`.
 
 use std::collections::{BTreeMap, HashSet};
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use guest_api::image::ImageDeleted;
 use guest_api::usage::ImagesPruned;
 use guest_api::{ErrorKind, Filters};
 use guest_images::{Deleted, Image, ImageId, InUse, RemoveOptions};
-use jiff::Timestamp;
 
 use super::list::Shared;
 use super::{ImagesService, convert};
 use crate::failure::Failure;
-use crate::moment;
+use crate::services::prune;
 
 const KEYS: [&str; 4] = ["dangling", "label", "label!", "until"];
-
-/// At most one prune at a time, as in dockerd.
-#[derive(Default)]
-pub struct PruneTurn(AtomicBool);
-
-impl PruneTurn {
-    fn take(&self) -> Result<PruneGuard<'_>, Failure> {
-        match self.0.compare_exchange(false, true, Ordering::AcqRel, Ordering::Acquire) {
-            Ok(_) => Ok(PruneGuard(self)),
-            Err(_) => Err(Failure::conflict("a prune operation is already running")),
-        }
-    }
-}
-
-struct PruneGuard<'a>(&'a PruneTurn);
-
-impl Drop for PruneGuard<'_> {
-    fn drop(&mut self) {
-        self.0.0.store(false, Ordering::Release);
-    }
-}
 
 impl ImagesService {
     /// Untags and deletes. `in_use` lists the containers made from an image.
@@ -91,15 +68,7 @@ impl ImagesService {
         let _turn = self.prune_turn().take()?;
         filters.expect_keys(&KEYS)?;
         let dangling = filters.boolean("dangling", true)?;
-        let until = match filters.get("until") {
-            Some(values) if values.len() > 1 => {
-                return Err(Failure::invalid("more than one until filter specified"));
-            }
-            values => values
-                .and_then(|values| values.first())
-                .map(|text| moment::parse(text, Timestamp::now()))
-                .transpose()?,
-        };
+        let until = prune::until(filters)?;
         let images = self.store().list().await.map_err(|error| convert::failure(&error))?;
         let parents: HashSet<ImageId> = images.iter().filter_map(|image| image.parent).collect();
         let sizes = Shared::of(&images);

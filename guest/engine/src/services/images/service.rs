@@ -10,9 +10,9 @@ use tokio::io::AsyncRead;
 use tokio::sync::mpsc;
 
 use super::convert;
-use super::prune::PruneTurn;
 use crate::failure::Failure;
 use crate::services::events::Events;
+use crate::services::prune::Turn;
 
 /// Progress lines that may wait for a slow client. Beyond that lines that only count bytes are dropped.
 const LINES_WAITING: usize = 1024;
@@ -31,7 +31,7 @@ pub struct PullQuery {
 pub struct ImagesService {
     images: Images,
     events: Events,
-    prune_turn: Arc<PruneTurn>,
+    prune_turn: Arc<Turn>,
 }
 
 impl ImagesService {
@@ -47,7 +47,7 @@ impl ImagesService {
         &self.events
     }
 
-    pub(super) fn prune_turn(&self) -> &PruneTurn {
+    pub(super) fn prune_turn(&self) -> &Turn {
         &self.prune_turn
     }
 
