@@ -66,10 +66,10 @@ pub fn with_upgrade(bytes: &[u8]) -> Option<Vec<u8>> {
     let (method, target, version) = (words.next()?, words.next()?, words.next()?);
     let path = target.split('?').next()?;
     let mut segments = path.rsplit('/');
-    let streams = match (segments.next()?, segments.next()?, segments.next()?) {
-        ("attach", _, "containers") | ("start", _, "exec") => true,
-        _ => false,
-    };
+    let streams = matches!(
+        (segments.next()?, segments.next()?, segments.next()?),
+        ("attach", _, "containers") | ("start", _, "exec")
+    );
     let asks = headers
         .lines()
         .any(|header| header.split_once(':').is_some_and(|(name, _)| name.eq_ignore_ascii_case("upgrade")));

@@ -118,7 +118,7 @@ pub fn admit(phase: Phase, request: Request, id: &str, name: &str) -> Verdict {
         (Request::Pause, Running) => Verdict::Go,
         (Request::Pause, Paused) => conflict(format!("container {id} is already paused")),
         (Request::Pause, Restarting) => {
-            conflict(format!("container {id} is restarting, wait until it is running"))
+            conflict(format!("Container {id} is restarting, wait until the container is running"))
         }
         (Request::Unpause, Paused) => Verdict::Go,
         (Request::Unpause, Running | Restarting) => conflict(format!("container {id} is not paused")),
@@ -126,10 +126,10 @@ pub fn admit(phase: Phase, request: Request, id: &str, name: &str) -> Verdict {
         (Request::Resize | Request::Exec, Running) => Verdict::Go,
         (Request::Resize, Paused) => Verdict::Go,
         (Request::Exec, Paused) => {
-            conflict(format!("container {id} is paused, unpause the container before exec"))
+            conflict(format!("Container {id} is paused, unpause the container before exec"))
         }
         (Request::Exec, Restarting) => {
-            conflict(format!("container {id} is restarting, wait until the container is running"))
+            conflict(format!("Container {id} is restarting, wait until the container is running"))
         }
 
         (Request::Attach, Created | Running | Exited) => Verdict::Go,
