@@ -17,6 +17,8 @@ pub(crate) const RECORDS: TableDefinition<'static, &str, &[u8]> = TableDefinitio
 pub(crate) const NAMES: TableDefinition<'static, &str, &str> = TableDefinition::new("images_names");
 /// Writable snapshots: key to [`SnapshotRecord`].
 pub(crate) const SNAPSHOTS: TableDefinition<'static, &str, &[u8]> = TableDefinition::new("images_snapshots");
+/// Where layers lie in registries: diff id to a list of [`Place`](crate::places::Place)s.
+pub(crate) const PLACES: TableDefinition<'static, &str, &[u8]> = TableDefinition::new("images_places");
 const META: TableDefinition<'static, &str, u64> = TableDefinition::new("images_meta");
 const VERSION: u64 = 1;
 
@@ -40,6 +42,9 @@ pub(crate) struct LayerRecord {
     pub(crate) diff_id: Digest,
     pub(crate) parent: Option<ChainId>,
     pub(crate) size: u64,
+    /// The blob it was unpacked from, which is kept as long as the layer: a push or a save needs the exact bytes.
+    #[serde(default)]
+    pub(crate) blob: Option<Digest>,
 }
 
 /// A writable folder.
@@ -75,6 +80,7 @@ impl Store {
             transaction.open_table(RECORDS)?;
             transaction.open_table(NAMES)?;
             transaction.open_table(SNAPSHOTS)?;
+            transaction.open_table(PLACES)?;
         }
         transaction.commit()?;
         Ok(store)

@@ -15,10 +15,8 @@ use bytes::Bytes;
 use futures_util::{StreamExt, future::BoxFuture, stream::BoxStream};
 use tokio::sync::{Semaphore, mpsc, watch};
 
-use crate::{ContentStore, Digest, Error, Kind, Result, content::Ingest};
+use crate::{ContentStore, Digest, Error, Kind, Options, Result, content::Ingest, fault};
 
-/// Tries in a row that bring nothing.
-const FRUITLESS_TRIES_MAX: u32 = 5;
 /// Tries in all, for a connection that brings a few bytes each time.
 const TRIES_MAX: u32 = 50;
 /// Pieces on their way to the disk.
@@ -54,6 +52,8 @@ struct Inner {
     content: ContentStore,
     permits: Semaphore,
     flights: Mutex<HashMap<Digest, Weak<Flight>>>,
+    /// Tries in a row that bring nothing.
+    attempts: u32,
     /// The first pause before another try; it doubles each time.
     pause: Duration,
 }
@@ -71,12 +71,13 @@ impl Drop for Flight {
 }
 
 impl Downloads {
-    pub(crate) fn new(content: ContentStore, at_a_time: usize, pause: Duration) -> Self {
+    pub(crate) fn new(content: ContentStore, options: &Options) -> Self {
         Self(Arc::new(Inner {
             content,
-            permits: Semaphore::new(at_a_time.max(1)),
+            permits: Semaphore::new(options.concurrent_downloads.max(1)),
             flights: Mutex::default(),
-            pause,
+            attempts: options.download_attempts.max(1),
+            pause: options.retry_pause,
         }))
     }
 
@@ -150,16 +151,17 @@ impl Inner {
             (ingest, failure) = self.attempt(digest, size, source, ingest, state).await?;
             let Some(failure) = failure else {
                 state.send_replace(State::Verifying);
+                fault::point("pull-blob-arrived");
                 return blocking(move || ingest.finish(Some((digest, size)))).await.map(|_| ());
             };
             fruitless = if ingest.length() > before { 1 } else { fruitless + 1 };
-            if failure.kind() != Kind::Unavailable || fruitless >= FRUITLESS_TRIES_MAX {
+            if failure.kind() != Kind::Unavailable || fruitless >= self.attempts {
                 if failure.kind() == Kind::NoSpace || failure.kind() == Kind::Invalid {
                     ingest.discard();
                 }
                 return Err(failure);
             }
-            let pause = self.pause * 2u32.pow(fruitless - 1);
+            let pause = self.pause * 2u32.pow((fruitless - 1).min(10));
             tracing::debug!(blob = %digest, error = %failure.chain(), ?pause, "download is tried again");
             state.send_replace(State::Retrying(pause));
             tokio::time::sleep(pause).await;

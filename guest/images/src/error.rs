@@ -20,6 +20,8 @@ pub enum Kind {
     Invalid,
     /// The registry wants credentials, or refuses these (401).
     Unauthorized,
+    /// Not with these credentials, or not at all (403).
+    Forbidden,
     /// A registry cannot be reached, or does not answer as one (503, 500 from dockerd).
     Unavailable,
     /// The disk is full (507, 500 from dockerd).
@@ -87,6 +89,11 @@ impl Error {
         Self::because(Kind::Internal, format!("could not {action} `{}`", path.display()), source)
     }
 
+    /// The same failure as another sort.
+    pub(crate) fn with_kind(self, kind: Kind) -> Self {
+        Self { kind, ..self }
+    }
+
     /// What sort of failure it is.
     pub fn kind(&self) -> Kind {
         self.kind
@@ -128,7 +135,13 @@ macro_rules! from_redb {
         }
     )*};
 }
-from_redb!(redb::TransactionError, redb::TableError, redb::StorageError, redb::CommitError);
+from_redb!(
+    redb::TransactionError,
+    redb::TableError,
+    redb::StorageError,
+    redb::CommitError,
+    redb::SetDurabilityError
+);
 
 #[cfg(test)]
 mod tests {

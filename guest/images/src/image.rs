@@ -1,6 +1,6 @@
 //! An image as callers see it: names, configuration, layers; and what pull, load and remove answer.
 
-use std::{collections::BTreeMap, fmt};
+use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
@@ -213,36 +213,6 @@ where
     Ok(Option::deserialize(deserializer)?.unwrap_or_default())
 }
 
-/// What a registry is shown. `Debug` never prints the secrets.
-#[derive(Clone, Default, PartialEq, Eq)]
-pub enum Credentials {
-    /// Nothing.
-    #[default]
-    Anonymous,
-    /// A name and a password.
-    Basic {
-        /// The name.
-        username: String,
-        /// The password or access token.
-        password: String,
-    },
-    /// A refresh token (`identitytoken` in Docker's configuration).
-    IdentityToken(String),
-    /// A bearer token to send as it is (`registrytoken`).
-    RegistryToken(String),
-}
-
-impl fmt::Debug for Credentials {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str(match self {
-            Self::Anonymous => "Anonymous",
-            Self::Basic { .. } => "Basic(…)",
-            Self::IdentityToken(_) => "IdentityToken(…)",
-            Self::RegistryToken(_) => "RegistryToken(…)",
-        })
-    }
-}
-
 /// What a pull brought.
 #[derive(Debug, Clone)]
 pub struct PulledImage {
@@ -305,11 +275,5 @@ mod tests {
         assert_eq!(config.config.entrypoint.as_deref(), Some(&["/a".to_owned()][..]));
         assert_eq!(config.config.cmd, None);
         assert!(config.rootfs.diff_ids.is_empty());
-    }
-
-    #[test]
-    fn secrets_are_not_printed() {
-        let credentials = Credentials::Basic { username: "ana".to_owned(), password: "marker".to_owned() };
-        assert!(!format!("{credentials:?}").contains("marker"));
     }
 }

@@ -11,12 +11,13 @@ use redb::{ReadableTable, WriteTransaction};
 use tokio::sync::Semaphore;
 
 use crate::{
-    AnyReference, ChainId, ContentStore, Digest, Error, Image, ImageId, Kind, Reference, Result, Snapshotter,
+    AnyReference, ChainId, ContentStore, Digest, Error, Image, ImageId, ImageLayer, Kind, Reference, Result,
+    Snapshotter,
     database::{self, ImageRecord, NAMES, RECORDS, Store},
     download::{Downloads, blocking},
     lease::Leases,
     manifest,
-    registry::Registries,
+    registry::{Proxies, Registries},
 };
 
 /// How to keep images.
@@ -29,20 +30,39 @@ pub struct Options {
     pub mirrors: Vec<String>,
     /// A folder of archives: `hello.tar` is the image `hello:latest`, found before any registry is asked.
     pub bundled: Option<PathBuf>,
+    /// A folder with a folder for each registry that has certificates of its own: `<host:port>/ca.crt`, `client.cert` and
+    /// `client.key`.
+    pub certificates: Option<PathBuf>,
+    /// The way out to registries that are not on this computer.
+    pub proxies: Proxies,
     /// Downloads at a time, over all pulls.
     pub concurrent_downloads: usize,
+    /// Uploads at a time, over all pushes.
+    pub concurrent_uploads: usize,
+    /// Tries in a row that bring nothing, before a download is given up.
+    pub download_attempts: u32,
+    /// Tries before an upload is given up.
+    pub upload_attempts: u32,
+    /// The pause before the second try; it doubles with each.
+    pub retry_pause: Duration,
     /// What an image may cost at most.
     pub limits: Limits,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        // Three is Docker's number.
+        // The numbers are Docker's.
         Self {
             insecure_registries: Vec::new(),
             mirrors: Vec::new(),
             bundled: None,
+            certificates: None,
+            proxies: Proxies::from_environment(),
             concurrent_downloads: 3,
+            concurrent_uploads: 5,
+            download_attempts: 5,
+            upload_attempts: 5,
+            retry_pause: Duration::from_millis(500),
             limits: Limits::default(),
         }
     }
@@ -91,6 +111,8 @@ pub(crate) struct Inner {
     pub(crate) turns: Mutex<HashMap<ChainId, Arc<tokio::sync::Mutex<()>>>>,
     /// Unpackings at a time, over all pulls and loads.
     pub(crate) unpacking: Semaphore,
+    /// Uploads at a time, over all pushes.
+    pub(crate) uploading: Semaphore,
     problems: Vec<String>,
 }
 
@@ -101,9 +123,14 @@ impl Images {
         let content = ContentStore::open(root, store.clone())?;
         let snapshotter = Snapshotter::open(root, store.clone())?;
         let problems = crate::sweep::at_start(&store, &content, &snapshotter)?;
-        let registries = Registries::new(&options.insecure_registries, &options.mirrors)?;
-        let downloads =
-            Downloads::new(content.clone(), options.concurrent_downloads, Duration::from_millis(500));
+        let registries = Registries::new(
+            &options.insecure_registries,
+            &options.mirrors,
+            options.certificates.clone(),
+            options.proxies.clone(),
+        )?;
+        let downloads = Downloads::new(content.clone(), &options);
+        let uploading = Semaphore::new(options.concurrent_uploads.max(1));
         // Each takes a thread that decompresses and one that writes.
         let unpacking = Semaphore::new(
             std::thread::available_parallelism().map_or(2, std::num::NonZero::get).clamp(2, 8),
@@ -119,6 +146,7 @@ impl Images {
             options,
             turns: Mutex::default(),
             unpacking,
+            uploading,
             problems,
         })))
     }
@@ -325,6 +353,7 @@ impl Inner {
                 blobs.push(layer.digest);
             }
         }
+        blobs.extend(self.layer_blobs(record)?);
         let chains: Vec<ChainId> = record.layers.iter().map(|layer| layer.chain_id).collect();
         self.content.record(transaction, &blobs)?;
         self.snapshotter.record_layers(transaction, &chains)?;
@@ -351,11 +380,54 @@ impl Inner {
             .into_iter()
             .chain(record.indexes.iter().copied())
             .chain(record.layers.iter().map(|layer| layer.digest))
+            .chain(self.layer_blobs(record)?)
             .collect();
         let chains: Vec<ChainId> = record.layers.iter().map(|layer| layer.chain_id).collect();
         self.content.recorded(&blobs);
         self.snapshotter.recorded(&chains);
         Ok(())
+    }
+
+    /// The blobs that an image's layers were unpacked from, as far as they are here.
+    fn layer_blobs(&self, record: &ImageRecord) -> Result<Vec<Digest>> {
+        let mut blobs = Vec::new();
+        for layer in &record.layers {
+            if let Some(blob) = self.snapshotter.layer(&layer.chain_id)?.and_then(|record| record.blob)
+                && self.content.size(&blob)?.is_some()
+            {
+                blobs.push(blob);
+            }
+        }
+        Ok(blobs)
+    }
+
+    /// A blob, with its size, that unpacks to exactly this layer: the image's own, or the one that another image brought.
+    pub(crate) fn layer_blob(&self, layer: &ImageLayer) -> Result<(Digest, u64)> {
+        if let Some(size) = self.content.size(&layer.digest)? {
+            return Ok((layer.digest, size));
+        }
+        let other = self.snapshotter.layer(&layer.chain_id)?.and_then(|record| record.blob);
+        if let Some(blob) = other
+            && let Some(size) = self.content.size(&blob)?
+        {
+            return Ok((blob, size));
+        }
+        Err(Error::corrupt(format!(
+            "layer {} is here only unpacked: pull or load the image again to have its archive",
+            layer.diff_id
+        )))
+    }
+
+    /// Gives an image a further name, durably, and touches nothing else.
+    pub(crate) fn add_name(&self, name: &Reference, id: ImageId) -> Result<()> {
+        let transaction = self.store.write()?;
+        {
+            let known = transaction.open_table(RECORDS)?.get(id.hex().as_str())?.is_some();
+            if known {
+                transaction.open_table(NAMES)?.insert(name.to_string().as_str(), id.hex().as_str())?;
+            }
+        }
+        Ok(transaction.commit()?)
     }
 
     /// The lock under which one chain is unpacked.

@@ -5,7 +5,7 @@
 //! - [`Reference`]: a name a person types, normalised by Docker's rules.
 //! - [`ContentStore`]: immutable blobs named by their sha256.
 //! - [`Snapshotter`]: unpacked layers, and writable folders on top of them, over overlayfs.
-//! - [`Images`]: the index of images, and the operations on it: pull, load, list, resolve, tag, remove.
+//! - [`Images`]: the index of images, and the operations on it: pull, push, load, list, resolve, tag, remove.
 //!
 //! This crate owns everything below the folder it is given, and its own tables (all named `images_…`) in the database it
 //! is given. It does not own containers: whoever has them says which images are in use when one is removed. It knows
@@ -28,11 +28,13 @@ pub mod archive;
 mod changes;
 mod compression;
 mod content;
+mod credentials;
 mod database;
 mod digest;
 mod download;
 mod error;
 mod extract;
+mod fault;
 mod image;
 mod images;
 mod lease;
@@ -40,11 +42,14 @@ mod load;
 pub mod manifest;
 mod overlay;
 mod pack;
+mod places;
 mod platform;
 mod progress;
 mod pull;
+mod push;
 pub mod reference;
 mod registry;
+mod remote;
 mod removal;
 mod snapshot;
 mod sweep;
@@ -53,14 +58,19 @@ pub mod unpack;
 
 pub use changes::{Change, ChangeKind, MountPoint};
 pub use content::ContentStore;
+pub use credentials::{Credentials, Secret};
 pub use digest::{ChainId, Digest, DigestError, Hasher};
 pub use error::{Error, Kind, Result};
 pub use image::{
-    Config, Credentials, Deleted, Healthcheck, History, Image, ImageConfig, ImageId, ImageLayer, InUse,
-    LoadedImage, PulledImage, RemoveOptions, Rootfs,
+    Config, Deleted, Healthcheck, History, Image, ImageConfig, ImageId, ImageLayer, InUse, LoadedImage,
+    PulledImage, RemoveOptions, Rootfs,
 };
 pub use images::{DiskUsage, Images, Limits, Options};
 pub use platform::Platform;
-pub use progress::{LayerProgress, Progress};
+pub use progress::{LayerProgress, Progress, UploadProgress};
 pub use reference::{AnyReference, Reference, ReferenceError};
+#[doc(hidden)]
+pub use registry::challenge::fuzz as fuzz_registry_answer;
+pub use registry::{Proxies, SearchResult};
+pub use remote::RemoteManifest;
 pub use snapshot::{Mounts, SnapshotInfo, Snapshotter, Usage};

@@ -25,6 +25,10 @@ pub const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
 pub const OCI_CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 /// OCI's plain layer.
 pub const OCI_LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
+/// Docker's configuration.
+pub const DOCKER_CONFIG: &str = "application/vnd.docker.container.image.v1+json";
+/// Docker's compressed layer.
+pub const DOCKER_LAYER: &str = "application/vnd.docker.image.rootfs.diff.tar.gzip";
 
 /// What a request for a manifest accepts.
 pub const ACCEPT: [&str; 4] = [OCI_INDEX, DOCKER_LIST, OCI_MANIFEST, DOCKER_MANIFEST];
@@ -50,6 +54,18 @@ pub struct Descriptor {
         skip_serializing_if = "std::collections::BTreeMap::is_empty"
     )]
     pub annotations: std::collections::BTreeMap<String, String>,
+}
+
+impl Descriptor {
+    pub(crate) fn new(media_type: &str, digest: Digest, size: u64) -> Self {
+        Self {
+            media_type: media_type.to_owned(),
+            digest,
+            size,
+            platform: None,
+            annotations: Default::default(),
+        }
+    }
 }
 
 /// The manifest of one image.
@@ -181,12 +197,15 @@ impl Manifest {
         let image = self.config.media_type.is_empty()
             || matches!(
                 self.config.media_type.as_str(),
-                OCI_CONFIG
-                    | "application/vnd.docker.container.image.v1+json"
-                    | "application/octet-stream"
-                    | "application/json"
-                    | "text/html"
+                OCI_CONFIG | DOCKER_CONFIG | "application/octet-stream" | "application/json" | "text/html"
             );
+        let unknown = self.layers.iter().find(|layer| !is_layer(&layer.media_type));
+        if let (true, Some(layer)) = (image, unknown) {
+            return Err(Error::invalid(format!(
+                "layer {} has the media type `{}`: it is not a file system that this engine can unpack",
+                layer.digest, layer.media_type
+            )));
+        }
         if !image {
             return Err(Error::invalid(format!(
                 "the manifest describes something of the type `{}`, not an image that can run",
@@ -202,7 +221,21 @@ impl Manifest {
     }
 }
 
+/// Whether a layer is a tar in a form that is known. What it is in truth is told by its first bytes.
+fn is_layer(media_type: &str) -> bool {
+    let tar = ["application/vnd.oci.image.layer.", "application/vnd.docker.image.rootfs."];
+    let packed = ["tar", "tar+gzip", "tar.gzip", "tar+zstd", "tar.zstd"];
+    matches!(media_type, "" | "application/octet-stream")
+        || (tar.iter().any(|start| media_type.starts_with(start))
+            && packed.iter().any(|end| media_type.ends_with(end)))
+}
+
 impl Index {
+    /// The index's own media type; OCI's may leave it out.
+    pub fn stated_media_type(&self) -> &str {
+        if self.media_type.is_empty() { OCI_INDEX } else { &self.media_type }
+    }
+
     /// The entries that run on `platform`, best first. Attestations (platform `unknown/unknown`) never do.
     pub fn choose(&self, platform: &Platform) -> Option<&Descriptor> {
         let fitting = self.manifests.iter().filter_map(|entry| {

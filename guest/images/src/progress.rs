@@ -20,6 +20,24 @@ pub enum Progress {
     Downloaded(Reference),
     /// `Status: Image is up to date for debian:latest`.
     UpToDate(Reference),
+    /// `The push refers to repository [docker.io/library/debian]`.
+    PushingTo(Reference),
+    /// One layer of a push moved on. `id` is the short form of its diff id.
+    Upload {
+        /// The short form of the layer's diff id.
+        id: String,
+        /// What it is doing.
+        state: UploadProgress,
+    },
+    /// `latest: digest: sha256:… size: 528`: the registry has the manifest.
+    Pushed {
+        /// The tag.
+        tag: String,
+        /// The manifest's digest.
+        digest: Digest,
+        /// The manifest's size.
+        size: u64,
+    },
     /// `Loaded image: debian:latest`, from an archive; or an id, for an image to which the archive gave no name.
     Loaded(String),
 }
@@ -67,6 +85,55 @@ pub enum LayerProgress {
     },
 }
 
+/// What one layer of a push is doing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum UploadProgress {
+    /// It is part of the image.
+    Preparing,
+    /// It waits for its turn.
+    Waiting,
+    /// The registry has it.
+    Exists,
+    /// The registry had it in another repository.
+    Mounted {
+        /// The repository, without the registry.
+        from: String,
+    },
+    /// Bytes are on their way.
+    Pushing {
+        /// Bytes sent.
+        current: u64,
+        /// Bytes in all.
+        total: u64,
+    },
+    /// The transfer failed and is tried again after a pause.
+    Retrying {
+        /// The pause.
+        seconds: u64,
+    },
+    /// The registry has it now.
+    Pushed,
+}
+
+impl UploadProgress {
+    /// Docker's word for it.
+    pub fn status(&self) -> String {
+        match self {
+            Self::Preparing => "Preparing".to_owned(),
+            Self::Waiting => "Waiting".to_owned(),
+            Self::Exists => "Layer already exists".to_owned(),
+            Self::Mounted { from } => format!("Mounted from {from}"),
+            Self::Pushing { .. } => "Pushing".to_owned(),
+            Self::Retrying { seconds } => retrying(*seconds),
+            Self::Pushed => "Pushed".to_owned(),
+        }
+    }
+}
+
+fn retrying(seconds: u64) -> String {
+    format!("Retrying in {seconds} second{}", if seconds == 1 { "" } else { "s" })
+}
+
 impl LayerProgress {
     /// Docker's word for it.
     pub fn status(&self) -> String {
@@ -74,8 +141,7 @@ impl LayerProgress {
             Self::PullingFsLayer => "Pulling fs layer".to_owned(),
             Self::Waiting => "Waiting".to_owned(),
             Self::Downloading { .. } => "Downloading".to_owned(),
-            Self::Retrying { seconds: 1 } => "Retrying in 1 second".to_owned(),
-            Self::Retrying { seconds } => format!("Retrying in {seconds} seconds"),
+            Self::Retrying { seconds } => retrying(*seconds),
             Self::VerifyingChecksum => "Verifying Checksum".to_owned(),
             Self::DownloadComplete => "Download complete".to_owned(),
             Self::Extracting { .. } => "Extracting".to_owned(),
@@ -104,7 +170,18 @@ impl Progress {
                 (Some(digest), _) => digest.to_string(),
                 (None, tag) => tag.unwrap_or("latest").to_owned(),
             }),
-            Self::Layer { id, .. } => Some(id.clone()),
+            Self::Layer { id, .. } | Self::Upload { id, .. } => Some(id.clone()),
+            _ => None,
+        }
+    }
+
+    /// Bytes done and bytes in all, for the steps that count (`progressDetail`).
+    pub fn detail(&self) -> Option<(u64, u64)> {
+        match self {
+            Self::Layer { state, .. } => state.detail(),
+            Self::Upload { state: UploadProgress::Pushing { current, total }, .. } => {
+                Some((*current, *total))
+            }
             _ => None,
         }
     }
@@ -114,6 +191,9 @@ impl Progress {
         match self {
             Self::PullingFrom(reference) => format!("Pulling from {}", reference.path()),
             Self::Layer { state, .. } => state.status(),
+            Self::Upload { state, .. } => state.status(),
+            Self::PushingTo(reference) => format!("The push refers to repository [{}]", reference.name()),
+            Self::Pushed { tag, digest, size } => format!("{tag}: digest: {digest} size: {size}"),
             Self::Digest(digest) => format!("Digest: {digest}"),
             Self::Downloaded(reference) => {
                 format!("Status: Downloaded newer image for {}", reference.familiar())

@@ -18,6 +18,7 @@ use crate::{
     Platform, Progress, PulledImage, Reference, Result,
     database::{ImageRecord, NAMES, RECORDS},
     download::{BlobSource, State, blocking},
+    fault,
     images::{names_by_id, now},
     lease::Lease,
     manifest::{self, Descriptor, Document, Manifest},
@@ -58,7 +59,68 @@ impl Images {
         progress: impl Fn(Progress) + Send + Sync + 'static,
     ) -> Result<PulledImage> {
         let listener: Listener = Arc::new(progress);
-        let reference = reference.clone().with_default_tag();
+        self.pull_one(&reference.clone().with_default_tag(), platform, credentials, listener).await
+    }
+
+    /// Fetches every tag of a repository, one after the other. Ends at the first that fails.
+    pub async fn pull_all_tags(
+        &self,
+        repository: &Reference,
+        platform: Option<&Platform>,
+        credentials: &Credentials,
+        progress: impl Fn(Progress) + Send + Sync + 'static,
+    ) -> Result<Vec<PulledImage>> {
+        let listener: Listener = Arc::new(progress);
+        let mut failure = None;
+        let mut tags = None;
+        for place in self.0.registries.to_pull(repository, credentials).await {
+            let found = match place {
+                Ok(place) => place.tags().await.map_err(|failure| place.pull_error(failure)),
+                Err(error) => Err(error),
+            };
+            match found {
+                Ok(found) => {
+                    tags = Some(found);
+                    break;
+                }
+                Err(error) => failure = Some(error),
+            }
+        }
+        let Some(tags) = tags else { return Err(failure.unwrap_or_else(nowhere)) };
+        let within = listener.clone();
+        // One last word is said for all of them.
+        let quieter: Listener = Arc::new(move |progress| {
+            if !matches!(progress, Progress::Downloaded(_) | Progress::UpToDate(_)) {
+                within(progress);
+            }
+        });
+        let mut pulled = Vec::new();
+        for tag in tags {
+            let reference = repository.with_tag(&tag).map_err(|_| {
+                Error::invalid(format!(
+                    "registry `{}` lists the tag `{tag}`, which cannot be one",
+                    repository.domain()
+                ))
+            })?;
+            pulled.push(self.pull_one(&reference, platform, credentials, quieter.clone()).await?);
+        }
+        let said = if pulled.iter().all(|pulled| pulled.up_to_date) {
+            Progress::UpToDate
+        } else {
+            Progress::Downloaded
+        };
+        listener(said(repository.clone()));
+        Ok(pulled)
+    }
+
+    async fn pull_one(
+        &self,
+        reference: &Reference,
+        platform: Option<&Platform>,
+        credentials: &Credentials,
+        listener: Listener,
+    ) -> Result<PulledImage> {
+        let reference = reference.clone();
         if let Some(archive) = self.bundled(&reference) {
             return self.pull_bundled(&reference, archive, listener).await;
         }
@@ -71,6 +133,12 @@ impl Images {
         let up_to_date = self.is_complete(&plan, &reference).await?;
         let image = self.assemble(plan, lease, &listener, Stage::Pull { quiet: up_to_date }).await?;
         debug_assert_eq!(image.id, id);
+        let (inner, layers, repository) = (self.0.clone(), image.layers.clone(), reference.name());
+        blocking(move || {
+            let blob = |layer: &ImageLayer| Descriptor::new(&layer.media_type, layer.digest, layer.blob_size);
+            inner.note_places(&repository, layers.iter().map(|layer| (&layer.diff_id, blob(layer))))
+        })
+        .await?;
         listener(Progress::Digest(digest));
         listener(if up_to_date {
             Progress::UpToDate(reference.clone())
@@ -130,16 +198,20 @@ impl Images {
         credentials: &Credentials,
     ) -> Result<(SharedRepository, Fetched)> {
         let mut failure = None;
-        for repository in self.0.registries.repositories(reference, credentials).await? {
-            match repository.manifest(reference.digest()).await {
-                Ok(top) => return Ok((Arc::new(repository), top)),
-                Err(error) => {
-                    tracing::debug!(?repository, error = %error.chain(), "no manifest here");
-                    failure = Some(error);
+        for place in self.0.registries.to_pull(reference, credentials).await {
+            let found = match place {
+                Ok(place) => {
+                    match place.manifest(reference.tag().unwrap_or("latest"), reference.digest()).await {
+                        Ok(top) => return Ok((Arc::new(place), top)),
+                        Err(failure) => place.pull_error(failure),
+                    }
                 }
-            }
+                Err(error) => error,
+            };
+            tracing::debug!(image = %reference, error = %found.chain(), "no manifest here");
+            failure = Some(found);
         }
-        Err(failure.unwrap_or_else(|| Error::new(Kind::Internal, "there is no registry to ask")))
+        Err(failure.unwrap_or_else(nowhere))
     }
 
     /// Follows indexes to the manifest for the platform, and fetches the configuration.
@@ -173,7 +245,8 @@ impl Images {
                         ))
                     })?;
                     indexes.push(fetched.digest);
-                    fetched = repository.manifest(Some(&entry.digest)).await?;
+                    let found = repository.manifest("", Some(&entry.digest)).await;
+                    fetched = found.map_err(|failure| repository.pull_error(failure))?;
                 }
             }
         };
@@ -298,6 +371,7 @@ impl Images {
             }
         };
         drop(ground);
+        fault::point("pull-layers-placed");
 
         let layers = works
             .iter()
@@ -326,11 +400,16 @@ impl Images {
         blocking(move || {
             let _lease = lease;
             inner.commit(id, &record, &names)?;
+            fault::point("pull-committed");
             let names = names_by_id(&inner.store.read()?.open_table(NAMES)?)?.remove(&id).unwrap_or_default();
             inner.image(id, record, names)
         })
         .await
     }
+}
+
+fn nowhere() -> Error {
+    Error::new(Kind::Internal, "there is no registry to ask")
 }
 
 /// What an assembly is part of: it decides what is reported.
@@ -480,11 +559,12 @@ impl LayerWork {
 
     async fn place(&self, written: Written) -> Result<u64> {
         let (snapshotter, parent) = (self.images.0.snapshotter.clone(), self.parent);
-        let lease = self.lease.clone();
+        let (lease, blob) = (self.lease.clone(), self.blob.digest);
         blocking(move || {
             let Written { temporary, unpacked, _alive } = written;
             let _lease = lease;
-            snapshotter.place(temporary, &unpacked, parent).map(|(_, record)| record.size)
+            fault::point("pull-layer-unpacked");
+            snapshotter.place(temporary, &unpacked, blob, parent).map(|(_, record)| record.size)
         })
         .await
     }

@@ -261,7 +261,7 @@ impl Snapshotter {
             let mut layers = transaction.open_table(LAYERS)?;
             layers.insert(
                 chain.digest().hex().as_str(),
-                database::encode(&LayerRecord { diff_id, parent, size })?.as_slice(),
+                database::encode(&LayerRecord { diff_id, parent, size, blob: None })?.as_slice(),
             )?;
             transaction.open_table(SNAPSHOTS)?.remove(key)?;
         }
@@ -372,16 +372,17 @@ impl Snapshotter {
         Ok(path)
     }
 
-    /// Puts an unpacked layer in its place. Its parent is in place already; folders that the layer only implies look
+    /// Puts an unpacked layer in its place; it came from `blob`. Its parent is in place already; folders that the layer only implies look
     /// as they do there.
     pub(crate) fn place(
         &self,
         mut temporary: Temporary,
         unpacked: &unpack::Unpacked,
+        blob: Digest,
         parent: Option<ChainId>,
     ) -> Result<(ChainId, LayerRecord)> {
         let chain = ChainId::next(parent, unpacked.diff_id);
-        let record = LayerRecord { diff_id: unpacked.diff_id, parent, size: unpacked.size };
+        let record = LayerRecord { diff_id: unpacked.diff_id, parent, size: unpacked.size, blob: Some(blob) };
         if self.layer(&chain)?.is_some() {
             return Ok((chain, record));
         }
@@ -459,9 +460,9 @@ impl Snapshotter {
         }
     }
 
-    /// Layers in place without a row.
-    pub(crate) fn fresh_layers(&self) -> Vec<ChainId> {
-        self.fresh().keys().copied().collect()
+    /// Layers in place without a row, and the blobs they came from.
+    pub(crate) fn fresh_layers(&self) -> Vec<(ChainId, Option<Digest>)> {
+        self.fresh().iter().map(|(chain, record)| (*chain, record.blob)).collect()
     }
 
     /// The folders that hold layers and snapshots.

@@ -11,9 +11,12 @@ use std::{
 
 use crate::{
     ChainId, ContentStore, Digest, Error, Images, Result, Snapshotter,
-    database::{self, BLOBS, ImageRecord, LAYERS, LayerRecord, RECORDS, SNAPSHOTS, SnapshotRecord, Store},
+    database::{
+        self, BLOBS, ImageRecord, LAYERS, LayerRecord, PLACES, RECORDS, SNAPSHOTS, SnapshotRecord, Store,
+    },
     download::blocking,
     images::Inner,
+    places,
     snapshot::TEMPORARY,
 };
 
@@ -126,15 +129,15 @@ fn retire(inner: &Inner) -> Result<(Collected, Vec<PathBuf>)> {
     {
         let mut blobs = transaction.open_table(BLOBS)?;
         let mut layers = transaction.open_table(LAYERS)?;
-        let parents: HashMap<ChainId, Option<ChainId>> = database::all::<LayerRecord>(&layers)?
+        let known: HashMap<ChainId, LayerRecord> = database::all::<LayerRecord>(&layers)?
             .into_iter()
-            .map(|(key, record)| Ok((ChainId::from(database::digest_of_key(&key)?), record.parent)))
+            .map(|(key, record)| Ok((ChainId::from(database::digest_of_key(&key)?), record)))
             .collect::<Result<_>>()?;
         let (mut live_blobs, mut live_chains) = (HashSet::new(), HashSet::new());
         let mut keep_chain = |chain: Option<ChainId>| {
             let mut next = chain;
             while let Some(chain) = next.filter(|chain| live_chains.insert(*chain)) {
-                next = parents.get(&chain).copied().flatten();
+                next = known.get(&chain).and_then(|record| record.parent);
             }
         };
         for (key, record) in database::all::<ImageRecord>(&transaction.open_table(RECORDS)?)? {
@@ -146,16 +149,26 @@ fn retire(inner: &Inner) -> Result<(Collected, Vec<PathBuf>)> {
         for (_, snapshot) in database::all::<SnapshotRecord>(&transaction.open_table(SNAPSHOTS)?)? {
             keep_chain(snapshot.parent);
         }
-        for chain in parents.keys().filter(|chain| inner.leases.holds(chain.digest())) {
+        for chain in known.keys().filter(|chain| inner.leases.holds(chain.digest())) {
             keep_chain(Some(*chain));
         }
+        // A layer keeps the blob it came from, whichever image brought it.
+        let mut live_layers = HashSet::new();
+        for (_, record) in known.iter().filter(|(chain, _)| live_chains.contains(*chain)) {
+            live_blobs.extend(record.blob);
+            live_layers.insert(record.diff_id.hex());
+        }
+        let held = |chain: &ChainId| inner.leases.holds(chain.digest()) || live_chains.contains(chain);
+        let (kept, abandoned): (Vec<_>, Vec<_>) =
+            inner.snapshotter.fresh_layers().into_iter().partition(|(chain, _)| held(chain));
+        live_blobs.extend(kept.into_iter().filter_map(|(_, blob)| blob));
         for (digest, _) in ContentStore::rows(&blobs)? {
             if !live_blobs.contains(&digest) && !inner.leases.holds(&digest) {
                 blobs.remove(digest.hex().as_str())?;
                 dead_blobs.push(digest);
             }
         }
-        for chain in parents.keys().filter(|chain| !live_chains.contains(*chain)) {
+        for chain in known.keys().filter(|chain| !live_chains.contains(*chain)) {
             layers.remove(chain.digest().hex().as_str())?;
             dead_chains.push(*chain);
         }
@@ -167,13 +180,13 @@ fn retire(inner: &Inner) -> Result<(Collected, Vec<PathBuf>)> {
                 .into_iter()
                 .filter(|digest| idle(digest) && !live_blobs.contains(digest)),
         );
-        dead_chains.extend(
-            inner
-                .snapshotter
-                .fresh_layers()
-                .into_iter()
-                .filter(|chain| idle(chain.digest()) && !live_chains.contains(chain)),
-        );
+        dead_chains.extend(abandoned.into_iter().map(|(chain, _)| chain));
+        let mut places = transaction.open_table(PLACES)?;
+        for diff_id in places::known(&places)? {
+            if !live_layers.contains(&diff_id) {
+                places.remove(diff_id.as_str())?;
+            }
+        }
     }
     transaction.commit()?;
     for digest in dead_blobs {

@@ -1,6 +1,6 @@
 //! Registries and images that lie: refused with a sentence, and nothing kept.
 
-use guest_images::{Credentials, Digest, Error, Kind, Limits, Options};
+use guest_images::{Credentials, Digest, Error, Kind, Limits, Options, Secret};
 use serde_json::json;
 
 use crate::{
@@ -152,7 +152,7 @@ async fn blobs_behind_a_redirect_are_fetched_without_the_registrys_token() {
             .then(|| Answer::Full(307, vec![("location".to_owned(), target.clone())], Vec::new()))
     });
     let store = Store::new();
-    let credentials = Credentials::Basic { username: "ana".to_owned(), password: "secret".to_owned() };
+    let credentials = Credentials::Basic { username: "ana".to_owned(), password: Secret::new("secret") };
     store.open().pull(&server.reference("x"), None, &credentials, silent).await.expect("pulled");
     let asked = elsewhere.requests();
     assert_eq!(asked.len(), 1);
