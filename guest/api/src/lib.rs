@@ -19,6 +19,7 @@ pub mod health;
 pub mod image;
 pub mod manifest;
 pub mod network;
+pub mod registry;
 pub mod stats;
 pub mod system;
 pub mod usage;
@@ -72,6 +73,7 @@ pub fn read_hostile(bytes: &[u8]) {
     let _ = decode::<exec::ExecStart>(bytes);
     let _ = decode::<image::ProgressLine>(bytes);
     let _ = decode::<Event>(bytes);
+    let _ = (registry::decode_auth(bytes), registry::decode_auths(bytes));
     if let Ok(text) = std::str::from_utf8(bytes) {
         if let Ok(filters) = Filters::parse(text) {
             assert_eq!(Filters::parse(&filters.encode()).ok(), Some(filters));

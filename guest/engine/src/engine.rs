@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use guest_images::{Images, Options};
+use guest_images::{Images, Options, Proxies};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -81,13 +81,7 @@ async fn open(settings: &Arc<Settings>) -> anyhow::Result<(Arc<Services>, TaskTr
     let engine_id = engine_id(&store).await?;
     let images = {
         let (root, database) = (settings.data_root.join("images"), store.database());
-        let options = Options {
-            insecure_registries: settings.insecure_registries.clone(),
-            mirrors: settings.registry_mirrors.clone(),
-            bundled: settings.bundled_images.clone(),
-            concurrent_downloads: settings.transfers.downloads,
-            ..Options::default()
-        };
+        let options = image_options(settings);
         tokio::task::spawn_blocking(move || Images::open(&root, database, options)).await??
     };
     for problem in images.problems() {
@@ -121,6 +115,29 @@ async fn open(settings: &Arc<Settings>) -> anyhow::Result<(Arc<Services>, TaskTr
     };
     let services = Services { containers, images, execs, events, networks, system, tasks: tasks.clone() };
     Ok((Arc::new(services), tasks))
+}
+
+/// How images are kept and fetched.
+fn image_options(settings: &Settings) -> Options {
+    let (usual, transfers) = (Options::default(), &settings.transfers);
+    let given = |text: &String| (!text.is_empty()).then(|| text.clone());
+    // What the settings leave open is the environment's to say.
+    let proxies = Proxies {
+        http: given(&transfers.proxies.http_proxy).or(usual.proxies.http.clone()),
+        https: given(&transfers.proxies.https_proxy).or(usual.proxies.https.clone()),
+        exceptions: given(&transfers.proxies.no_proxy).or(usual.proxies.exceptions.clone()),
+    };
+    Options {
+        insecure_registries: settings.insecure_registries.clone(),
+        mirrors: settings.registry_mirrors.clone(),
+        bundled: settings.bundled_images.clone(),
+        certificates: Some(settings.registry_certificates.clone()),
+        proxies,
+        concurrent_downloads: transfers.downloads,
+        concurrent_uploads: transfers.uploads,
+        download_attempts: u32::try_from(transfers.attempts).unwrap_or(u32::MAX),
+        ..usual
+    }
 }
 
 /// The id of this data root, made on first use.

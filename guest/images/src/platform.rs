@@ -6,6 +6,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Error, image::nullable};
 
+/// The architectures that may be named without a system.
+const ARCHITECTURES: [&str; 16] = [
+    "386", "amd64", "arm", "arm64", "loong64", "mips", "mips64", "mips64le", "mipsle", "ppc64", "ppc64le",
+    "riscv64", "s390", "s390x", "sparc64", "wasm",
+];
+
 /// A platform, in Go's words (`linux/arm64/v8`).
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
@@ -99,7 +105,7 @@ impl fmt::Display for Platform {
 impl FromStr for Platform {
     type Err = Error;
 
-    /// `os/architecture[/variant]`, or one word, which is taken as an architecture unless it is `linux`.
+    /// `os/architecture[/variant]`, or one word: `linux`, or an architecture.
     fn from_str(text: &str) -> Result<Self, Error> {
         let parts: Vec<&str> = text.split('/').collect();
         let word = |part: &&str| {
@@ -114,7 +120,14 @@ impl FromStr for Platform {
         let host = Self::host();
         let (os, architecture, variant) = match parts[..] {
             ["linux"] => ("linux", host.architecture.as_str(), ""),
-            [architecture] => ("linux", architecture, ""),
+            [architecture] if ARCHITECTURES.contains(&normal_architecture(architecture).0) => {
+                ("linux", architecture, "")
+            }
+            [_] => {
+                return Err(Error::invalid(format!(
+                    "invalid platform: \"{text}\": unknown operating system or architecture"
+                )));
+            }
             [os, architecture] => (os, architecture, ""),
             [os, architecture, variant] => (os, architecture, variant),
             _ => unreachable!("one to three parts were checked above"),
@@ -152,9 +165,9 @@ mod tests {
 
     #[test]
     fn bad_platforms_are_refused_with_the_value() {
-        for text in ["", "a/b/c/d", "linux/", "linux/am d64", "/"] {
-            let error = text.parse::<Platform>().expect_err(text);
-            assert!(error.to_string().contains(&format!("`{text}`")), "{error}");
+        for text in ["", "a/b/c/d", "linux/", "linux/am d64", "/", "foobar"] {
+            let error = text.parse::<Platform>().expect_err(text).to_string();
+            assert!(error.contains("invalid platform") && error.contains(text), "{error}");
         }
     }
 }

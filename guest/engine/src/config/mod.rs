@@ -85,6 +85,8 @@ pub struct Settings {
     pub shim: PathBuf,
     pub insecure_registries: Vec<String>,
     pub registry_mirrors: Vec<String>,
+    /// A folder for each registry that has certificates of its own: `certs.d` beside the settings file, else below the data root.
+    pub registry_certificates: PathBuf,
     pub transfers: Transfers,
     /// Labels of this engine, shown by `info`.
     pub labels: Vec<String>,
@@ -133,6 +135,12 @@ impl Settings {
             bail!("nowhere to keep images and containers: give --data-root FOLDER");
         };
         let data_root = std::path::absolute(data_root).context("cannot tell the current folder")?;
+        let beside =
+            flags.config.as_ref().and_then(|config| config.parent()).map(|folder| folder.join("certs.d"));
+        let registry_certificates = match beside.filter(|folder| folder.is_dir()) {
+            Some(folder) => std::path::absolute(folder).context("cannot tell the current folder")?,
+            None => data_root.join("certs.d"),
+        };
         let run_root = match flags.run_root.or(file.exec_root.clone()) {
             Some(path) => std::path::absolute(path).context("cannot tell the current folder")?,
             None => data_root.join("run"),
@@ -162,6 +170,7 @@ impl Settings {
             shim,
             insecure_registries: either(flags.insecure_registry, &file.insecure_registries),
             registry_mirrors: either(flags.registry_mirror, &file.registry_mirrors),
+            registry_certificates,
             transfers: Transfers::new(&file)?,
             labels: labels(&file.labels)?,
             experimental: file.experimental,

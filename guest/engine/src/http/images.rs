@@ -2,21 +2,17 @@
 
 use std::sync::Arc;
 
-use base64::Engine;
-use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 use futures_util::TryStreamExt;
 use guest_api::ApiVersion;
-use guest_api::image::AuthConfig;
 use guest_images::RemoveOptions;
 use http_body_util::BodyStream;
-use hyper::HeaderMap;
 use tokio_util::io::StreamReader;
 
-use super::Services;
 use super::request::Call;
 use super::respond::{self, Answer};
+use super::{Services, registry};
 use crate::failure::Failure;
-use crate::services::images::{ImagesQuery, PullQuery};
+use crate::services::images::ImagesQuery;
 
 /// Until this version a pattern for names could be given apart from the filters.
 const FILTER_UNTIL: ApiVersion = ApiVersion::new(1, 41);
@@ -30,12 +26,6 @@ const MANIFESTS_SINCE: ApiVersion = ApiVersion::new(1, 47);
 const CONTAINERS_SINCE: ApiVersion = ApiVersion::new(1, 51);
 /// Until this version sizes were told twice.
 pub(super) const VIRTUAL_SIZE_UNTIL: ApiVersion = ApiVersion::new(1, 44);
-
-/// base64 for URLs; clients disagree about the padding.
-const BASE64: GeneralPurpose = GeneralPurpose::new(
-    &base64::alphabet::URL_SAFE,
-    GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
-);
 
 pub async fn list(services: &Services, call: &Call) -> Answer {
     let mut filters = call.query.filters()?;
@@ -104,26 +94,13 @@ pub async fn prune(services: &Services, call: &Call) -> Answer {
     respond::json(200, &services.images.prune(&call.query.filters()?, in_use).await?)
 }
 
-pub fn search() -> Answer {
-    Err(Failure::not_implemented(
-        "searching for images: not supported by this version of the engine; look for images on the registry's own site",
-    ))
-}
-
-pub fn create(services: &Arc<Services>, call: Call) -> Answer {
+pub async fn create(services: &Arc<Services>, call: Call) -> Answer {
     if !call.query.text("fromSrc").is_empty() {
         return Err(Failure::not_implemented(
             "importing images: not supported by this version of the engine",
         ));
     }
-    let query = PullQuery {
-        image: call.query.text("fromImage").to_owned(),
-        tag: call.query.text("tag").to_owned(),
-        platform: call.query.text("platform").to_owned(),
-    };
-    let (lines, work) = services.images.pull(&query, auth(&call.headers)?)?;
-    services.tasks.spawn(work);
-    Ok(respond::json_lines(lines, call.gone()))
+    registry::pull(services, &call).await
 }
 
 pub fn load(services: &Arc<Services>, call: Call) -> Answer {
@@ -134,47 +111,4 @@ pub fn load(services: &Arc<Services>, call: Call) -> Answer {
     let (lines, work) = services.images.load(StreamReader::new(Box::pin(data)), quiet);
     services.tasks.spawn(work);
     Ok(respond::json_lines(lines, gone))
-}
-
-/// The credentials in `X-Registry-Auth`; absent and `{}` are none.
-fn auth(headers: &HeaderMap) -> Result<Option<AuthConfig>, Failure> {
-    let Some(value) = headers.get("x-registry-auth") else { return Ok(None) };
-    let invalid = || Failure::invalid("invalid X-Registry-Auth header: it is base64url of a JSON object");
-    let text = value.to_str().map_err(|_| invalid())?.trim().replace('+', "-").replace('/', "_");
-    if text.is_empty() {
-        return Ok(None);
-    }
-    let json = BASE64.decode(text).map_err(|_| invalid())?;
-    guest_api::decode(&json).map(Some).map_err(|_| invalid())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn read(value: &str) -> Result<Option<AuthConfig>, Failure> {
-        let mut headers = HeaderMap::new();
-        headers.insert("x-registry-auth", value.parse().unwrap());
-        auth(&headers)
-    }
-
-    #[test]
-    fn credentials_come_with_and_without_padding() {
-        // {"username":"me","password":"p?>"}
-        let padded = "eyJ1c2VybmFtZSI6Im1lIiwicGFzc3dvcmQiOiJwPz4ifQ==";
-        for text in [padded, padded.trim_end_matches('=')] {
-            let auth = read(text).unwrap().unwrap();
-            assert_eq!((auth.username.as_str(), auth.password.as_str()), ("me", "p?>"));
-        }
-        assert_eq!(read("e30=").unwrap(), Some(AuthConfig::default()));
-        assert_eq!(read("").unwrap(), None);
-        assert_eq!(auth(&HeaderMap::new()).unwrap(), None);
-    }
-
-    #[test]
-    fn nonsense_is_refused_without_being_repeated() {
-        let failure = read("c2VjcmV0").unwrap_err();
-        assert!(!failure.message.contains("c2VjcmV0") && !failure.message.contains("secret"));
-        assert!(read("!!!").is_err());
-    }
 }

@@ -13,6 +13,7 @@ mod images;
 mod lenient;
 mod listener;
 mod networks;
+mod registry;
 mod request;
 mod respond;
 mod system;
@@ -98,12 +99,12 @@ async fn route(services: &Arc<Services>, call: Call) -> Answer {
         (method, ["version"]) if method == GET => system::version(services),
         (method, ["info"]) if method == GET => system::info(services, &call).await,
         (method, ["events"]) if method == GET => system::events(services, &call),
-        (method, ["auth"]) if method == POST => system::auth(),
+        (method, ["auth"]) if method == POST => registry::auth(services, call).await,
         (method, ["system", "df"]) if method == GET => system::disk_usage(services, &call).await,
 
         (method, ["images", "json"]) if method == GET => images::list(services, &call).await,
-        (method, ["images", "search"]) if method == GET => images::search(),
-        (method, ["images", "create"]) if method == POST => images::create(services, call),
+        (method, ["images", "search"]) if method == GET => registry::search(services, &call).await,
+        (method, ["images", "create"]) if method == POST => images::create(services, call).await,
         (method, ["images", "load"]) if method == POST => images::load(services, call),
         (method, ["images", "prune"]) if method == POST => images::prune(services, &call).await,
         (method, ["images", name @ .., "json"]) if method == GET && !name.is_empty() => {
@@ -114,6 +115,12 @@ async fn route(services: &Arc<Services>, call: Call) -> Answer {
         }
         (method, ["images", name @ .., "tag"]) if method == POST && !name.is_empty() => {
             images::tag(services, &call, &name.join("/")).await
+        }
+        (method, ["images", name @ .., "push"]) if method == POST && !name.is_empty() => {
+            registry::push(services, &call, &name.join("/")).await
+        }
+        (method, ["distribution", name @ .., "json"]) if method == GET && !name.is_empty() => {
+            registry::inspect(services, &call, &name.join("/")).await
         }
         (method, ["images", name @ ..]) if method == DELETE && !name.is_empty() => {
             images::remove(services, &call, &name.join("/")).await
@@ -186,7 +193,6 @@ async fn route(services: &Arc<Services>, call: Call) -> Answer {
         (_, ["commit"]) | (_, ["images", "get"]) | (_, ["images", .., "get"]) => {
             not_yet("exporting images and containers")
         }
-        (method, ["images", .., "push"]) if method == POST => not_yet("pushing images"),
         (_, ["containers", _, "update"]) => not_yet("this request"),
         _ => respond::page_not_found(),
     }

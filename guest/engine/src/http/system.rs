@@ -1,4 +1,4 @@
-//! `/_ping`, `/version`, `/info`, `/events`, `/auth`.
+//! `/_ping`, `/version`, `/info`, `/events`.
 
 use std::sync::Arc;
 
@@ -87,12 +87,6 @@ pub async fn info(services: &Services, call: &Call) -> Answer {
         }
     }
     respond::json(200, &info)
-}
-
-pub fn auth() -> Answer {
-    Err(Failure::not_implemented(
-        "checking credentials: not supported by this version of the engine; they are checked when an image is pulled",
-    ))
 }
 
 /// Since this version only what is asked for is counted.

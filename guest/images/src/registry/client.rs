@@ -69,7 +69,16 @@ pub(super) struct Trust {
 /// All clients made so far.
 pub(super) struct Clients {
     proxies: Proxies,
-    made: Mutex<HashMap<(bool, bool, bool, Option<Digest>), Client>>,
+    made: Mutex<HashMap<Key, Client>>,
+}
+
+/// What tells clients apart.
+#[derive(PartialEq, Eq, Hash)]
+struct Key {
+    patient: bool,
+    checked: bool,
+    local: bool,
+    certificates: Option<Digest>,
 }
 
 /// Clients for certificates that have changed since are forgotten beyond this many.
@@ -84,7 +93,8 @@ impl Clients {
 
     /// `patient`: an answer may take as long as the body of its request. Whoever sends one watches it.
     pub(super) fn client(&self, trust: &Trust, patient: bool) -> Result<Client> {
-        let key = (patient, trust.checked, trust.local, trust.certificates.fingerprint());
+        let certificates = trust.certificates.fingerprint();
+        let key = Key { patient, checked: trust.checked, local: trust.local, certificates };
         let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(client) = made.get(&key) {
             return Ok(client.clone());

@@ -6,6 +6,7 @@ use guest_api::image::{
     ProgressLine, RootFs,
 };
 use guest_api::manifest::{Descriptor, ImageProperties, OciPlatform, UnpackedSize};
+use guest_api::registry::PushResult;
 use guest_api::{EmptyObject, ErrorKind, KeySet};
 use guest_images::{Deleted, Error, Image, Kind, Progress};
 use jiff::Timestamp;
@@ -20,6 +21,7 @@ pub fn failure(error: &Error) -> Failure {
         Kind::Conflict => ErrorKind::Conflict,
         Kind::Invalid => ErrorKind::Invalid,
         Kind::Unauthorized => ErrorKind::Unauthorized,
+        Kind::Forbidden => ErrorKind::Forbidden,
         // dockerd answers 500 for a registry that cannot be reached; 503 would make clients try again.
         Kind::Unavailable | Kind::NoSpace | Kind::Corrupt | Kind::Internal => ErrorKind::Internal,
     };
@@ -185,13 +187,13 @@ pub fn deleted(deleted: Deleted) -> ImageDeleted {
     }
 }
 
-/// One line of a pull or load.
+/// One line of a pull, push or load.
 pub fn progress_line(progress: &Progress) -> ProgressLine {
     if let Progress::Loaded(_) = progress {
         return ProgressLine { stream: Some(format!("{}\n", progress.status())), ..ProgressLine::default() };
     }
     let detail = match progress {
-        Progress::Layer { state, .. } => Some(match state.detail() {
+        Progress::Layer { .. } | Progress::Upload { .. } => Some(match progress.detail() {
             Some((current, total)) => ProgressDetail { current: Some(current), total: Some(total) },
             None => ProgressDetail::default(),
         }),
@@ -206,7 +208,18 @@ pub fn progress_line(progress: &Progress) -> ProgressLine {
     }
 }
 
-/// The last line of a pull or load that failed.
+/// What a push came to, for clients that do not read words.
+pub fn push_result(progress: &Progress) -> Option<ProgressLine> {
+    let Progress::Pushed { tag, digest, size } = progress else { return None };
+    let result = PushResult { tag: tag.clone(), digest: digest.to_string(), size: *size };
+    Some(ProgressLine {
+        progress_detail: Some(ProgressDetail::default()),
+        aux: serde_json::to_value(result).ok(),
+        ..ProgressLine::default()
+    })
+}
+
+/// The last line of a pull, push or load that failed.
 pub fn error_line(message: String) -> ProgressLine {
     ProgressLine {
         error_detail: Some(ErrorDetail { code: None, message: message.clone() }),

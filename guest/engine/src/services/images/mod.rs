@@ -4,8 +4,12 @@ mod convert;
 mod list;
 mod pattern;
 mod prune;
+mod registry;
 mod service;
+mod transfer;
 
-pub use convert::{container_config, failure};
+pub use convert::{container_config, error_line, failure};
 pub use list::{ImagesQuery, Shared};
-pub use service::{ImagesService, PullQuery};
+pub use registry::SearchQuery;
+pub use service::ImagesService;
+pub use transfer::{Line, PullQuery, PushQuery};

@@ -1,35 +1,24 @@
-//! The image service: lists, inspects, pulls, loads, tags and removes, and tells what happened.
+//! The image service: inspects, loads, tags and removes, and tells what happened.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use guest_api::ErrorKind;
-use guest_api::image::{AuthConfig, HistoryItem, ImageInspect, ProgressLine};
-use guest_images::{Credentials, Image, Images, Platform, Progress, Reference};
+use guest_api::image::{HistoryItem, ImageInspect, ProgressLine};
+use guest_images::{Image, Images, Progress, Reference};
 use tokio::io::AsyncRead;
 use tokio::sync::mpsc;
 
 use super::convert;
+use super::transfer::{LINES_WAITING, sink};
 use crate::failure::Failure;
 use crate::services::events::Events;
 use crate::services::prune::Turn;
 
-/// Progress lines that may wait for a slow client. Beyond that lines that only count bytes are dropped.
-const LINES_WAITING: usize = 1024;
-
-/// The query of a pull.
-#[derive(Clone, Debug, Default)]
-pub struct PullQuery {
-    pub image: String,
-    /// A tag or digest that is not part of `image`.
-    pub tag: String,
-    pub platform: String,
-}
-
 /// The image service. Cheap to clone.
 #[derive(Clone)]
 pub struct ImagesService {
-    images: Images,
+    pub(super) images: Images,
     events: Events,
     prune_turn: Arc<Turn>,
 }
@@ -80,43 +69,7 @@ impl ImagesService {
         Ok(())
     }
 
-    /// Pulls, and sends Docker's lines to the returned channel; the last is the failure, if it failed. What cannot
-    /// even begin is an error right away. The pull ends when the receiver is dropped.
-    pub fn pull(
-        &self,
-        query: &PullQuery,
-        auth: Option<AuthConfig>,
-    ) -> Result<(mpsc::Receiver<ProgressLine>, impl Future<Output = ()> + Send + use<>), Failure> {
-        let reference = reference(&query.image, &query.tag)?.with_default_tag();
-        let platform = match query.platform.as_str() {
-            "" => None,
-            text => Some(text.parse::<Platform>().map_err(|error| convert::failure(&error))?),
-        };
-        let credentials = credentials(auth);
-        let (lines, receiver) = mpsc::channel(LINES_WAITING);
-        let service = self.clone();
-        let work = async move {
-            let pull = service.images.pull(&reference, platform.as_ref(), &credentials, sink(&lines));
-            let result = tokio::select! {
-                result = pull => result,
-                // The client has gone: so does the pull; what arrived is kept for the next.
-                () = lines.closed() => return,
-            };
-            match result {
-                Ok(pulled) => {
-                    let name = pulled.reference.familiar();
-                    service.event("pull", &name, &pulled.reference.familiar_name(), Some(&pulled.image));
-                }
-                Err(error) => {
-                    // The client may have gone in this moment.
-                    let _ = lines.send(convert::error_line(error.chain())).await;
-                }
-            }
-        };
-        Ok((receiver, work))
-    }
-
-    /// Loads an archive; like [`ImagesService::pull`].
+    /// Loads an archive, and sends Docker's lines to the returned channel; the last is the failure, if it failed.
     pub fn load<A: AsyncRead + Send + Unpin + 'static>(
         &self,
         archive: A,
@@ -125,7 +78,7 @@ impl ImagesService {
         let (lines, receiver) = mpsc::channel(LINES_WAITING);
         let service = self.clone();
         let work = async move {
-            let all = sink(&lines);
+            let all = sink(&lines, |line| line);
             let progress = move |progress: Progress| {
                 if !quiet || matches!(progress, Progress::Loaded(_)) {
                     all(progress);
@@ -147,7 +100,7 @@ impl ImagesService {
         (receiver, work)
     }
 
-    fn event(&self, action: &str, id: &str, name: &str, image: Option<&Image>) {
+    pub(super) fn event(&self, action: &str, id: &str, name: &str, image: Option<&Image>) {
         let mut attributes: BTreeMap<String, String> =
             image.map(|image| image.config.config.labels.clone()).unwrap_or_default();
         attributes.insert("name".to_owned(), name.to_owned());
@@ -155,22 +108,7 @@ impl ImagesService {
     }
 }
 
-/// Sends progress without ever waiting: the store calls it from the middle of its work. A full channel loses lines
-/// that only count bytes; others are few and find room.
-fn sink(lines: &mpsc::Sender<ProgressLine>) -> impl Fn(Progress) + Send + Sync + 'static {
-    let lines = Arc::new(lines.downgrade());
-    move |progress| {
-        if let Some(lines) = lines.upgrade()
-            && (!matches!(&progress, Progress::Layer { state, .. } if state.detail().is_some())
-                || lines.capacity() > LINES_WAITING / 2)
-        {
-            // Full or gone: nothing to be done about it here.
-            let _ = lines.try_send(convert::progress_line(&progress));
-        }
-    }
-}
-
-fn reference(name: &str, tag: &str) -> Result<Reference, Failure> {
+pub(super) fn reference(name: &str, tag: &str) -> Result<Reference, Failure> {
     let invalid =
         |error: &dyn std::fmt::Display| Failure::invalid(format!("invalid reference format: {error}"));
     let text = match tag {
@@ -185,17 +123,6 @@ fn reference(name: &str, tag: &str) -> Result<Reference, Failure> {
     text.parse().map_err(|error| invalid(&error))
 }
 
-fn credentials(auth: Option<AuthConfig>) -> Credentials {
-    match auth {
-        Some(auth) if !auth.identitytoken.is_empty() => Credentials::IdentityToken(auth.identitytoken),
-        Some(auth) if !auth.registrytoken.is_empty() => Credentials::RegistryToken(auth.registrytoken),
-        Some(auth) if !auth.username.is_empty() => {
-            Credentials::Basic { username: auth.username, password: auth.password }
-        }
-        _ => Credentials::Anonymous,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -207,20 +134,5 @@ mod tests {
         let digest = format!("sha256:{}", "ab".repeat(32));
         assert!(reference("busybox", &digest).unwrap().digest().is_some());
         assert!(reference("UPPER", "").unwrap_err().message.starts_with("invalid reference format"));
-    }
-
-    #[test]
-    fn credentials_are_chosen_by_what_is_there() {
-        let auth = |username: &str, token: &str| {
-            Some(AuthConfig {
-                username: username.into(),
-                identitytoken: token.into(),
-                ..AuthConfig::default()
-            })
-        };
-        assert_eq!(credentials(None), Credentials::Anonymous);
-        assert_eq!(credentials(auth("", "")), Credentials::Anonymous);
-        assert!(matches!(credentials(auth("me", "")), Credentials::Basic { .. }));
-        assert!(matches!(credentials(auth("me", "t")), Credentials::IdentityToken(_)));
     }
 }
