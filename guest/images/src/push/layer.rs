@@ -14,12 +14,12 @@ use flate2::write::GzEncoder;
 use super::Push;
 use crate::{
     Digest, Error, Hasher, ImageLayer, Kind, Progress, Result, UploadProgress,
+    compression::Compression,
     download::blocking,
     fault,
     manifest::{DOCKER_LAYER, Descriptor, OCI_LAYER},
     places::Place,
     registry::{Failure, Mount, Session},
-    unpack::Compression,
 };
 
 /// Digests asked for before a layer is sent, and neighbours asked for one, at most: dockerd's numbers for large layers.
