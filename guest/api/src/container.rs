@@ -215,17 +215,17 @@ pub struct HostConfig {
     /// Block weight.
     pub blkio_weight: u16,
     /// Per device.
-    pub blkio_weight_device: Option<Vec<serde_json::Value>>,
+    pub blkio_weight_device: Option<Vec<WeightDevice>>,
     /// Per device.
-    pub blkio_device_read_bps: Option<Vec<serde_json::Value>>,
+    pub blkio_device_read_bps: Option<Vec<ThrottleDevice>>,
     /// Per device.
-    pub blkio_device_write_bps: Option<Vec<serde_json::Value>>,
+    pub blkio_device_write_bps: Option<Vec<ThrottleDevice>>,
     /// Per device.
     #[serde(rename = "BlkioDeviceReadIOps")]
-    pub blkio_device_read_iops: Option<Vec<serde_json::Value>>,
+    pub blkio_device_read_iops: Option<Vec<ThrottleDevice>>,
     /// Per device.
     #[serde(rename = "BlkioDeviceWriteIOps")]
-    pub blkio_device_write_iops: Option<Vec<serde_json::Value>>,
+    pub blkio_device_write_iops: Option<Vec<ThrottleDevice>>,
     /// Microseconds.
     pub cpu_period: i64,
     /// Microseconds.
@@ -239,11 +239,11 @@ pub struct HostConfig {
     /// `0-1`.
     pub cpuset_mems: String,
     /// Devices.
-    pub devices: Option<Vec<serde_json::Value>>,
+    pub devices: Option<Vec<DeviceMapping>>,
     /// Device rules.
     pub device_cgroup_rules: Option<Vec<String>>,
     /// Devices through drivers.
-    pub device_requests: Option<Vec<serde_json::Value>>,
+    pub device_requests: Option<Vec<DeviceRequest>>,
     /// Bytes; removed in API 1.42.
     #[serde(skip_serializing_if = "crate::is_zero")]
     pub kernel_memory: i64,
@@ -316,6 +316,64 @@ pub struct Ulimit {
     pub hard: i64,
     /// Limit in force; -1 is unlimited.
     pub soft: i64,
+}
+
+/// A device of the host in a container.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct DeviceMapping {
+    /// A node, or a folder of nodes, on the host.
+    pub path_on_host: String,
+    /// Where it is in the container.
+    pub path_in_container: String,
+    /// Letters of `rwm`.
+    pub cgroup_permissions: String,
+}
+
+/// A wish for devices that a driver knows how to give.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct DeviceRequest {
+    /// Name of the driver; empty means whichever has the capabilities.
+    pub driver: String,
+    /// How many; -1 is all.
+    pub count: i64,
+    /// Or these.
+    #[serde(rename = "DeviceIDs")]
+    pub device_ids: Option<Vec<String>>,
+    /// One list of these is to be had as a whole.
+    pub capabilities: Option<Vec<Vec<String>>>,
+    /// Options of the driver.
+    pub options: Option<BTreeMap<String, String>>,
+}
+
+/// The weight of one block device.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct WeightDevice {
+    /// The node.
+    pub path: String,
+    /// 10 to 1000.
+    pub weight: u16,
+}
+
+/// The limit of one block device.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct ThrottleDevice {
+    /// The node.
+    pub path: String,
+    /// Bytes or operations in a second.
+    pub rate: u64,
+}
+
+/// Answer of `POST /containers/{id}/update`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct ContainerUpdated {
+    /// Things the user should know (JSON null when there are none).
+    #[serde(default)]
+    pub warnings: Option<Vec<String>>,
 }
 
 /// Answer of `POST /containers/create`.

@@ -14,7 +14,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::config::Settings;
 use crate::http::{Listeners, Services, bind_unix};
-use crate::services::containers::{Containers, Context};
+use crate::services::containers::{Capacity, Containers, Context};
 use crate::services::events::Events;
 use crate::services::exec::Execs;
 use crate::services::images::ImagesService;
@@ -101,7 +101,8 @@ async fn open(settings: &Arc<Settings>) -> anyhow::Result<(Arc<Services>, TaskTr
         defaults: settings.containers.clone(),
         data: settings.data_root.join("containers"),
         run: settings.run_root.join("containers"),
-        grantable: guest_runtime::defaults::grantable().context("cannot tell this process's capabilities")?,
+        capacity: Capacity::detect().context("cannot tell what this engine can grant")?,
+        index: Arc::default(),
     };
     let containers = Arc::new(Containers::open(Arc::new(context), tasks.clone()).await?);
     let images = ImagesService::new(images, events.clone());

@@ -17,6 +17,7 @@ pub mod defaults;
 pub mod device_filter;
 pub mod lookup;
 pub mod reap;
+pub mod seccomp_profile;
 pub mod shim;
 pub mod sys;
 

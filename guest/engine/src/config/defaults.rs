@@ -176,6 +176,13 @@ impl ContainerDefaults {
     }
 }
 
+#[cfg(test)]
+impl Default for ContainerDefaults {
+    fn default() -> Self {
+        Self::new(&File::default(), Path::new("/")).expect("what nobody set is valid")
+    }
+}
+
 fn ulimits(given: &BTreeMap<String, Ulimit>) -> anyhow::Result<Vec<Ulimit>> {
     let limits = given.iter().map(|(key, limit)| {
         let name = if limit.name.is_empty() { key.clone() } else { limit.name.clone() };

@@ -1,21 +1,27 @@
 //! `/containers/…`.
 
-use guest_api::container::{ContainerConfig, ContainerCreate};
+use guest_api::container::{ContainerConfig, ContainerCreate, ContainerUpdated};
 use guest_api::frame::{MULTIPLEXED, RAW};
-use guest_api::{ApiVersion, WaitResult};
-use guest_images::Image;
+use guest_api::{ApiVersion, HostConfig, WaitResult};
+use guest_images::{Image, Platform};
 use tokio::sync::mpsc;
 
 use super::Services;
 use super::request::Call;
 use super::respond::{self, Answer};
 use crate::failure::Failure;
-use crate::services::containers::{ListQuery, LogQuery, Record, RemoveQuery, WaitCondition, parse_signal};
+use crate::services::containers::{
+    ListQuery, LogQuery, Record, RemoveQuery, WaitCondition, for_version, parse_signal,
+};
 
 /// Before this version `wait` knew no conditions.
 const CONDITIONS_SINCE: ApiVersion = ApiVersion::new(1, 30);
 /// From this version on frames have a content type of their own.
 const MULTIPLEXED_SINCE: ApiVersion = ApiVersion::new(1, 42);
+
+/// Since when a platform and a limit of processes can be asked for.
+const PLATFORM_SINCE: ApiVersion = ApiVersion::new(1, 41);
+const PIDS_LIMIT_SINCE: ApiVersion = ApiVersion::new(1, 40);
 
 pub async fn list(services: &Services, call: &Call) -> Answer {
     let query = ListQuery {
@@ -70,11 +76,19 @@ fn is_ancestor(images: &[Image], record: &Record, wanted: &str) -> bool {
 
 pub async fn create(services: &Services, call: Call) -> Answer {
     let name = call.query.text("name").to_owned();
-    let create: ContainerCreate = call.required_json().await?;
+    let version = call.version;
+    let platform = match call.query.text("platform") {
+        text if !text.is_empty() && version >= PLATFORM_SINCE => {
+            Some(text.parse::<Platform>().map_err(|error| Failure::invalid(error.to_string()))?)
+        }
+        _ => None,
+    };
+    let mut create: ContainerCreate = call.required_json().await?;
     if create.config == ContainerConfig::default() {
         return Err(Failure::invalid("config cannot be empty in order to create a container"));
     }
-    let created = services.containers.create(Some(&name), create).await?;
+    for_version(&mut create, version, services.containers.context().capacity.support.unified);
+    let created = services.containers.create(Some(&name), create, platform.as_ref()).await?;
     respond::json(201, &created)
 }
 
@@ -86,6 +100,18 @@ pub async fn inspect(services: &Services, call: &Call, id: &str) -> Answer {
         inspect.size_root_fs = Some(written + services.images.bytes(&inspect.image).await?);
     }
     respond::json(200, &inspect)
+}
+
+/// Limits and restart policy, named as in a host configuration; whatever else one holds is passed over.
+pub async fn update(services: &Services, call: Call, id: &str) -> Answer {
+    let version = call.version;
+    let mut changes: HostConfig = call.json().await?;
+    changes.pids_limit = changes.pids_limit.filter(|_| version >= PIDS_LIMIT_SINCE).map(|limit| limit.max(0));
+    if version >= MULTIPLEXED_SINCE {
+        changes.kernel_memory = 0;
+    }
+    let warnings = services.containers.update(id, changes).await?;
+    respond::json(200, &ContainerUpdated { warnings: Some(warnings).filter(|warnings| !warnings.is_empty()) })
 }
 
 pub async fn start(services: &Services, id: &str) -> Answer {

@@ -163,6 +163,9 @@ async fn route(services: &Arc<Services>, call: Call) -> Answer {
         }
         (method, ["containers", id, "export"]) if method == GET => archive::export(services, &call, id).await,
         (method, ["containers", id, "changes"]) if method == GET => archive::changes(services, id).await,
+        (method, ["containers", id, "update"]) if method == POST => {
+            containers::update(services, call, id).await
+        }
         (method, ["containers", id, "exec"]) if method == POST => exec::create(services, call, id).await,
         (method, ["containers", id]) if method == DELETE => containers::remove(services, &call, id).await,
 
@@ -193,7 +196,6 @@ async fn route(services: &Arc<Services>, call: Call) -> Answer {
         (_, ["commit"]) | (_, ["images", "get"]) | (_, ["images", .., "get"]) => {
             not_yet("exporting images and containers")
         }
-        (_, ["containers", _, "update"]) => not_yet("this request"),
         _ => respond::page_not_found(),
     }
 }

@@ -1,8 +1,11 @@
 //! A container's control group: kill, freeze, count, remove.
 //!
 //! Works on the three layouts there are: v1 (a folder per hierarchy), hybrid (v1 plus a v2 tree beside it) and pure v2.
-//! Making the group and setting its limits is libcontainer's; this is what must also work without it, after its
-//! process was killed.
+//! Making the group and setting its first limits is libcontainer's; this is what must also work without it, after its
+//! process was killed. [`support`] tells which limits the kernel can enforce, [`Cgroup::update`] changes them.
+
+pub mod support;
+mod update;
 
 use std::fs;
 use std::io;
@@ -12,6 +15,8 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use thiserror::Error;
+
+pub use self::support::Support;
 
 /// How long killed processes may take to go away: one in an uninterruptible read from a slow disk needs seconds.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use jiff::Timestamp;
-use oci_spec::runtime::Process;
+use oci_spec::runtime::{LinuxResources, Process};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use thiserror::Error;
 
@@ -103,6 +103,11 @@ pub enum Request {
     Pause,
     /// Thaws all processes. Reply: [`Reply::Done`].
     Resume,
+    /// Changes the limits of a running container. Reply: [`Reply::Done`].
+    Update {
+        /// The limits to set; others stay.
+        resources: Box<LinuxResources>,
+    },
     /// Forgets an exec'd process that has ended or never started. Reply: [`Reply::Done`].
     Forget {
         /// Its id.
@@ -323,6 +328,7 @@ mod tests {
                 stdin: Stdin::Once,
                 console_size: Some(ConsoleSize { width: 1, height: 2 }),
             },
+            Request::Update { resources: Box::default() },
             Request::Delete,
         ]
     }

@@ -1,9 +1,13 @@
 //! Becoming the container's program.
 
-use std::ffi::CString;
+use std::ffi::{CString, OsStr, OsString};
 use std::io;
 use std::os::fd::RawFd;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
+use std::process::Command;
+
+use rustix::process::Pid;
 
 /// The kernel's signals are numbered from 1 to this.
 const SIGNAL_MAX: i32 = 64;
@@ -41,6 +45,28 @@ pub fn reset_signals() -> io::Result<()> {
         )
     };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Runs a program as a child that leads a process group, in the foreground of the terminal if its input is one.
+///
+/// The caller must be the leader of the terminal's session. Signals of the child are at their defaults.
+pub fn spawn_in_foreground(program: &OsStr, arguments: &[OsString]) -> io::Result<Pid> {
+    let mut command = Command::new(program);
+    command.args(arguments);
+    // SAFETY: runs in the child between fork and exec, and calls nothing but the kernel, on integers.
+    unsafe {
+        command.pre_exec(|| {
+            libc::setpgid(0, 0);
+            // A group in the background that takes the terminal is stopped, unless it does not care.
+            libc::signal(libc::SIGTTOU, libc::SIG_IGN);
+            // Fails where standard input is no terminal, or not this session's: then there is nothing to take.
+            libc::tcsetpgrp(0, libc::getpid());
+            reset_signals()
+        });
+    }
+    let child = command.spawn()?;
+    // The pid of a child is positive.
+    Pid::from_raw(child.id().cast_signed()).ok_or_else(|| io::Error::other("a child without a number"))
 }
 
 /// Closes descriptors that a fork has inherited and its process must not keep open.

@@ -158,6 +158,85 @@ impl AsFd for ChildEnds {
     }
 }
 
+/// Every signal of this process, to be taken one after another.
+#[derive(Debug)]
+pub struct AllSignals(());
+
+impl AllSignals {
+    /// Blocks all signals that can be blocked, but for those that tell of this program's own mistakes.
+    pub fn new() -> io::Result<Self> {
+        let set = Self::SET;
+        // SAFETY: `set` is a whole kernel signal set of the size given, only read during the call.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_rt_sigprocmask,
+                libc::SIG_SETMASK,
+                &raw const set,
+                std::ptr::null_mut::<u64>(),
+                size_of::<u64>(),
+            )
+        };
+        if result == 0 { Ok(Self(())) } else { Err(io::Error::last_os_error()) }
+    }
+
+    /// The kernel's signal set: bit 0 is signal 1.
+    const SET: u64 = {
+        let own = [
+            libc::SIGFPE,
+            libc::SIGILL,
+            libc::SIGSEGV,
+            libc::SIGBUS,
+            libc::SIGABRT,
+            libc::SIGTRAP,
+            libc::SIGSYS,
+        ];
+        let (mut set, mut at) = (u64::MAX, 0);
+        while at < own.len() {
+            set &= !(1 << (own[at] - 1));
+            at += 1;
+        }
+        set
+    };
+
+    /// Waits for the next signal; its number.
+    pub fn next(&self) -> io::Result<i32> {
+        let set = Self::SET;
+        loop {
+            // SAFETY: the set is read only, of the size given; neither details nor a time limit are asked for.
+            let number = unsafe {
+                libc::syscall(
+                    libc::SYS_rt_sigtimedwait,
+                    &raw const set,
+                    std::ptr::null_mut::<libc::siginfo_t>(),
+                    std::ptr::null::<libc::timespec>(),
+                    size_of::<u64>(),
+                )
+            };
+            match i32::try_from(number) {
+                Ok(number) if number > 0 => return Ok(number),
+                _ => {
+                    let error = io::Error::last_os_error();
+                    if error.kind() != io::ErrorKind::Interrupted {
+                        return Err(error);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Sends a signal, by its number, to a child that has not been waited for.
+    pub fn pass_on(&self, child: Pid, number: i32) -> io::Result<()> {
+        // SAFETY: integers only.
+        if unsafe { libc::kill(child.as_raw_nonzero().get(), number) } == 0 {
+            return Ok(());
+        }
+        match io::Error::last_os_error() {
+            error if error.raw_os_error() == Some(libc::ESRCH) => Ok(()),
+            error => Err(error),
+        }
+    }
+}
+
 /// Does something among another mount namespace's mounts, with that one's root as the root.
 ///
 /// The work is done by a thread that has ended when this returns: the caller stays where it is, and as single as it was.

@@ -7,6 +7,7 @@ use jiff::Timestamp;
 use super::list::mounts;
 use super::record::View;
 use super::run::Context;
+use super::spec;
 use super::table::Phase;
 
 /// Go's zero time: what dockerd shows for "never".
@@ -39,6 +40,7 @@ pub fn inspect(context: &Context, view: &View, execs: Vec<String>) -> ContainerI
         driver: "overlay2".to_owned(),
         platform: "linux".to_owned(),
         exec_ids: Some(execs).filter(|execs| !execs.is_empty()),
+        app_armor_profile: spec::security(&record.host).map(|security| security.apparmor).unwrap_or_default(),
         host_config: record.host.clone(),
         graph_driver: GraphDriver { data: graph_data(context, view), name: "overlay2".to_owned() },
         mounts: mounts(record),

@@ -5,6 +5,7 @@
 //! never wait for a driver. It does not own images, networks or processes: those have owners of their own.
 
 mod archive;
+mod capacity;
 mod create;
 mod driver;
 mod files;
@@ -15,6 +16,7 @@ mod inspect;
 mod list;
 mod log;
 mod names;
+mod peers;
 mod process;
 mod prune;
 mod record;
@@ -28,10 +30,13 @@ mod stats;
 mod status;
 mod table;
 mod top;
+mod update;
 mod usage;
 mod user;
 
 pub use archive::ExtractQuery;
+pub use capacity::Capacity;
+pub use create::for_version;
 pub use driver::Attachment;
 pub use inspect::NEVER;
 pub use list::ListQuery;

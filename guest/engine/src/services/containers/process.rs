@@ -23,7 +23,7 @@ pub async fn describe(
     let (context, record, config) = (context.clone(), record.clone(), config.clone());
     let work = move || {
         let user = user_of(&context, &record, &config.user)?;
-        spec::exec_process(&record, &config, &user, &context.grantable)
+        spec::exec_process(&record, &config, &user, &context.capacity.grantable, &context.defaults)
     };
     let built = tokio::task::spawn_blocking(work).await;
     built.map_err(|error| Failure::internal("preparing the exec failed", &error))?

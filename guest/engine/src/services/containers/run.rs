@@ -4,6 +4,7 @@
 //! exists only while a container runs is below its run folder or named after its id, so that an engine that finds the
 //! leavings of a killed one can remove them without a record of them.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -16,15 +17,17 @@ use guest_runtime::shim::{
     STATE_FILE, ShimSpec, StateRecord, Stdin,
 };
 use jiff::Timestamp;
-use oci_spec::runtime::{Capabilities, LinuxDevice};
 use tokio::net::UnixStream;
 use tokio::process::Child;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
+use super::capacity::Capacity;
+use super::index::Index;
+use super::peers::{self, Shared};
 use super::record::{EndpointRecord, Live, Record, RunRecord};
 use super::shim::{Shim, ShimError, Streams};
-use super::spec::{self, NetworkNamespace};
+use super::spec::{self, Devices, NetworkNamespace};
 use super::{create, files, rootfs, user};
 use crate::config::ContainerDefaults;
 use crate::failure::Failure;
@@ -59,8 +62,9 @@ pub struct Context {
     pub data: PathBuf,
     /// `<run root>/containers`.
     pub run: PathBuf,
-    /// What this process can grant.
-    pub grantable: Capabilities,
+    /// What this engine can grant.
+    pub capacity: Capacity,
+    pub index: Arc<Index>,
 }
 
 impl Context {
@@ -147,6 +151,9 @@ async fn start_steps(
         move || async move { Ok(remove_run_folder(&context, &id).await?) }
     });
 
+    let shared = peers::find(context, record)?;
+    peers::mount_shm(context, record)?;
+
     // The two slow ones at once. Both reverses are recorded before a failure of either is looked at.
     let place = Place::of(&record.host.network_mode);
     let mac = record.config.mac_address.parse().ok();
@@ -173,7 +180,9 @@ async fn start_steps(
 
     let prepared = {
         let (context, record, endpoint) = (context.clone(), record.clone(), endpoint.clone());
-        tokio::task::spawn_blocking(move || prepare_files(&context, &record, place, endpoint.as_ref()))
+        tokio::task::spawn_blocking(move || {
+            prepare_files(&context, &record, place, endpoint.as_ref(), &shared)
+        })
     };
     prepared.await.map_err(|error| Failure::internal("preparing the container failed", &error))??;
 
@@ -218,8 +227,15 @@ async fn mount_rootfs(context: &Arc<Context>, id: &str) -> Result<(), Failure> {
 }
 
 async fn unmount_rootfs(context: &Arc<Context>, id: &str) -> Result<(), Failure> {
-    let (snapshotter, target) = (context.snapshotter(), context.rootfs(id));
-    blocking(move || snapshotter.unmount(&target)).await
+    let (snapshotter, target, folder) = (context.snapshotter(), context.rootfs(id), context.run_folder(id));
+    blocking(move || {
+        let unmounted = snapshotter.unmount(&target);
+        if let Err(error) = peers::unmount_shm(&folder) {
+            tracing::warn!(folder = %folder.display(), %error, "shared memory stays mounted");
+        }
+        unmounted
+    })
+    .await
 }
 
 /// Runs a call of the image store that blocks.
@@ -238,6 +254,7 @@ fn prepare_files(
     record: &Record,
     place: Place,
     endpoint: Option<&EndpointRecord>,
+    shared: &Shared,
 ) -> Result<(), Failure> {
     let rootfs = context.rootfs(&record.id);
     let data = context.data_folder(&record.id);
@@ -282,7 +299,12 @@ fn prepare_files(
         std::fs::write(data.join(name), text).map_err(io("cannot write the container's files"))?;
     }
 
-    let host_devices = if record.host.privileged { host_devices() } else { Vec::new() };
+    let devices = Devices::look_up(&record.host)?;
+    let mut tmpfs_modes = BTreeMap::new();
+    for destination in record.host.tmpfs.iter().flat_map(|mounts| mounts.keys()) {
+        let mode = rootfs::folder_mode(&rootfs, destination).map_err(io("cannot look at a mount point"))?;
+        tmpfs_modes.extend(mode.map(|mode| (destination.clone(), mode)));
+    }
     let network = if uses_host {
         NetworkNamespace::Host
     } else {
@@ -294,8 +316,13 @@ fn prepare_files(
         rootfs: &rootfs,
         files: &data,
         network: &network,
-        grantable: &context.grantable,
-        host_devices: &host_devices,
+        grantable: &context.capacity.grantable,
+        defaults: &context.defaults,
+        devices: &devices,
+        peers: shared.peers,
+        shm: shared.shm.as_deref(),
+        tmpfs_modes: &tmpfs_modes,
+        init: &context.shim,
     })?;
     write_json(&run_folder.join(BUNDLE).join("config.json"), &spec)?;
     write_json(&run_folder.join(SPEC_FILE), &shim_spec(context, record)?)
@@ -338,54 +365,6 @@ fn host_resolv_conf() -> String {
         return behind;
     }
     text
-}
-
-/// Every device node of the host, for privileged containers, but for terminals and shared memory.
-fn host_devices() -> Vec<LinuxDevice> {
-    let mut found = Vec::new();
-    let mut folders = vec![PathBuf::from("/dev")];
-    while let Some(folder) = folders.pop() {
-        let Ok(entries) = std::fs::read_dir(&folder) else { continue };
-        for entry in entries.flatten() {
-            let (path, name) = (entry.path(), entry.file_name());
-            let Ok(metadata) = std::fs::symlink_metadata(&path) else { continue };
-            if metadata.is_dir() {
-                if !["pts", "shm", "fd", "mqueue", ".lxc", ".lxd-mounts", ".udev"]
-                    .iter()
-                    .any(|skip| name == *skip)
-                {
-                    folders.push(path);
-                }
-            } else if name != "console"
-                && let Some(device) = device(&path, &metadata)
-            {
-                found.push(device);
-            }
-        }
-    }
-    found
-}
-
-fn device(path: &Path, metadata: &std::fs::Metadata) -> Option<LinuxDevice> {
-    use std::os::unix::fs::{FileTypeExt, MetadataExt};
-
-    use oci_spec::runtime::LinuxDeviceType;
-    let kind = match metadata.file_type() {
-        kind if kind.is_char_device() => LinuxDeviceType::C,
-        kind if kind.is_block_device() => LinuxDeviceType::B,
-        _ => return None,
-    };
-    let number = metadata.rdev();
-    let mut device = LinuxDevice::default();
-    device
-        .set_path(path.to_owned())
-        .set_typ(kind)
-        .set_major(i64::from(rustix::fs::major(number)))
-        .set_minor(i64::from(rustix::fs::minor(number)))
-        .set_file_mode(Some(metadata.mode() & 0o7777))
-        .set_uid(Some(metadata.uid()))
-        .set_gid(Some(metadata.gid()));
-    Some(device)
 }
 
 fn write_json<T: serde::Serialize>(path: &Path, value: &T) -> Result<(), Failure> {
@@ -492,6 +471,7 @@ async fn clear_run_folder(context: &Arc<Context>, record: &Record) -> Result<(),
 pub async fn remove_run_folder(context: &Arc<Context>, id: &str) -> Result<(), Failure> {
     let folder = context.run_folder(id);
     let work = move || {
+        peers::unmount_shm(&folder)?;
         let rootfs = folder.join(ROOTFS);
         match std::fs::remove_dir(&rootfs) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),

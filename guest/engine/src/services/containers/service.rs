@@ -10,9 +10,10 @@ use std::time::Duration;
 use bytes::Bytes;
 use guest_api::container::WaitError;
 use guest_api::{
-    ContainerConfig, ContainerCreate, ContainerCreated, ContainerInspect, ContainerSummary, WaitResult,
+    ContainerConfig, ContainerCreate, ContainerCreated, ContainerInspect, ContainerSummary, HostConfig,
+    WaitResult,
 };
-use guest_images::InUse;
+use guest_images::{Image, ImageConfig, InUse, Platform};
 use jiff::Timestamp;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::timeout;
@@ -26,7 +27,7 @@ use super::record::{LastRun, Record, View};
 use super::run::{self, Context};
 use super::shim::Streams;
 use super::table::Phase;
-use super::{create, follow, inspect, names};
+use super::{create, follow, inspect, names, peers};
 use crate::failure::Failure;
 use crate::services::prune::Turn;
 use crate::store;
@@ -66,7 +67,8 @@ pub struct Containers {
 impl Containers {
     /// Takes over what an earlier engine left: containers that run go on, leavings of others go.
     pub async fn open(context: Arc<Context>, tasks: TaskTracker) -> anyhow::Result<Self> {
-        let service = Self { context, index: Arc::default(), tasks, prune_turn: Arc::default() };
+        let index = context.index.clone();
+        let service = Self { context, index, tasks, prune_turn: Arc::default() };
         for folder in [&service.context.data, &service.context.run] {
             std::fs::create_dir_all(folder)?;
             // Logs, environments and root file systems are the engine's user's alone.
@@ -145,8 +147,13 @@ impl Containers {
         &self,
         name: Option<&str>,
         mut create: ContainerCreate,
+        platform: Option<&Platform>,
     ) -> Result<ContainerCreated, Failure> {
         let name = name.filter(|name| !name.is_empty()).map(names::check).transpose()?;
+        let capacity = &self.context.capacity;
+        create::fill_settings(&mut create, &self.context.defaults);
+        let mut warnings = create::check(&mut create, capacity)?;
+        peers::resolve(&self.index, &mut create.host_config)?;
         let wanted = create.config.image.clone();
         let image = self
             .context
@@ -154,10 +161,10 @@ impl Containers {
             .resolve(&wanted)
             .await
             .map_err(|error| crate::services::images::failure(&error))?;
+        warnings.extend(create::platform(&wanted, &platform_of(&image), platform)?);
         let id = self.index.new_id();
         let image_config: ContainerConfig = crate::services::images::container_config(&image);
-        create::fill_settings(&mut create, &self.context.defaults);
-        let resolved = create::resolve(create, &image_config, &id)?;
+        let resolved = create::resolve(create, &image_config, &id, capacity)?;
         if !self.context.native
             && let Some(bind) =
                 resolved.binds.iter().find(|bind| std::fs::symlink_metadata(&bind.source).is_err())
@@ -186,7 +193,7 @@ impl Containers {
         let (driver, handle) = new_driver(&self.context, &self.index, record, Phase::Created);
         self.index.insert(&id, handle);
         self.tasks.spawn(driver.drive());
-        Ok(ContainerCreated { id, warnings: resolved.warnings })
+        Ok(ContainerCreated { id, warnings })
     }
 
     /// The writable layer and the record, at once; on failure neither.
@@ -273,6 +280,13 @@ impl Containers {
 
     pub async fn kill(&self, wanted: &str, signal: i32) -> Result<(), Failure> {
         self.ask(wanted, |reply| Command::Kill { signal, reply }).await
+    }
+
+    /// Changes limits and the restart policy. What cannot be enforced is left out; the words for the user come back.
+    pub async fn update(&self, wanted: &str, mut changes: HostConfig) -> Result<Vec<String>, Failure> {
+        let warnings = create::check_update(&mut changes, &self.context.capacity)?;
+        self.ask(wanted, |reply| Command::Update { changes: Box::new(changes), reply }).await?;
+        Ok(warnings)
     }
 
     pub async fn pause(&self, wanted: &str) -> Result<(), Failure> {
@@ -435,6 +449,11 @@ impl Containers {
         }
         self.index.clear();
     }
+}
+
+fn platform_of(image: &Image) -> Platform {
+    let ImageConfig { os, architecture, variant, .. } = &image.config;
+    Platform { os: os.clone(), architecture: architecture.clone(), variant: variant.clone() }
 }
 
 fn new_driver(context: &Arc<Context>, index: &Arc<Index>, record: Record, phase: Phase) -> (Driver, Handle) {

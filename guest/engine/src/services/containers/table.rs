@@ -39,6 +39,7 @@ pub enum Request {
     Attach,
     Exec,
     Rename,
+    Update,
     Remove { force: bool },
 }
 
@@ -140,7 +141,7 @@ pub fn admit(phase: Phase, request: Request, id: &str, name: &str) -> Verdict {
             conflict(format!("container {id} is restarting, wait until the container is running"))
         }
 
-        (Request::Rename, _) => Verdict::Go,
+        (Request::Rename | Request::Update, _) => Verdict::Go,
 
         (Request::Remove { force: true }, Running | Paused | Restarting) => Verdict::EndFirst,
         (Request::Remove { force: false }, Running | Paused | Restarting) => conflict(format!(
@@ -173,7 +174,7 @@ mod tests {
 
     use super::*;
 
-    const REQUESTS: [Request; 11] = [
+    const REQUESTS: [Request; 12] = [
         Request::Start,
         Request::Stop,
         Request::Kill,
@@ -183,6 +184,7 @@ mod tests {
         Request::Attach,
         Request::Exec,
         Request::Rename,
+        Request::Update,
         Request::Remove { force: false },
         Request::Remove { force: true },
     ];

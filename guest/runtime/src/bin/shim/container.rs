@@ -26,7 +26,8 @@ use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::error::LibcontainerError;
 use libcontainer::syscall::syscall::SyscallType;
 use oci_spec::runtime::{
-    Capabilities, Capability, LinuxNamespaceType, LinuxSeccomp, LinuxSeccompOperator, Process, Spec,
+    Capabilities, Capability, LinuxNamespaceType, LinuxResources, LinuxSeccomp, LinuxSeccompOperator,
+    Process, Spec,
 };
 use rustix::fs::{Gid, Uid, fchown};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
@@ -392,6 +393,11 @@ impl Runtime {
     /// Freezes or thaws.
     pub fn freeze(&self, frozen: bool) -> Result<(), RuntimeError> {
         Ok(self.created.as_ref().ok_or_else(not_created)?.cgroup.freeze(frozen)?)
+    }
+
+    /// Changes limits.
+    pub fn update(&self, resources: &LinuxResources) -> Result<(), RuntimeError> {
+        Ok(self.created.as_ref().ok_or_else(not_created)?.cgroup.update(resources)?)
     }
 
     /// Whether a process of the container was killed for want of memory.

@@ -14,11 +14,13 @@
 //! | `program` | the last steps inside the container, up to `execve` |
 //! | `log` | the json-file format and its rotation |
 //! | `trace` | what libcontainer says about a failure |
+//! | `init` | another program under another name: a container's first process, when asked for |
 
 #![forbid(unsafe_code)]
 
 mod client;
 mod container;
+mod init;
 mod log;
 mod mount;
 mod process;
@@ -66,6 +68,10 @@ enum ShimError {
 }
 
 fn main() -> ExitCode {
+    let mut arguments = std::env::args_os();
+    if init::is_called(arguments.next().as_deref()) {
+        return init::run(arguments.collect());
+    }
     match run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -18,7 +18,7 @@ use guest_runtime::shim::{
 };
 use guest_runtime::sys::{self, ChildEnds};
 use jiff::Timestamp;
-use oci_spec::runtime::Process as OciProcess;
+use oci_spec::runtime::{LinuxResources, Process as OciProcess};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::WaitOptions;
 use thiserror::Error;
@@ -463,6 +463,7 @@ impl Server {
             Request::State => Ok(Some(Reply::State(self.state()))),
             Request::Pause => self.freeze(true).map(|()| Some(Reply::Done)),
             Request::Resume => self.freeze(false).map(|()| Some(Reply::Done)),
+            Request::Update { resources } => self.update(&resources).map(|()| Some(Reply::Done)),
             Request::Forget { id } => self.forget(id).map(|()| Some(Reply::Done)),
             Request::Delete => self.delete().map(|()| Some(Reply::Done)),
         }
@@ -635,6 +636,13 @@ impl Server {
             }
         }
         Ok(())
+    }
+
+    fn update(&self, resources: &LinuxResources) -> Result<(), Refusal> {
+        match self.status() {
+            Status::Running | Status::Paused | Status::Created => Ok(self.runtime.update(resources)?),
+            _ => Err(conflict(format!("Container {} is not running", self.spec.container))),
+        }
     }
 
     fn freeze(&mut self, frozen: bool) -> Result<(), Refusal> {

@@ -8,16 +8,22 @@ mod config;
 mod defaults;
 mod host;
 mod life;
+mod limits;
 mod merge;
 mod mounts;
 mod network;
+mod platform;
 #[cfg(test)]
 mod tests;
+mod version;
 
 use guest_api::{ContainerConfig, ContainerCreate, HostConfig};
 
 pub use self::defaults::fill_settings;
 pub use self::life::log_options;
+pub use self::platform::check as platform;
+pub use self::version::for_version;
+use super::capacity::Capacity;
 use super::record::Bind;
 use crate::failure::Failure;
 
@@ -27,34 +33,52 @@ pub struct Resolved {
     pub config: ContainerConfig,
     pub host: HostConfig,
     pub binds: Vec<Bind>,
-    pub warnings: Vec<String>,
 }
 
-/// Merges and checks. `image` is the image's own settings, `id` the new container's id.
-pub fn resolve(create: ContainerCreate, image: &ContainerConfig, id: &str) -> Result<Resolved, Failure> {
-    let ContainerCreate { mut config, mut host_config, networking_config } = create;
+/// Judges what the user asked for, before anybody looks for the image. What cannot be enforced is taken out; the words
+/// for the user come back.
+pub fn check(create: &mut ContainerCreate, capacity: &Capacity) -> Result<Vec<String>, Failure> {
+    let ContainerCreate { config, host_config, .. } = create;
+    config::check(config)?;
+    let warnings = host::check(config, host_config, capacity)?;
     // The user's own settings: an image's volumes and health check are kept, not yet followed.
-    mounts::refuse_unsupported(&config, &host_config)?;
-    life::refuse_unsupported(&host_config)?;
+    mounts::refuse_unsupported(config, host_config)?;
+    life::refuse_unsupported(host_config)?;
+    network::check(host_config)?;
+    life::check(config, host_config)?;
+    Ok(warnings)
+}
+
+/// Judges an update of limits and restart policy.
+pub fn check_update(changes: &mut HostConfig, capacity: &Capacity) -> Result<Vec<String>, Failure> {
+    life::restart_policy(changes)?;
+    limits::check(changes, capacity, limits::Purpose::Update)
+}
+
+/// Merges what has been checked with the image's settings. `id` is the new container's id.
+pub fn resolve(
+    create: ContainerCreate,
+    image: &ContainerConfig,
+    id: &str,
+    capacity: &Capacity,
+) -> Result<Resolved, Failure> {
+    let ContainerCreate { mut config, mut host_config, networking_config } = create;
     merge::merge(&mut config, image);
+    config::check(&mut config)?;
     if config.entrypoint.as_deref() == Some(&[String::new()]) {
         config.entrypoint = None;
     }
     if config.entrypoint.as_ref().is_none_or(Vec::is_empty) && config.cmd.as_ref().is_none_or(Vec::is_empty) {
         return Err(Failure::invalid("no command specified"));
     }
-    config::check(&config)?;
     network::resolve(&mut config, &mut host_config, &networking_config.endpoints_config)?;
-    if config.hostname.is_empty() && host_config.network_mode != "host" && host_config.uts_mode != "host" {
-        config.hostname = id[..12].to_owned();
+    if config.hostname.is_empty() {
+        config.hostname =
+            if host_config.network_mode == "host" { capacity.host_name.clone() } else { id[..12].to_owned() };
     }
-    host::refuse_unsupported(&host_config)?;
-    host::check(&host_config)?;
-    network::check(&host_config)?;
-    life::check(&config, &host_config)?;
     let binds = mounts::resolve(&host_config)?;
-    host::fill_defaults(&mut host_config);
-    Ok(Resolved { config, host: host_config, binds, warnings: Vec::new() })
+    host::fill_defaults(&mut host_config, capacity);
+    Ok(Resolved { config, host: host_config, binds })
 }
 
 fn unsupported(what: &str) -> Failure {

@@ -5,6 +5,7 @@ use std::path::Path;
 use guest_api::ErrorKind;
 use serde_json::json;
 
+use super::super::capacity::tests::capable;
 use super::*;
 
 const ID: &str = "3f2a9c1d77e04b5c3f2a9c1d77e04b5c3f2a9c1d77e04b5c3f2a9c1d77e04b5c";
@@ -18,7 +19,10 @@ fn image() -> ContainerConfig {
 }
 
 fn try_resolve(body: serde_json::Value) -> Result<Resolved, Failure> {
-    resolve(guest_api::decode(body.to_string().as_bytes()).unwrap(), &image(), ID)
+    let mut create = guest_api::decode(body.to_string().as_bytes()).unwrap();
+    let capacity = capable();
+    check(&mut create, &capacity)?;
+    resolve(create, &image(), ID, &capacity)
 }
 
 fn ok(body: serde_json::Value) -> Resolved {
@@ -75,11 +79,9 @@ fn what_cannot_be_honoured_is_refused_by_name() {
         (json!({"HostConfig": {"Binds": ["/data"]}}), "anonymous volumes"),
         (json!({"Volumes": {"/data": {}}}), "anonymous volumes"),
         (json!({"HostConfig": {"VolumesFrom": ["x"]}}), "VolumesFrom"),
-        (json!({"HostConfig": {"Devices": [{"PathOnHost": "/dev/x"}]}}), "Devices"),
-        (json!({"HostConfig": {"Init": true}}), "Init"),
+        (json!({"HostConfig": {"DeviceRequests": [{"Driver": "nvidia"}]}}), "DeviceRequests"),
         (json!({"HostConfig": {"NetworkMode": "container:x"}}), "NetworkMode"),
         (json!({"HostConfig": {"LogConfig": {"Type": "syslog"}}}), "LogConfig"),
-        (json!({"HostConfig": {"SecurityOpt": ["apparmor=x"]}}), "apparmor=x"),
         (json!({"Healthcheck": {"Test": ["CMD", "true"], "Interval": 1}}), "Healthcheck"),
     ];
     for (body, expected) in cases {
@@ -112,7 +114,7 @@ fn networks_beyond_ours_are_not_found() {
         refusal(json!({"NetworkingConfig": {"EndpointsConfig": {"bridge": {"IPAMConfig": {"IPv4Address": "1.2.3.4"}}}}}))
             .contains("user defined networks only")
     );
-    assert_eq!(ok(json!({"HostConfig": {"NetworkMode": "host"}})).config.hostname, "");
+    assert_eq!(ok(json!({"HostConfig": {"NetworkMode": "host"}})).config.hostname, "machine");
     assert_eq!(ok(json!({"NetworkDisabled": true})).host.network_mode, "none");
 }
 
@@ -120,6 +122,27 @@ fn networks_beyond_ours_are_not_found() {
 fn senseless_values_have_dockers_sentences() {
     let host = |value: serde_json::Value| refusal(json!({ "HostConfig": value }));
     assert_eq!(host(json!({"Memory": 1024})), "Minimum memory limit allowed is 6MB");
+    assert_eq!(host(json!({"IpcMode": "x"})), "invalid IPC mode: x");
+    assert_eq!(host(json!({"PidMode": "container:"})), "invalid PID mode: container:");
+    assert_eq!(host(json!({"UTSMode": "x"})), "invalid UTS mode: x");
+    assert_eq!(host(json!({"CgroupnsMode": "x"})), "invalid cgroup namespace mode: x");
+    assert_eq!(
+        host(json!({"Isolation": "hyperv"})),
+        "invalid isolation (hyperv): linux only supports 'default'"
+    );
+    assert_eq!(host(json!({"Runtime": "x"})), "unknown or invalid runtime name: x");
+    assert_eq!(
+        host(json!({"OomScoreAdj": 2000})),
+        "Invalid value 2000, range for oom score adj is [-1000, 1000]"
+    );
+    assert_eq!(host(json!({"SecurityOpt": ["x"]})), "invalid --security-opt 1: \"x\"");
+    assert_eq!(host(json!({"DeviceCgroupRules": ["x"]})), "invalid device cgroup rule format: 'x'");
+    assert!(host(json!({"StorageOpt": {"size": "1g"}})).contains("'pquota'"));
+    assert_eq!(
+        refusal(json!({"Hostname": "x", "HostConfig": {"UTSMode": "host"}})),
+        "conflicting options: hostname and the UTS mode"
+    );
+    assert!(refusal(json!({"Hostname": "x".repeat(65)})).contains("too long (maximum 64 bytes)"));
     assert!(host(json!({"NanoCpus": 5, "CpuQuota": 7})).starts_with("Conflicting options"));
     assert!(host(json!({"RestartPolicy": {"Name": "maybe"}})).contains("unknown policy 'maybe'"));
     assert!(
@@ -136,4 +159,23 @@ fn senseless_values_have_dockers_sentences() {
     assert!(refusal(json!({"WorkingDir": "srv"})).contains("absolute path"));
     assert!(refusal(json!({"Env": ["=x"]})).contains("invalid environment variable"));
     assert!(refusal(json!({"StopSignal": "SIGNOPE"})).contains("SIGNOPE"));
+}
+
+#[test]
+fn what_nobody_asked_for_is_shown_as_dockerds() {
+    let plain = ok(json!({})).host;
+    assert_eq!((plain.runtime.as_str(), plain.cgroupns_mode.as_str()), ("runc", "private"));
+    assert_eq!((plain.oom_kill_disable, plain.memory_swappiness), (Some(false), None));
+    assert_eq!(plain.security_opt, None);
+    let json = serde_json::to_value(&plain).unwrap();
+    for absent in ["Sysctls", "Tmpfs", "StorageOpt", "Init", "Annotations"] {
+        assert!(json.get(absent).is_none(), "{absent}");
+    }
+    let limited = ok(json!({"HostConfig": {"Memory": 64 << 20, "Sysctls": {}, "Tmpfs": {}}})).host;
+    assert_eq!((limited.memory_swap, limited.sysctls, limited.tmpfs), (128 << 20, None, None));
+    let privileged = ok(json!({"HostConfig": {"Privileged": true}})).host;
+    assert_eq!(privileged.security_opt.unwrap(), ["label=disable"]);
+    assert_eq!((privileged.masked_paths, privileged.cgroupns_mode.as_str()), (None, "host"));
+    let bare = ok(json!({"HostConfig": {"MaskedPaths": [], "ReadonlyPaths": []}})).host;
+    assert_eq!((bare.masked_paths, bare.readonly_paths), (Some(vec![]), Some(vec![])));
 }

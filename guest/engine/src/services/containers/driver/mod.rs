@@ -14,6 +14,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use guest_api::HostConfig;
 use guest_api::health::{Health, HealthResult, HealthStatus};
 use guest_runtime::shim::{Exit, ProcessId, Request as ShimRequest};
 use jiff::Timestamp;
@@ -31,6 +32,7 @@ use crate::services::containers::run::{self, Context};
 use crate::services::containers::shim::{Shim, Streams};
 use crate::services::containers::signal::SIGKILL;
 use crate::services::containers::table::{self, Change, Phase, Request, Verdict};
+use crate::services::containers::{spec, update};
 use stop::{StopStep, Stopping};
 
 /// How long a process may take to go after SIGKILL before its shim is killed too, and then before a stop gives up.
@@ -76,6 +78,11 @@ pub enum Command {
     },
     Rename {
         name: String,
+        reply: Reply,
+    },
+    /// Limits and restart policy.
+    Update {
+        changes: Box<HostConfig>,
         reply: Reply,
     },
     Remove {
@@ -281,6 +288,13 @@ impl Driver {
                 };
                 answer(reply, result);
             }
+            Command::Update { changes, reply } => {
+                let result = match self.admit(Request::Update) {
+                    Verdict::Refuse(kind, text) => Err(Failure::new(kind, text)),
+                    _ => self.update(&changes).await,
+                };
+                answer(reply, result);
+            }
             Command::Remove { force, reply } => match self.admit(Request::Remove { force }) {
                 Verdict::Go | Verdict::Nothing => {
                     let result = self.remove().await;
@@ -430,6 +444,30 @@ impl Driver {
         self.watch_health(change == Change::Unpaused);
         self.publish();
         self.event(action, &[]);
+        Ok(())
+    }
+
+    async fn update(&mut self, changes: &HostConfig) -> Result<(), Failure> {
+        let id = self.record.id.clone();
+        let failed = |failure: Failure| {
+            Failure::new(failure.kind, format!("Cannot update container {id}: {}", failure.message))
+        };
+        let merged = update::merge(&self.record.host, changes).map_err(failed)?;
+        if let Some(run) = &self.run {
+            let resources = Box::new(spec::changes(changes, &merged)?);
+            run.shim
+                .ask("update", ShimRequest::Update { resources })
+                .await
+                .map_err(run::shim_failure)
+                .map_err(failed)?;
+        }
+        let before = std::mem::replace(&mut self.record.host, merged);
+        if let Err(failure) = self.save().await {
+            self.record.host = before;
+            return Err(failed(failure));
+        }
+        self.publish();
+        self.event("update", &[]);
         Ok(())
     }
 

@@ -1,11 +1,12 @@
 //! What a container may use: resources of its cgroup, and resource limits of its processes.
 
 use guest_api::HostConfig;
-use guest_runtime::defaults;
 use oci_spec::runtime::{
-    LinuxCpu, LinuxMemory, LinuxPids, LinuxResources, PosixRlimit, PosixRlimitBuilder, PosixRlimitType,
+    LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxPids, LinuxResources, PosixRlimit, PosixRlimitBuilder,
+    PosixRlimitType,
 };
 
+use super::devices::Devices;
 use crate::failure::Failure;
 
 /// Length of a scheduling period, in microseconds, when only a share of CPUs is given.
@@ -38,22 +39,60 @@ pub fn rlimits(host: &HostConfig) -> Result<Vec<PosixRlimit>, Failure> {
 }
 
 /// The limits of the container's cgroup.
-pub fn resources(host: &HostConfig) -> LinuxResources {
+pub fn resources(host: &HostConfig, devices: &Devices) -> Result<LinuxResources, Failure> {
     let mut resources = LinuxResources::default();
-    resources.set_devices(Some(if host.privileged {
-        defaults::privileged_device_rules()
-    } else {
-        defaults::device_rules()
-    }));
-    if host.memory != 0 || host.memory_reservation != 0 || host.memory_swap != 0 {
-        let some = |value: i64| Some(value).filter(|value| *value != 0);
-        let mut memory = LinuxMemory::default();
-        memory
-            .set_limit(some(host.memory))
-            .set_reservation(some(host.memory_reservation))
-            .set_swap(some(host.memory_swap));
-        resources.set_memory(Some(memory));
+    resources
+        .set_devices(Some(devices.all_rules(host.privileged)))
+        .set_memory(memory(host))
+        .set_cpu(cpu(host))
+        .set_pids(pids(host))
+        .set_block_io(block_io(host, devices)?);
+    Ok(resources)
+}
+
+/// The limits that an update asks for, with those that the kernel judges together taken from `merged`: what the
+/// container then has.
+pub fn changes(asked: &HostConfig, merged: &HostConfig) -> Result<LinuxResources, Failure> {
+    let mut host = HostConfig { pids_limit: asked.pids_limit, ..HostConfig::default() };
+    if asked.memory != 0 || asked.memory_swap != 0 {
+        (host.memory, host.memory_swap) = (merged.memory, merged.memory_swap);
     }
+    host.memory_reservation = asked.memory_reservation;
+    if asked.nano_cpus != 0 || asked.cpu_quota != 0 || asked.cpu_period != 0 {
+        (host.nano_cpus, host.cpu_quota, host.cpu_period) =
+            (merged.nano_cpus, merged.cpu_quota, merged.cpu_period);
+    }
+    host.cpu_shares = asked.cpu_shares;
+    host.cpu_realtime_period = asked.cpu_realtime_period;
+    host.cpu_realtime_runtime = asked.cpu_realtime_runtime;
+    host.cpuset_cpus.clone_from(&asked.cpuset_cpus);
+    host.cpuset_mems.clone_from(&asked.cpuset_mems);
+    host.blkio_weight = asked.blkio_weight;
+    let mut resources = LinuxResources::default();
+    resources
+        .set_memory(memory(&host))
+        .set_cpu(cpu(&host))
+        .set_pids(pids(&host))
+        .set_block_io(block_io(&host, &Devices::default())?);
+    Ok(resources)
+}
+
+fn memory(host: &HostConfig) -> Option<LinuxMemory> {
+    let some = |value: i64| Some(value).filter(|value| *value != 0);
+    let mut memory = LinuxMemory::default();
+    memory
+        .set_limit(some(host.memory))
+        .set_reservation(some(host.memory_reservation))
+        .set_swap(some(host.memory_swap).filter(|_| host.memory != 0))
+        .set_swappiness(host.memory_swappiness.and_then(|value| u64::try_from(value).ok()))
+        .set_kernel(some(host.kernel_memory))
+        .set_kernel_tcp(some(host.kernel_memory_tcp))
+        // Every group begins with the killer on.
+        .set_disable_oom_killer(host.oom_kill_disable.filter(|disabled| *disabled));
+    Some(memory).filter(|memory| *memory != LinuxMemory::default())
+}
+
+fn cpu(host: &HostConfig) -> Option<LinuxCpu> {
     let positive = |value: i64| u64::try_from(value).ok().filter(|value| *value > 0);
     let text = |value: &str| Some(value.to_owned()).filter(|value| !value.is_empty());
     let (period, quota) = if host.nano_cpus > 0 {
@@ -68,15 +107,49 @@ pub fn resources(host: &HostConfig) -> LinuxResources {
     cpu.set_shares(positive(host.cpu_shares))
         .set_period(period)
         .set_quota(quota)
+        .set_realtime_period(positive(host.cpu_realtime_period))
+        .set_realtime_runtime(Some(host.cpu_realtime_runtime).filter(|runtime| *runtime != 0))
         .set_cpus(text(&host.cpuset_cpus))
         .set_mems(text(&host.cpuset_mems));
-    if cpu != LinuxCpu::default() {
-        resources.set_cpu(Some(cpu));
+    Some(cpu).filter(|cpu| *cpu != LinuxCpu::default())
+}
+
+fn pids(host: &HostConfig) -> Option<LinuxPids> {
+    let limit = host.pids_limit?;
+    let mut pids = LinuxPids::default();
+    // Unlimited, to every runtime.
+    pids.set_limit(if limit > 0 { limit } else { -1 });
+    Some(pids)
+}
+
+fn block_io(host: &HostConfig, devices: &Devices) -> Result<Option<LinuxBlockIo>, Failure> {
+    let mut io = LinuxBlockIo::default();
+    io.set_weight(Some(host.blkio_weight).filter(|weight| *weight != 0))
+        .set_weight_device(devices.weights(host.blkio_weight_device.as_deref())?)
+        .set_throttle_read_bps_device(devices.limits(host.blkio_device_read_bps.as_deref())?)
+        .set_throttle_write_bps_device(devices.limits(host.blkio_device_write_bps.as_deref())?)
+        .set_throttle_read_iops_device(devices.limits(host.blkio_device_read_iops.as_deref())?)
+        .set_throttle_write_iops_device(devices.limits(host.blkio_device_write_iops.as_deref())?);
+    Ok(Some(io).filter(|io| *io != LinuxBlockIo::default()))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn an_update_takes_along_what_belongs_together() {
+        let asked = HostConfig { memory: 64 << 20, cpu_shares: 5, ..HostConfig::default() };
+        let merged =
+            HostConfig { memory_swap: 128 << 20, cpu_quota: 7000, pids_limit: Some(9), ..asked.clone() };
+        let json = serde_json::to_value(changes(&asked, &merged).unwrap()).unwrap();
+        assert_eq!(json["memory"], json!({"limit": 64 << 20, "swap": 128 << 20}));
+        assert_eq!(json["cpu"], json!({"shares": 5}));
+        assert!(json.get("pids").is_none() && json.get("blockIO").is_none() && json.get("devices").is_none());
+        let unlimited = HostConfig { pids_limit: Some(0), ..HostConfig::default() };
+        let json = serde_json::to_value(changes(&unlimited, &merged).unwrap()).unwrap();
+        assert_eq!(json, json!({"pids": {"limit": -1}}));
     }
-    if let Some(limit) = host.pids_limit.filter(|limit| *limit > 0) {
-        let mut pids = LinuxPids::default();
-        pids.set_limit(limit);
-        resources.set_pids(Some(pids));
-    }
-    resources
 }

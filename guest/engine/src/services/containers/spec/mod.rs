@@ -2,26 +2,30 @@
 //!
 //! The rules are moby's (`daemon/oci_linux.go`). What this process cannot grant (capabilities, limits) is left out
 //! rather than making the start fail: see [`guest_runtime::defaults`].
+mod devices;
 mod limits;
 mod mounts;
 mod namespaces;
 mod process;
 mod security;
+mod sysctl;
 #[cfg(test)]
 mod tests;
+mod tmpfs;
 
-use std::collections::HashMap;
-use std::path::Path;
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Component, Path, PathBuf};
 
-use guest_runtime::defaults;
-use oci_spec::runtime::{Capabilities, Linux, LinuxDevice, Root, Spec};
+use oci_spec::runtime::{Capabilities, Linux, Root, Spec};
 
-pub use self::limits::rlimits;
-pub use self::namespaces::NetworkNamespace;
+pub use self::devices::{Devices, rules as device_rules};
+pub use self::limits::{changes, rlimits};
+pub use self::namespaces::{NetworkNamespace, Peers};
 pub use self::process::exec_process;
 pub use self::security::{capabilities, security};
 use super::record::Record;
 use super::user::User;
+use crate::config::ContainerDefaults;
 use crate::failure::Failure;
 
 /// Our cgroups are below this one in every hierarchy.
@@ -38,8 +42,18 @@ pub struct Input<'a> {
     pub network: &'a NetworkNamespace,
     /// What this process can grant.
     pub grantable: &'a Capabilities,
-    /// Every device of the host, for a privileged container.
-    pub host_devices: &'a [LinuxDevice],
+    /// What the engine's settings say where the container says nothing.
+    pub defaults: &'a ContainerDefaults,
+    /// What it gets of the host's devices.
+    pub devices: &'a Devices,
+    /// Whose namespaces it shares.
+    pub peers: Peers,
+    /// What is mounted on /dev/shm when others share it.
+    pub shm: Option<&'a Path>,
+    /// Modes of the folders that are covered by a tmpfs.
+    pub tmpfs_modes: &'a BTreeMap<String, u32>,
+    /// The program that is `docker-init` inside.
+    pub init: &'a Path,
 }
 
 /// The whole spec.
@@ -64,19 +78,38 @@ pub fn build(input: &Input<'_>) -> Result<Spec, Failure> {
     Ok(spec)
 }
 
+/// The container's cgroup, from the root of every hierarchy.
+pub fn cgroup_path(record: &Record, settings: &ContainerDefaults) -> PathBuf {
+    let own = Some(record.host.cgroup_parent.as_str()).filter(|parent| !parent.is_empty());
+    let parent = own.or(settings.cgroup_parent.as_deref()).unwrap_or(CGROUP_PARENT);
+    let mut path = PathBuf::from("/");
+    for component in Path::new(parent).components() {
+        match component {
+            Component::Normal(name) => path.push(name),
+            Component::ParentDir => _ = path.pop(),
+            Component::RootDir | Component::CurDir | Component::Prefix(_) => {}
+        }
+    }
+    path.join(&record.id)
+}
+
 fn linux(input: &Input<'_>) -> Result<Linux, Failure> {
     let Input { record, .. } = input;
     let host = &record.host;
+    let own_network = !(host.network_mode == "host" || host.network_mode.starts_with("container:"));
+    let sysctls = sysctl::settings(host, own_network, |name| {
+        Path::new("/proc/sys").join(name.replace('.', "/")).exists()
+    })?;
     let mut linux = Linux::default();
     linux
-        .set_cgroups_path(Some(Path::new(CGROUP_PARENT).join(&record.id)))
-        .set_namespaces(Some(namespaces::namespaces(host, input.network)))
-        .set_resources(Some(limits::resources(host)))
-        .set_sysctl(host.sysctls.clone().map(|settings| settings.into_iter().collect()))
+        .set_cgroups_path(Some(cgroup_path(record, input.defaults)))
+        .set_namespaces(Some(namespaces::namespaces(host, input.network, input.peers)))
+        .set_resources(Some(limits::resources(host, input.devices)?))
+        .set_sysctl(sysctls)
         .set_seccomp(security::seccomp(input)?)
         .set_masked_paths(Some(host.masked_paths.clone().unwrap_or_default()))
         .set_readonly_paths(Some(host.readonly_paths.clone().unwrap_or_default()))
         .set_rootfs_propagation(mounts::rootfs_propagation(record))
-        .set_devices(Some(if host.privileged { input.host_devices.to_vec() } else { defaults::devices() }));
+        .set_devices(Some(input.devices.nodes.clone()));
     Ok(linux)
 }

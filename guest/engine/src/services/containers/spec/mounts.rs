@@ -6,7 +6,7 @@ use guest_runtime::defaults;
 use oci_spec::runtime::Mount;
 
 use super::super::record::Record;
-use super::Input;
+use super::{Input, process, security, tmpfs};
 use crate::failure::Failure;
 
 /// All mounts, in the order they are made.
@@ -26,6 +26,12 @@ pub fn mounts(input: &Input<'_>) -> Result<Vec<Mount>, Failure> {
                     place,
                     words(&["rbind", "rprivate", "nosuid", "noexec", "nodev"]),
                 ));
+            }
+        }
+        mode if mode == "shareable" || mode.starts_with("container:") => {
+            mounts.retain(|mount| mount.destination() != Path::new("/dev/shm"));
+            if let Some(shm) = input.shm {
+                mounts.push(mount("/dev/shm", "bind", shm, words(&["rbind", "rprivate"])));
             }
         }
         "none" => mounts.retain(|mount| mount.destination() != Path::new("/dev/shm")),
@@ -50,14 +56,42 @@ pub fn mounts(input: &Input<'_>) -> Result<Vec<Mount>, Failure> {
         further.push(mount(&bind.destination, "bind", &bind.source, options));
     }
     for (destination, options) in host.tmpfs.iter().flatten() {
-        let given = options.split(',').filter(|option| !option.is_empty()).map(str::to_owned);
-        let options = words(&["nosuid", "nodev", "noexec"]).into_iter().chain(given).collect();
+        let mut options = tmpfs::options(options)?;
+        if let Some(mode) = input.tmpfs_modes.get(destination)
+            && !options.iter().any(|option| option.starts_with("mode="))
+        {
+            options.push(format!("mode={mode:o}"));
+        }
         further.push(mount(destination, "tmpfs", "tmpfs", options));
+    }
+    for (source, target) in &input.devices.elsewhere {
+        further.push(mount(target, "bind", source, words(&["bind", "rprivate"])));
+    }
+    if process::has_init(input) {
+        further.push(mount(process::INIT_PATH, "bind", input.init, words(&["bind", "ro"])));
     }
     // What lies in another's place has to come after it.
     further.sort_by_key(|mount| mount.destination().components().count());
     // A user's mount replaces a default one (`/dev/shm`, say).
     mounts.retain(|mount| !further.iter().any(|other| other.destination() == mount.destination()));
+    if host.readonly_rootfs {
+        let writable = ["/proc", "/dev", "/dev/pts", "/dev/shm", "/dev/mqueue"].map(Path::new);
+        for mount in &mut mounts {
+            if !writable.contains(&mount.destination().as_path()) {
+                set_writable(mount, false);
+            }
+        }
+    }
+    let writable_cgroups = security(host)?.writable_cgroups.unwrap_or(host.privileged);
+    for mount in &mut mounts {
+        match mount.destination().to_str() {
+            Some("/sys") if host.privileged => set_writable(mount, true),
+            Some("/sys/fs/cgroup") if mount.typ().as_deref() == Some("cgroup") => {
+                set_writable(mount, writable_cgroups)
+            }
+            _ => {}
+        }
+    }
     mounts.extend(further);
     Ok(mounts)
 }
@@ -85,6 +119,15 @@ fn mount(
         .set_source(Some(source.into()))
         .set_options(Some(options));
     mount
+}
+
+fn set_writable(mount: &mut Mount, writable: bool) {
+    let mut options: Vec<String> =
+        mount.options().iter().flatten().filter(|option| *option != "ro").cloned().collect();
+    if !writable {
+        options.push("ro".to_owned());
+    }
+    mount.set_options(Some(options));
 }
 
 fn words(options: &[&str]) -> Vec<String> {

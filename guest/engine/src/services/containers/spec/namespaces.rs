@@ -12,8 +12,15 @@ pub enum NetworkNamespace {
     Host,
 }
 
+/// Processes of other containers whose namespaces this one joins.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Peers {
+    pub ipc: Option<i32>,
+    pub pid: Option<i32>,
+}
+
 /// The namespaces to make or join; one not named is the engine's own.
-pub fn namespaces(host: &HostConfig, network: &NetworkNamespace) -> Vec<LinuxNamespace> {
+pub fn namespaces(host: &HostConfig, network: &NetworkNamespace, peers: Peers) -> Vec<LinuxNamespace> {
     let namespace = |kind, path: Option<PathBuf>| {
         let mut namespace = LinuxNamespace::default();
         namespace.set_typ(kind).set_path(path);
@@ -23,14 +30,16 @@ pub fn namespaces(host: &HostConfig, network: &NetworkNamespace) -> Vec<LinuxNam
     if let NetworkNamespace::Path(path) = network {
         namespaces.push(namespace(LinuxNamespaceType::Network, Some(path.clone())));
     }
-    for (mode, kind) in [
-        (&host.uts_mode, LinuxNamespaceType::Uts),
-        (&host.pid_mode, LinuxNamespaceType::Pid),
-        (&host.ipc_mode, LinuxNamespaceType::Ipc),
-        (&host.cgroupns_mode, LinuxNamespaceType::Cgroup),
+    let of_peer =
+        |peer: Option<i32>, name: &str| peer.map(|pid| PathBuf::from(format!("/proc/{pid}/ns/{name}")));
+    for (mode, kind, path) in [
+        (&host.uts_mode, LinuxNamespaceType::Uts, None),
+        (&host.pid_mode, LinuxNamespaceType::Pid, of_peer(peers.pid, "pid")),
+        (&host.ipc_mode, LinuxNamespaceType::Ipc, of_peer(peers.ipc, "ipc")),
+        (&host.cgroupns_mode, LinuxNamespaceType::Cgroup, None),
     ] {
         if mode != "host" {
-            namespaces.push(namespace(kind, None));
+            namespaces.push(namespace(kind, path));
         }
     }
     namespaces

@@ -10,16 +10,19 @@ use oci_spec::runtime::{BoxBuilder, Capabilities, Process};
 use super::super::record::Record;
 use super::super::user::User;
 use super::{Input, capabilities, rlimits, security};
+use crate::config::ContainerDefaults;
 use crate::failure::Failure;
 
 /// `PATH` when nobody sets one.
 pub const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// Where `docker-init` is in a container.
+pub const INIT_PATH: &str = "/sbin/docker-init";
 
 /// Init, as the record asks.
 pub fn init_process(input: &Input<'_>) -> Result<Process, Failure> {
     let Input { record, .. } = input;
     let (config, host) = (&record.config, &record.host);
-    let mut process = base_process(host, input.user, input.grantable, host.privileged)?;
+    let mut process = base_process(host, input.user, input.grantable, host.privileged, input.defaults)?;
     let [height, width] = host.console_size;
     if config.tty && height > 0 && width > 0 {
         process.set_console_size(Some(console_box(height, width)?));
@@ -31,11 +34,25 @@ pub fn init_process(input: &Input<'_>) -> Result<Process, Failure> {
             })?;
     process
         .set_terminal(Some(config.tty))
-        .set_args(Some(record.command()))
+        .set_args(Some(arguments(input)))
         .set_env(Some(environment(record, &[], config.tty, &input.user.home)))
         .set_cwd(working_dir(&config.working_dir))
         .set_oom_score_adj(oom);
     Ok(process)
+}
+
+/// Whether the container's first process is `docker-init`. Where it is not the first, there is one already.
+pub fn has_init(input: &Input<'_>) -> bool {
+    let host = &input.record.host;
+    host.init.unwrap_or(input.defaults.init) && matches!(host.pid_mode.as_str(), "" | "private")
+}
+
+fn arguments(input: &Input<'_>) -> Vec<String> {
+    let mut arguments = input.record.command();
+    if has_init(input) {
+        arguments.splice(..0, [INIT_PATH.to_owned(), "--".to_owned()]);
+    }
+    arguments
 }
 
 /// The process of an exec in a running container.
@@ -44,9 +61,10 @@ pub fn exec_process(
     exec: &ExecCreate,
     user: &User,
     grantable: &Capabilities,
+    settings: &ContainerDefaults,
 ) -> Result<Process, Failure> {
     let privileged = exec.privileged || record.host.privileged;
-    let mut process = base_process(&record.host, user, grantable, privileged)?;
+    let mut process = base_process(&record.host, user, grantable, privileged, settings)?;
     if let Some([height, width]) = exec.console_size.filter(|_| exec.tty) {
         process.set_console_size(Some(console_box(height, width)?));
     }
@@ -64,9 +82,9 @@ fn base_process(
     user: &User,
     grantable: &Capabilities,
     privileged: bool,
+    settings: &ContainerDefaults,
 ) -> Result<Process, Failure> {
-    let mut granted = if privileged { defaults::all_capabilities() } else { capabilities(host)? };
-    granted.retain(|capability| grantable.contains(capability));
+    let granted = if privileged { grantable.clone() } else { capabilities(host, grantable)? };
     let mut sets = defaults::sets(&granted);
     if user.uid != 0 {
         // execve would drop them anyway; runc shows the same sets.
@@ -81,7 +99,7 @@ fn base_process(
         .set_user(oci_user)
         .set_capabilities(Some(sets))
         .set_rlimits(Some(limits).filter(|limits| !limits.is_empty()))
-        .set_no_new_privileges(Some(security(host)?.no_new_privileges))
+        .set_no_new_privileges(Some(security(host)?.no_new_privileges.unwrap_or(settings.no_new_privileges)))
         .set_apparmor_profile(None)
         .set_selinux_label(None);
     Ok(process)
@@ -150,7 +168,9 @@ mod tests {
             ..ExecCreate::default()
         };
         let user = User { uid: 33, gid: 34, additional: vec![], home: "/var/www".into() };
-        let process = exec_process(&record, &exec, &user, &defaults::all_capabilities()).unwrap();
+        let process =
+            exec_process(&record, &exec, &user, &defaults::all_capabilities(), &ContainerDefaults::default())
+                .unwrap();
         let json = serde_json::to_value(process).unwrap();
         assert_eq!(json["env"], json!(["PATH=/x", "TERM=xterm", "A=9", "HOME=/var/www"]));
         assert_eq!(json["cwd"], "/srv");

@@ -3,6 +3,8 @@
 use serde_json::{Value, json};
 
 use super::super::record::{Bind, tests::record};
+use guest_runtime::defaults;
+
 use super::process::DEFAULT_PATH;
 use super::*;
 
@@ -20,7 +22,12 @@ fn built(change: impl FnOnce(&mut Record)) -> Value {
         files: Path::new("/data/c"),
         network: &NetworkNamespace::Path("/run/netns/c".into()),
         grantable: &defaults::all_capabilities(),
-        host_devices: &[],
+        defaults: &ContainerDefaults::default(),
+        devices: &Devices::default(),
+        peers: Peers { pid: Some(77), ipc: Some(78) },
+        shm: Some(Path::new("/run/c/shm")),
+        tmpfs_modes: &BTreeMap::from([("/srv".to_owned(), 0o750)]),
+        init: Path::new("/usr/bin/shim"),
     })
     .unwrap();
     serde_json::to_value(spec).unwrap()
@@ -124,7 +131,10 @@ fn mounts_come_after_what_they_lie_in_and_replace_ours() {
     let mounts = spec["mounts"].as_array().unwrap();
     assert_eq!(mounts[place("/etc/hosts")]["source"], "/h");
     assert_eq!(mounts[place("/srv/deep/er")]["options"], json!(["rbind", "rprivate", "ro"]));
-    assert_eq!(mounts[place("/dev/shm")]["options"], json!(["nosuid", "nodev", "noexec", "size=1m"]));
+    assert_eq!(
+        mounts[place("/dev/shm")]["options"],
+        json!(["noexec", "nosuid", "nodev", "rprivate", "size=1m"])
+    );
 }
 
 #[test]
@@ -143,4 +153,76 @@ fn limits_become_resources() {
     let plain = built(|_| {});
     assert!(plain["linux"]["resources"].get("memory").is_none_or(Value::is_null));
     assert!(plain["linux"]["resources"].get("cpu").is_none_or(Value::is_null));
+}
+
+#[test]
+fn namespaces_of_others_are_joined() {
+    let spec = built(|record| {
+        record.host.pid_mode = "container:x".into();
+        record.host.ipc_mode = "container:x".into();
+        record.host.init = Some(true);
+    });
+    let paths: Vec<_> = spec["linux"]["namespaces"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter_map(|entry| entry["path"].as_str())
+        .collect();
+    assert_eq!(paths, ["/run/netns/c", "/proc/77/ns/pid", "/proc/78/ns/ipc"]);
+    let mounts = spec["mounts"].as_array().unwrap();
+    let shm = mounts.iter().find(|mount| mount["destination"] == "/dev/shm").unwrap();
+    assert_eq!((shm["source"].as_str(), shm["type"].as_str()), (Some("/run/c/shm"), Some("bind")));
+    // In another's namespace there is a first process already.
+    assert_eq!(spec["process"]["args"], json!(["sleep", "1"]));
+}
+
+#[test]
+fn an_init_is_put_before_the_program() {
+    let spec = built(|record| record.host.init = Some(true));
+    assert_eq!(spec["process"]["args"], json!(["/sbin/docker-init", "--", "sleep", "1"]));
+    let mounts = spec["mounts"].as_array().unwrap();
+    let init = mounts.iter().find(|mount| mount["destination"] == "/sbin/docker-init").unwrap();
+    assert_eq!((init["source"].as_str(), &init["options"]), (Some("/usr/bin/shim"), &json!(["bind", "ro"])));
+}
+
+#[test]
+fn a_tmpfs_has_the_mode_of_what_it_covers() {
+    let options = |given: &str| {
+        let spec = built(|record| record.host.tmpfs = Some([("/srv".to_owned(), given.to_owned())].into()));
+        let mounts = spec["mounts"].as_array().unwrap();
+        mounts.iter().find(|mount| mount["destination"] == "/srv").unwrap()["options"].clone()
+    };
+    assert_eq!(options(""), json!(["noexec", "nosuid", "nodev", "rprivate", "mode=750"]));
+    assert_eq!(options("mode=700,exec"), json!(["nosuid", "nodev", "rprivate", "mode=700", "exec"]));
+}
+
+#[test]
+fn the_parent_cgroup_cannot_lead_out() {
+    let path = |parent: &str| {
+        let spec = built(|record| record.host.cgroup_parent = parent.into());
+        spec["linux"]["cgroupsPath"]
+            .as_str()
+            .unwrap()
+            .trim_end_matches(|letter: char| letter.is_ascii_hexdigit())
+            .to_owned()
+    };
+    assert_eq!(path("/mine"), "/mine/");
+    assert_eq!(path("mine/./deep"), "/mine/deep/");
+    assert_eq!(path("../../etc/.."), "/");
+}
+
+#[test]
+fn a_read_only_root_makes_the_systems_mounts_read_only() {
+    let options = |privileged: bool, place: &str| {
+        let spec = built(|record| {
+            record.host.readonly_rootfs = true;
+            record.host.privileged = privileged;
+        });
+        let mounts = spec["mounts"].as_array().unwrap();
+        let found = mounts.iter().find(|mount| mount["destination"] == place).unwrap();
+        found["options"].as_array().unwrap().contains(&json!("ro"))
+    };
+    assert!(options(false, "/sys") && options(false, "/sys/fs/cgroup") && !options(false, "/dev"));
+    assert!(!options(true, "/sys") && !options(true, "/sys/fs/cgroup"));
+    assert!(options(false, "/etc/hosts"));
 }
