@@ -42,7 +42,7 @@ fn containers_survive_the_engine(engine: &Engine) -> Result<()> {
     let script = "i=0; while [ ! -e /end ]; do i=$((i+1)); echo line $i; sleep 0.05; done; exit 6";
     engine.engine(["run", "-d", "--name", "survivor", IMAGE, "sh", "-c", script])?.ok()?;
     engine.engine(["run", "-d", "--name", "ends-meanwhile", IMAGE, "sh", "-c", "sleep 1; exit 8"])?.ok()?;
-    engine.end_native(true)?;
+    kill_native(engine)?;
     std::thread::sleep(Duration::from_secs(2));
     engine.boot()?;
     ensure!(state(engine, "survivor")? == "running 0", "{}", state(engine, "survivor")?);
@@ -193,8 +193,14 @@ fn rounds(engine: &Engine, rounds: u64, moment_ms_max: u64, kill: impl Fn(u64) -
     acknowledged.clean_up(engine)
 }
 
+/// `kill -9`; what is on the disk then is consistent before anyone tidies.
+fn kill_native(engine: &Engine) -> Result<()> {
+    engine.end_native(true)?;
+    engine.expect_sound_data()
+}
+
 fn native_rounds(engine: &Engine) -> Result<()> {
-    rounds(engine, 20, 900, |_| engine.end_native(true))
+    rounds(engine, 20, 900, |_| kill_native(engine))
 }
 
 fn machine_rounds(engine: &Engine) -> Result<()> {

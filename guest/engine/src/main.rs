@@ -9,6 +9,7 @@
 mod config;
 mod engine;
 mod failure;
+mod fsck;
 mod http;
 mod moment;
 mod plan;
@@ -26,6 +27,10 @@ use tracing_subscriber::EnvFilter;
 use crate::config::{Flags, Settings};
 
 fn main() -> ExitCode {
+    let mut arguments = std::env::args_os().skip(1).peekable();
+    if arguments.next_if(|first| first == "fsck").is_some() {
+        return fsck::main(arguments);
+    }
     match run(Flags::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(&error),

@@ -146,40 +146,38 @@ impl Store {
 
     /// One record.
     pub fn get<T: DeserializeOwned>(&self, table: Table, key: &str) -> Result<Option<T>, StoreError> {
-        Ok(self.scan(table, Some(key))?.pop().map(|(_, record)| record))
+        let failed = |error: &dyn std::error::Error| StoreError::Read(error.to_string());
+        let transaction = self.database.begin_read().map_err(|error| failed(&error))?;
+        let table = match transaction.open_table(table.0) {
+            Err(redb::TableError::TableDoesNotExist(_)) => return Ok(None),
+            other => other.map_err(|error| failed(&error))?,
+        };
+        let value = table.get(key).map_err(|error| failed(&error))?;
+        value.map(|value| decode(key, value.value())).transpose()
     }
 
     /// All records of a table.
     pub fn all<T: DeserializeOwned>(&self, table: Table) -> Result<Vec<(String, T)>, StoreError> {
-        self.scan(table, None)
+        self.rows(table)?.into_iter().map(|(key, record)| Ok((key, record?))).collect()
     }
 
-    fn scan<T: DeserializeOwned>(
+    /// All rows of a table, with what is wrong with those that cannot be read.
+    pub fn rows<T: DeserializeOwned>(
         &self,
         table: Table,
-        only: Option<&str>,
-    ) -> Result<Vec<(String, T)>, StoreError> {
+    ) -> Result<Vec<(String, Result<T, StoreError>)>, StoreError> {
         let failed = |error: &dyn std::error::Error| StoreError::Read(error.to_string());
         let transaction = self.database.begin_read().map_err(|error| failed(&error))?;
         let table = match transaction.open_table(table.0) {
             Err(redb::TableError::TableDoesNotExist(_)) => return Ok(Vec::new()),
             other => other.map_err(|error| failed(&error))?,
         };
-        let mut records = Vec::new();
-        match only {
-            Some(key) => {
-                if let Some(value) = table.get(key).map_err(|error| failed(&error))? {
-                    records.push((key.to_owned(), decode(key, value.value())?));
-                }
-            }
-            None => {
-                for entry in table.iter().map_err(|error| failed(&error))? {
-                    let (key, value) = entry.map_err(|error| failed(&error))?;
-                    records.push((key.value().to_owned(), decode(key.value(), value.value())?));
-                }
-            }
+        let mut rows = Vec::new();
+        for entry in table.iter().map_err(|error| failed(&error))? {
+            let (key, value) = entry.map_err(|error| failed(&error))?;
+            rows.push((key.value().to_owned(), decode(key.value(), value.value())));
         }
-        Ok(records)
+        Ok(rows)
     }
 }
 

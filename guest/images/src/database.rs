@@ -45,6 +45,9 @@ pub(crate) struct LayerRecord {
     /// The blob it was unpacked from, which is kept as long as the layer: a push or a save needs the exact bytes.
     #[serde(default)]
     pub(crate) blob: Option<Digest>,
+    /// See [`crate::seal`]. Absent in layers of older versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) seal: Option<Digest>,
 }
 
 /// A writable folder.

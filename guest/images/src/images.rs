@@ -234,6 +234,16 @@ impl Images {
         Ok(self.collect().await?.bytes)
     }
 
+    /// The same, if the image `id` is gone: for when a container that was made from it goes.
+    pub async fn collect_orphans(&self, id: &str) -> Result<()> {
+        let (inner, key) = (self.0.clone(), id.trim_start_matches("sha256:").to_owned());
+        let known = blocking(move || Ok(inner.store.read()?.open_table(RECORDS)?.get(key.as_str())?.is_some()));
+        if !known.await? {
+            self.collect().await?;
+        }
+        Ok(())
+    }
+
     /// What the store occupies.
     pub async fn disk_usage(&self) -> Result<DiskUsage> {
         let inner = self.0.clone();

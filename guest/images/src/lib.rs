@@ -26,6 +26,7 @@
 
 pub mod archive;
 mod changes;
+mod check;
 mod compression;
 mod content;
 mod credentials;
@@ -51,12 +52,14 @@ pub mod reference;
 mod registry;
 mod remote;
 mod removal;
+mod seal;
 mod snapshot;
 mod sweep;
 mod tarball;
 pub mod unpack;
 
 pub use changes::{Change, ChangeKind, MountPoint};
+pub use check::{Findings, check};
 pub use content::ContentStore;
 pub use credentials::{Credentials, Secret};
 pub use digest::{ChainId, Digest, DigestError, Hasher};

@@ -31,7 +31,7 @@ use crate::{
     database::{self, LAYERS, LayerRecord, SNAPSHOTS, SnapshotRecord, Store},
     extract, overlay,
     pack::Packer,
-    unpack,
+    seal, unpack,
 };
 
 /// What a temporary folder's name begins with.
@@ -249,20 +249,21 @@ impl Snapshotter {
         let parent = self.record(key)?.parent;
         let chain = ChainId::next(parent, diff_id);
         let upper = folder.join("fs");
-        let size = usage(&upper)?.size_bytes;
         let target = self.layer_path(&chain);
-        if self.layer(&chain)?.is_none() {
-            self.discard(&target)?;
-            fs::rename(&upper, &target).map_err(|source| Error::io("rename to", &target, source))?;
-            self.sync()?;
-        }
+        let record = match self.layer(&chain)? {
+            Some(record) => record,
+            None => {
+                let (size, seal) = (usage(&upper)?.content_bytes, Some(seal::of(&upper)?));
+                self.discard(&target)?;
+                fs::rename(&upper, &target).map_err(|source| Error::io("rename to", &target, source))?;
+                self.sync()?;
+                LayerRecord { diff_id, parent, size, blob: None, seal }
+            }
+        };
         let transaction = self.0.store.write()?;
         {
             let mut layers = transaction.open_table(LAYERS)?;
-            layers.insert(
-                chain.digest().hex().as_str(),
-                database::encode(&LayerRecord { diff_id, parent, size, blob: None })?.as_slice(),
-            )?;
+            layers.insert(chain.digest().hex().as_str(), database::encode(&record)?.as_slice())?;
             transaction.open_table(SNAPSHOTS)?.remove(key)?;
         }
         transaction.commit()?;
@@ -382,11 +383,12 @@ impl Snapshotter {
         parent: Option<ChainId>,
     ) -> Result<(ChainId, LayerRecord)> {
         let chain = ChainId::next(parent, unpacked.diff_id);
-        let record = LayerRecord { diff_id: unpacked.diff_id, parent, size: unpacked.size, blob: Some(blob) };
-        if self.layer(&chain)?.is_some() {
+        if let Some(record) = self.layer(&chain)? {
             return Ok((chain, record));
         }
         self.adopt_descriptions(&temporary.path, &unpacked.implied, parent)?;
+        let seal = Some(seal::of(&temporary.path)?);
+        let record = LayerRecord { diff_id: unpacked.diff_id, parent, size: unpacked.size, blob: Some(blob), seal };
         let target = self.layer_path(&chain);
         self.discard(&target)?;
         fs::rename(&temporary.path, &target).map_err(|source| Error::io("rename to", &target, source))?;
@@ -533,7 +535,7 @@ fn no_layer(chain: &ChainId) -> Error {
     Error::not_found(format!("layer {chain} is not in the store"))
 }
 
-/// Blocks and inodes below a folder, hard links once.
+/// Blocks, contents and inodes below a folder, hard links once.
 pub(crate) fn usage(folder: &Path) -> Result<Usage> {
     let mut total = Usage::default();
     let mut seen = HashSet::new();

@@ -214,12 +214,12 @@ fn retire(inner: &Inner) -> Result<(Collected, Vec<PathBuf>)> {
     Ok((collected, retired))
 }
 
-fn listed(folder: &Path) -> Result<Vec<PathBuf>> {
+pub(crate) fn listed(folder: &Path) -> Result<Vec<PathBuf>> {
     let failed = |source| Error::io("list", folder, source);
     fs::read_dir(folder).map_err(failed)?.map(|entry| Ok(entry.map_err(failed)?.path())).collect()
 }
 
-fn name(path: &Path) -> String {
+pub(crate) fn name(path: &Path) -> String {
     path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
 }
 

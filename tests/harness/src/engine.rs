@@ -256,6 +256,13 @@ impl Engine {
         Ok(())
     }
 
+    /// Proves that the ended native engine left its data root consistent.
+    pub fn expect_sound_data(&self) -> Result<()> {
+        let mut command = Command::new(self.program("guest-engine"));
+        command.arg("fsck").arg("--data-root").arg(self.path("data"));
+        run(command)?.exits(0).map(drop)
+    }
+
     /// Removes all containers, ends everything and reports what should not be left.
     pub fn finish(&self) -> Result<()> {
         let result = self.clean_up();
@@ -279,6 +286,7 @@ impl Engine {
         match self.stage {
             Stage::Native => {
                 self.end_native(false)?;
+                self.expect_sound_data()?;
                 self.expect_no_mounts()?;
                 remove_empty_cgroups();
             }

@@ -22,7 +22,11 @@ use file::Format;
 
 /// The Docker-compatible server.
 #[derive(Debug, Default, Parser)]
-#[command(name = "guest-engine", version)]
+#[command(
+    name = "guest-engine",
+    version,
+    after_help = "`guest-engine fsck --data-root FOLDER` checks a data root that no engine uses; see its --help."
+)]
 pub struct Flags {
     /// Run on a Linux host, everything private to --socket and --data-root
     #[arg(long)]

@@ -3,6 +3,7 @@
 //! Registries listen on loopback on ports of the system's choice; everything lies in private temporary folders; what
 //! mounts runs in a mount namespace of its own.
 
+mod check;
 mod crash;
 mod docker_registry;
 mod full;
