@@ -29,6 +29,9 @@ const QUEUE_LENGTH: usize = 1024;
 #[derive(Clone, Copy)]
 pub struct Table(TableDefinition<'static, &'static str, &'static [u8]>);
 
+/// A key, and its record or why that cannot be read.
+pub type Row<T> = (String, Result<T, StoreError>);
+
 /// Why the store could not do it.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum StoreError {
@@ -162,10 +165,7 @@ impl Store {
     }
 
     /// All rows of a table, with what is wrong with those that cannot be read.
-    pub fn rows<T: DeserializeOwned>(
-        &self,
-        table: Table,
-    ) -> Result<Vec<(String, Result<T, StoreError>)>, StoreError> {
+    pub fn rows<T: DeserializeOwned>(&self, table: Table) -> Result<Vec<Row<T>>, StoreError> {
         let failed = |error: &dyn std::error::Error| StoreError::Read(error.to_string());
         let transaction = self.database.begin_read().map_err(|error| failed(&error))?;
         let table = match transaction.open_table(table.0) {

@@ -237,7 +237,8 @@ impl Images {
     /// The same, if the image `id` is gone: for when a container that was made from it goes.
     pub async fn collect_orphans(&self, id: &str) -> Result<()> {
         let (inner, key) = (self.0.clone(), id.trim_start_matches("sha256:").to_owned());
-        let known = blocking(move || Ok(inner.store.read()?.open_table(RECORDS)?.get(key.as_str())?.is_some()));
+        let known =
+            blocking(move || Ok(inner.store.read()?.open_table(RECORDS)?.get(key.as_str())?.is_some()));
         if !known.await? {
             self.collect().await?;
         }

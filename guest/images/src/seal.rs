@@ -66,7 +66,8 @@ mod tests {
         fs::rename(&root, &moved).expect("moved");
         assert_eq!(of(&moved).expect("sealed"), sealed);
 
-        let changes: [(&str, fn(&Path) -> io::Result<()>); 4] = [
+        type Change = fn(&Path) -> io::Result<()>;
+        let changes: [(&str, Change); 4] = [
             ("cut short", |root| fs::File::options().write(true).open(root.join("a/b/file"))?.set_len(3)),
             ("gone", |root| fs::remove_file(root.join("a/b/file"))),
             ("new", |root| fs::write(root.join("new"), "")),

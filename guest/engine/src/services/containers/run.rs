@@ -495,7 +495,10 @@ pub async fn remove(context: &Arc<Context>, record: &Record) -> Result<(), Failu
     // way round it would leave a container that cannot be started.
     let removed = context.store.remove(store::CONTAINERS, &record.id).await;
     removed.map_err(|error| Failure::internal("cannot remove the container's record", &error))?;
-    remove_leavings(context, &record.id).await
+    remove_leavings(context, &record.id).await?;
+    // It may have been the last to stand on the layers of an image that is gone.
+    let collected = context.images.collect_orphans(&record.image_id).await;
+    collected.map_err(|error| crate::services::images::failure(&error))
 }
 
 /// Removes the writable layer and the folder of a container without a record.

@@ -107,6 +107,9 @@ impl ImagesService {
                 }
             }
         }
+        // Also what nobody listed: what pulls that failed had unpacked.
+        pruned.space_reclaimed +=
+            self.store().collect_garbage().await.map_err(|error| convert::failure(&error))?;
         let reclaimed = pruned.space_reclaimed.to_string();
         self.events().publish("image", "prune", "", [("reclaimed".to_owned(), reclaimed)].into());
         Ok(pruned)
