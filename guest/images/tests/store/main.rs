@@ -14,3 +14,4 @@ mod pull;
 mod remove;
 mod server;
 mod snapshot;
+mod stress;
