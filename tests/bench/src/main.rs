@@ -1,11 +1,14 @@
 //! The numbers we promise, printed, never gated: these computers are shared and noisy.
 //!
-//! `bench` measures everything, `bench NAME …` only what is named. Where there is a peer it runs in the same run.
+//! `bench` measures the machine, `bench NAME …` only what is named. Where there is a peer it runs in the same run.
+//! `bench engine [NAME …]` holds our engine, run natively, against a private dockerd; `bench soak [CYCLES]` tells whether its
+//! memory grows.
 #![forbid(unsafe_code)]
 #![expect(clippy::print_stdout, reason = "a benchmark prints")]
 
 mod boot;
 mod memory;
+mod peer;
 mod throughput;
 
 use anyhow::{Result, bail};
@@ -25,6 +28,11 @@ const MEASURES: [(&str, Measure); 6] = [
 
 fn main() -> Result<()> {
     let wanted: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--").collect();
+    match wanted.split_first() {
+        Some((group, names)) if group == "engine" => return peer::compare(names),
+        Some((group, count)) if group == "soak" => return peer::soak(count.first().map(String::as_str)),
+        _ => {}
+    }
     if let Some(unknown) = wanted.iter().find(|name| !MEASURES.iter().any(|(known, _)| known == name)) {
         bail!("there is no measurement `{unknown}`; there are {:?}", MEASURES.map(|(name, _)| name));
     }

@@ -28,13 +28,22 @@ pub(crate) fn overhead(engine: &Engine) -> Result<()> {
 
 /// Memory of the process in bytes, proportionally, without shared memory, which is the guest's RAM.
 fn private(pid: i32) -> Result<u64> {
+    rollup(pid, &["Pss_Anon:", "Pss_File:"])
+}
+
+/// All memory of the process in bytes, proportionally.
+pub(crate) fn pss(pid: i32) -> Result<u64> {
+    rollup(pid, &["Pss:"])
+}
+
+fn rollup(pid: i32, fields: &[&str]) -> Result<u64> {
     let path = format!("/proc/{pid}/smaps_rollup");
     let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read `{path}`"))?;
     let field = |name: &str| {
         let line = text.lines().find_map(|line| line.strip_prefix(name)?.trim().strip_suffix(" kB"));
         line.and_then(|kib| kib.trim().parse::<u64>().ok()).with_context(|| format!("`{path}` has no {name}"))
     };
-    Ok((field("Pss_Anon:")? + field("Pss_File:")?) << 10)
+    fields.iter().map(|name| Ok(field(name)? << 10)).sum()
 }
 
 fn plain_qemu(engine: &Engine) -> Result<u64> {

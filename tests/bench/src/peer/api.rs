@@ -1,0 +1,84 @@
+//! The least of an HTTP client: one connection over a unix socket, so that a figure is the engine's time and not a client's.
+
+use anyhow::{Context, Result, bail};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+
+pub(super) struct Api(BufReader<UnixStream>);
+
+impl Api {
+    pub(super) fn connect(socket: &Path) -> Result<Self> {
+        let stream = UnixStream::connect(socket)
+            .with_context(|| format!("cannot connect to `{}`", socket.display()))?;
+        Ok(Self(BufReader::new(stream)))
+    }
+
+    /// Sends a request with a JSON body, or none, and answers the body of a success.
+    pub(super) fn call(&mut self, method: &str, path: &str, body: &str) -> Result<Vec<u8>> {
+        let kind = if body.is_empty() { "" } else { "Content-Type: application/json\r\n" };
+        let request = format!(
+            "{method} /v1.41{path} HTTP/1.1\r\nHost: docker\r\n{kind}Content-Length: {}\r\n\r\n{body}",
+            body.len()
+        );
+        self.0.get_mut().write_all(request.as_bytes())?;
+        let status = self.line()?;
+        let code: u16 = status.split(' ').nth(1).and_then(|code| code.parse().ok()).context("no status")?;
+        let (mut length, mut chunked) = (0, false);
+        loop {
+            let line = self.line()?.to_ascii_lowercase();
+            if line.is_empty() {
+                break;
+            }
+            match line.split_once(':').map(|(name, value)| (name, value.trim())) {
+                Some(("content-length", value)) => length = value.parse()?,
+                Some(("transfer-encoding", "chunked")) => chunked = true,
+                _ => {}
+            }
+        }
+        let mut answer = Vec::new();
+        while chunked {
+            let size = usize::from_str_radix(self.line()?.trim(), 16)?;
+            self.exactly(size, &mut answer)?;
+            self.line()?;
+            chunked = size > 0;
+        }
+        self.exactly(length, &mut answer)?;
+        if code >= 400 {
+            bail!("{method} {path}: {code} {}", String::from_utf8_lossy(&answer));
+        }
+        Ok(answer)
+    }
+
+    fn line(&mut self) -> Result<String> {
+        let mut line = String::new();
+        self.0.read_line(&mut line)?;
+        if line.is_empty() {
+            bail!("the engine closed the connection");
+        }
+        Ok(line.trim_end().to_owned())
+    }
+
+    fn exactly(&mut self, length: usize, into: &mut Vec<u8>) -> Result<()> {
+        let before = into.len();
+        into.resize(before + length, 0);
+        Ok(self.0.read_exact(&mut into[before..])?)
+    }
+
+    /// Creates a container of the test image; answers its id.
+    pub(super) fn create(&mut self, command: &str) -> Result<String> {
+        let words: Vec<&str> = command.split(' ').collect();
+        let body = serde_json::json!({ "Image": tests_harness::IMAGE, "Cmd": words }).to_string();
+        let answer: serde_json::Value =
+            serde_json::from_slice(&self.call("POST", "/containers/create", &body)?)?;
+        Ok(answer["Id"].as_str().context("no id")?.to_owned())
+    }
+
+    /// Create, start, wait, delete.
+    pub(super) fn cycle(&mut self) -> Result<()> {
+        let id = self.create("true")?;
+        self.call("POST", &format!("/containers/{id}/start"), "")?;
+        self.call("POST", &format!("/containers/{id}/wait"), "")?;
+        self.call("DELETE", &format!("/containers/{id}"), "").map(drop)
+    }
+}

@@ -1,0 +1,225 @@
+//! Our engine, run natively, beside a private dockerd: the same steps on both in turn (A B A B), medians, and their ratio
+//! beside the promise.
+//!
+//! dockerd, containerd, runc and crun are taken from `PATH`; nothing is installed. Both engines live in network and mount
+//! namespaces of this program's own and in temporary folders.
+
+mod api;
+mod dockerd;
+mod images;
+mod memory;
+mod run;
+mod side;
+mod soak;
+mod stream;
+
+use crate::boot::median;
+use anyhow::{Result, bail};
+use dockerd::Dockerd;
+use side::Side;
+use tests_harness::{Engine, Stage, enter_private_namespaces};
+
+pub(crate) use soak::soak;
+
+/// What is promised about the ratio of ours to theirs.
+#[derive(Clone, Copy)]
+enum Promise {
+    AtMost(f64),
+    AtLeast(f64),
+}
+
+/// One step on one engine; answers its figure.
+type Step = fn(&Side) -> Result<f64>;
+
+struct Measure {
+    name: &'static str,
+    unit: &'static str,
+    rounds: usize,
+    promise: Promise,
+    /// Once per engine, before and after the rounds.
+    before: fn(&Side) -> Result<()>,
+    step: Step,
+    after: fn(&Side) -> Result<()>,
+}
+
+fn nothing(_: &Side) -> Result<()> {
+    Ok(())
+}
+
+/// In the order in which they run: memory first, while nothing has run yet.
+const MEASURES: [Measure; 13] = [
+    Measure {
+        name: "idle",
+        unit: "MiB PSS",
+        rounds: 1,
+        promise: Promise::AtMost(0.25),
+        before: nothing,
+        step: memory::idle,
+        after: nothing,
+    },
+    Measure {
+        name: "container",
+        unit: "MiB PSS",
+        rounds: 1,
+        promise: Promise::AtMost(0.4),
+        before: nothing,
+        step: memory::per_container,
+        after: run::clear,
+    },
+    Measure {
+        name: "run",
+        unit: "ms",
+        rounds: 15,
+        promise: Promise::AtMost(0.33),
+        before: nothing,
+        step: run::run,
+        after: nothing,
+    },
+    Measure {
+        name: "api",
+        unit: "ms",
+        rounds: 15,
+        promise: Promise::AtMost(0.33),
+        before: nothing,
+        step: run::api,
+        after: nothing,
+    },
+    Measure {
+        name: "exec",
+        unit: "ms",
+        rounds: 15,
+        promise: Promise::AtMost(0.33),
+        before: run::sleeper,
+        step: run::exec,
+        after: run::clear,
+    },
+    Measure {
+        name: "parallel",
+        unit: "s for 50",
+        rounds: 3,
+        promise: Promise::AtMost(0.25),
+        before: nothing,
+        step: run::parallel,
+        after: nothing,
+    },
+    Measure {
+        name: "remove",
+        unit: "s for 50",
+        rounds: 3,
+        promise: Promise::AtMost(0.25),
+        before: nothing,
+        step: run::remove,
+        after: nothing,
+    },
+    Measure {
+        name: "ps",
+        unit: "ms",
+        rounds: 15,
+        promise: Promise::AtMost(0.5),
+        before: run::thousand,
+        step: run::list,
+        after: run::clear,
+    },
+    Measure {
+        name: "load",
+        unit: "s",
+        rounds: 3,
+        promise: Promise::AtMost(0.5),
+        before: nothing,
+        step: images::load,
+        after: nothing,
+    },
+    Measure {
+        name: "pull",
+        unit: "s",
+        rounds: 3,
+        promise: Promise::AtMost(0.5),
+        before: nothing,
+        step: images::pull,
+        after: nothing,
+    },
+    Measure {
+        name: "attach",
+        unit: "MiB/s",
+        rounds: 3,
+        promise: Promise::AtLeast(10.0),
+        before: stream::prepare,
+        step: stream::attach,
+        after: nothing,
+    },
+    Measure {
+        name: "logs",
+        unit: "MiB/s",
+        rounds: 3,
+        promise: Promise::AtLeast(10.0),
+        before: stream::fill,
+        step: stream::logs,
+        after: run::clear,
+    },
+    Measure {
+        name: "images",
+        unit: "ms",
+        rounds: 15,
+        promise: Promise::AtMost(0.5),
+        before: nothing,
+        step: images::list,
+        after: nothing,
+    },
+];
+
+/// Measures those named, or all.
+pub(crate) fn compare(wanted: &[String]) -> Result<()> {
+    if let Some(unknown) = wanted.iter().find(|name| !MEASURES.iter().any(|measure| measure.name == **name)) {
+        let known: Vec<&str> = MEASURES.iter().map(|measure| measure.name).collect();
+        bail!("there is no measurement `engine {unknown}`; there are {}", known.join(", "));
+    }
+    enter_private_namespaces()?;
+    let engine = Engine::start(Stage::Native)?;
+    let peer = Dockerd::start(&engine)?;
+    let sides = [Side::ours(&engine)?, Side::theirs(&engine, &peer)];
+    for side in &sides[1..] {
+        side.load(&tests_harness::TestImage::busybox()?, tests_harness::IMAGE)?;
+    }
+    println!("{:<12} {:>10} {:>10}  {:<10} {:>7}", "step", "ours", "dockerd", "", "ratio");
+    for measure in &MEASURES {
+        if wanted.is_empty() || wanted.iter().any(|name| name == measure.name) {
+            let medians = rounds(measure, &sides)?;
+            report(measure, medians);
+            if measure.name == "api" {
+                run::report_floor(&sides[0], medians[0])?;
+            }
+        }
+    }
+    peer.end()?;
+    engine.finish()
+}
+
+fn rounds(measure: &Measure, sides: &[Side; 2]) -> Result<[f64; 2]> {
+    for side in sides {
+        (measure.before)(side)?;
+    }
+    let mut figures = [Vec::new(), Vec::new()];
+    for _ in 0..measure.rounds {
+        for (side, figures) in sides.iter().zip(&mut figures) {
+            figures.push((measure.step)(side)?);
+        }
+    }
+    for side in sides {
+        (measure.after)(side)?;
+    }
+    Ok(figures.map(|figures| median(figures.into_iter())))
+}
+
+fn report(measure: &Measure, [ours, theirs]: [f64; 2]) {
+    let ratio = ours / theirs;
+    let (kept, promise) = match measure.promise {
+        Promise::AtMost(limit) => (ratio <= limit, format!("<= {limit}")),
+        Promise::AtLeast(limit) => (ratio >= limit, format!(">= {limit}")),
+    };
+    println!(
+        "{:<12} {ours:>10.2} {theirs:>10.2}  {:<10} {ratio:>7.3}  promised {promise}: {}",
+        measure.name,
+        measure.unit,
+        if kept { "kept" } else { "MISSED" }
+    );
+}
