@@ -46,7 +46,9 @@ fn containers_survive_the_engine(engine: &Engine) -> Result<()> {
     std::thread::sleep(Duration::from_secs(2));
     engine.boot()?;
     ensure!(state(engine, "survivor")? == "running 0", "{}", state(engine, "survivor")?);
-    ensure!(state(engine, "ends-meanwhile")? == "exited 8", "{}", state(engine, "ends-meanwhile")?);
+    wait_until("the other is seen to have ended", Duration::from_secs(30), || {
+        Ok((state(engine, "ends-meanwhile")? == "exited 8").then_some(()))
+    })?;
     // Its output was kept while nobody served it, and exec works again.
     engine.engine(["exec", "survivor", "touch", "/end"])?.ok()?;
     let code = engine.engine(["wait", "survivor"])?.ok()?;

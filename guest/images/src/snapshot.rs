@@ -388,7 +388,8 @@ impl Snapshotter {
         }
         self.adopt_descriptions(&temporary.path, &unpacked.implied, parent)?;
         let seal = Some(seal::of(&temporary.path)?);
-        let record = LayerRecord { diff_id: unpacked.diff_id, parent, size: unpacked.size, blob: Some(blob), seal };
+        let record =
+            LayerRecord { diff_id: unpacked.diff_id, parent, size: unpacked.size, blob: Some(blob), seal };
         let target = self.layer_path(&chain);
         self.discard(&target)?;
         fs::rename(&temporary.path, &target).map_err(|source| Error::io("rename to", &target, source))?;
