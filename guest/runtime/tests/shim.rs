@@ -135,6 +135,7 @@ impl Bench {
             path: dir.join("json.log"),
             max_size_bytes: None,
             max_files: None,
+            ..Log::default()
         };
         let mut shim_spec = ShimSpec {
             container: name.clone(),

@@ -217,6 +217,7 @@ fn log_query(call: &Call) -> Result<LogQuery, Failure> {
         stdout: call.query.flag("stdout"),
         stderr: call.query.flag("stderr"),
         timestamps: call.query.flag("timestamps"),
+        details: call.query.flag("details"),
         follow: call.query.flag("follow"),
         since: call.query.moment("since")?,
         until: call.query.moment("until")?,

@@ -1,5 +1,6 @@
 //! What the engine tells a shim before it starts: `DIR/shim.json`.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -41,13 +42,13 @@ pub enum Stdin {
     Once,
 }
 
-/// Where init's output is kept.
+/// Where init's output is kept, and where it is sent besides.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Log {
     /// The format, or nothing.
     #[serde(default)]
     pub driver: LogDriver,
-    /// The log file; rotated files are this name with `.1`, `.2`, … appended.
+    /// The log file; rotated files are this name with `.1`, `.2`, … appended, and `.gz` when compressed.
     #[serde(default)]
     pub path: PathBuf,
     /// Rotate when the file would grow beyond this many bytes; `None` never rotates.
@@ -56,6 +57,15 @@ pub struct Log {
     /// How many files to keep, the current one included. At least 1; `None` means 1.
     #[serde(default)]
     pub max_files: Option<u32>,
+    /// Compress rotated files.
+    #[serde(default)]
+    pub compress: bool,
+    /// Written with every entry, where the format has a place for it.
+    #[serde(default)]
+    pub attributes: BTreeMap<String, String>,
+    /// A logging service that gets every line as well.
+    #[serde(default)]
+    pub forward: Option<Forward>,
 }
 
 /// The format of a log.
@@ -64,9 +74,37 @@ pub struct Log {
 pub enum LogDriver {
     /// Docker's `json-file`.
     JsonFile,
+    /// Docker's `local`: length, protocol buffer, length.
+    Local,
     /// Output that no client is attached to is lost.
     #[default]
     None,
+}
+
+/// A logging service.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Forward {
+    /// A syslog receiver.
+    Syslog(Syslog),
+    /// The journal, by its socket.
+    Journal {
+        /// Sent with every line.
+        fields: BTreeMap<String, String>,
+    },
+}
+
+/// How to reach a syslog receiver, and how to speak to it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Syslog {
+    /// `unix:///path`, `unixgram:///path`, `udp://host:port`, `tcp://host:port`; empty: the computer's own.
+    pub address: String,
+    /// The facility's number.
+    pub facility: u8,
+    /// What the lines are said to come from.
+    pub tag: String,
+    /// `rfc3164`, `rfc5424`, `rfc5424micro`; empty: what a local receiver takes.
+    pub format: String,
 }
 
 /// A terminal's size in character cells.

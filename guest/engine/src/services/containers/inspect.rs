@@ -5,6 +5,7 @@ use guest_api::container::{GraphDriver, State};
 use jiff::Timestamp;
 
 use super::list::mounts;
+use super::logging;
 use super::record::View;
 use super::run::Context;
 use super::spec;
@@ -34,7 +35,11 @@ pub fn inspect(context: &Context, view: &View, execs: Vec<String>) -> ContainerI
         resolv_conf_path: file("resolv.conf"),
         hostname_path: file("hostname"),
         hosts_path: file("hosts"),
-        log_path: if logs { context.log_path(&record.id).display().to_string() } else { String::new() },
+        log_path: if logs {
+            logging::json_path(&data, &record.id).display().to_string()
+        } else {
+            String::new()
+        },
         name: format!("/{}", record.name),
         restart_count: i64::from(record.restarts),
         driver: "overlay2".to_owned(),

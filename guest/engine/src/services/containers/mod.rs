@@ -15,6 +15,7 @@ mod index;
 mod inspect;
 mod list;
 mod log;
+mod logging;
 mod names;
 mod peers;
 mod process;

@@ -13,8 +13,8 @@ use anyhow::Context as _;
 use guest_api::ErrorKind;
 use guest_images::{Images, Snapshotter};
 use guest_runtime::shim::{
-    ConsoleSize, ErrorKind as ShimErrorKind, Exit, Log, LogDriver, Request as ShimRequest, SPEC_FILE,
-    STATE_FILE, ShimSpec, StateRecord, Stdin,
+    ConsoleSize, ErrorKind as ShimErrorKind, Exit, Request as ShimRequest, SPEC_FILE, STATE_FILE, ShimSpec,
+    StateRecord, Stdin,
 };
 use jiff::Timestamp;
 use tokio::net::UnixStream;
@@ -28,7 +28,7 @@ use super::peers::{self, Shared};
 use super::record::{EndpointRecord, Live, Record, RunRecord};
 use super::shim::{Shim, ShimError, Streams};
 use super::spec::{self, Devices, NetworkNamespace};
-use super::{create, files, rootfs, user};
+use super::{files, logging, rootfs, user};
 use crate::config::ContainerDefaults;
 use crate::failure::Failure;
 use crate::plan::Undo;
@@ -79,10 +79,6 @@ impl Context {
 
     pub fn rootfs(&self, id: &str) -> PathBuf {
         self.run_folder(id).join(ROOTFS)
-    }
-
-    pub fn log_path(&self, id: &str) -> PathBuf {
-        self.data_folder(id).join(format!("{id}-json.log"))
     }
 
     pub fn snapshotter(&self) -> Snapshotter {
@@ -329,8 +325,6 @@ fn prepare_files(
 }
 
 fn shim_spec(context: &Context, record: &Record) -> Result<ShimSpec, Failure> {
-    let (max_size_bytes, max_files) = create::log_options(&record.host)?;
-    let driver = if record.host.log_config.kind == "none" { LogDriver::None } else { LogDriver::JsonFile };
     let stdin = match (record.config.open_stdin, record.config.stdin_once) {
         (false, _) => Stdin::None,
         (true, false) => Stdin::Open,
@@ -342,7 +336,7 @@ fn shim_spec(context: &Context, record: &Record) -> Result<ShimSpec, Failure> {
         bundle: context.run_folder(&record.id).join(BUNDLE),
         terminal: record.config.tty,
         stdin,
-        log: Log { driver, path: context.log_path(&record.id), max_size_bytes, max_files },
+        log: logging::plan(&context.data_folder(&record.id), record)?,
         console_size: (height > 0 && width > 0).then_some(ConsoleSize { width, height }),
     })
 }
@@ -536,6 +530,9 @@ pub fn runtime_text(message: &str) -> String {
         format!("OCI runtime create failed: {message}")
     };
     let text = text.trim_end_matches(": unknown");
+    if message.starts_with("failed to initialize logging driver") {
+        return format!("failed to create task for container: {message}");
+    }
     let prefix = "failed to create task for container: failed to create shim task: ";
     if text.starts_with(prefix) { format!("{text}: unknown") } else { format!("{prefix}{text}: unknown") }
 }

@@ -27,7 +27,7 @@ use super::record::{LastRun, Record, View};
 use super::run::{self, Context};
 use super::shim::Streams;
 use super::table::Phase;
-use super::{create, follow, inspect, names, peers};
+use super::{create, follow, inspect, logging, names, peers};
 use crate::failure::Failure;
 use crate::services::prune::Turn;
 use crate::store;
@@ -384,16 +384,17 @@ impl Containers {
     ) -> Result<mpsc::Receiver<std::io::Result<Bytes>>, Failure> {
         let handle = self.find(wanted)?;
         let view = handle.view();
-        if view.record.host.log_config.kind != "json-file" {
+        let id = &view.record.id;
+        let folder = self.context.data_folder(id);
+        let Some((path, format)) = logging::readable(&folder, &view.record) else {
             return Err(Failure::not_implemented("configured logging driver does not support reading"));
-        }
+        };
         if !query.stdout && !query.stderr {
             return Err(Failure::invalid("Bad parameters: you must choose at least one stream"));
         }
-        let id = &view.record.id;
-        let folder = self.context.data_folder(id);
+        let folder = path.parent().map_or(folder, Path::to_owned);
         let following = (query.follow && view.live.is_some() && folder.exists()).then_some(handle.views);
-        let reader = LogReader::open(&self.context.log_path(id), query, view.record.config.tty)
+        let reader = LogReader::open(&path, format, query, view.record.config.tty)
             .map_err(|error| Failure::internal("cannot open the container's log", &error))?;
         let (output, batches) = mpsc::channel(LOG_BATCHES_WAITING);
         self.tasks.spawn(follow::send(reader, folder, following, output));

@@ -13,7 +13,7 @@ use rustix::process::{Pid, PidfdFlags, WaitStatus, pidfd_open};
 use rustix::termios::tcsetwinsize;
 
 use crate::container::{Made, Streams, Wanted};
-use crate::log::JsonLog;
+use crate::log::LogFile;
 use crate::program::{Outcome, window};
 
 /// How long output may keep coming after the end of its process: a grandchild may hold the pipe for ever.
@@ -42,7 +42,7 @@ pub struct Process {
     pub outcome: Option<Outcome>,
     pub started: bool,
     pub streams: Streams,
-    pub log: Option<JsonLog>,
+    pub log: Option<LogFile>,
     /// The last write to the log failed.
     pub log_fails: bool,
     pub ended: Option<Ended>,

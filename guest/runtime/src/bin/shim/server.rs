@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use guest_runtime::shim::record::{self, EXIT_FILE};
 use guest_runtime::shim::{
-    ConsoleSize, ErrorKind, Exit, LogDriver, ProcessId, Reply, Request, ShimSpec, ShimState, Status, Stdin,
+    ConsoleSize, ErrorKind, Exit, ProcessId, Reply, Request, ShimSpec, ShimState, Status, Stdin,
 };
 use guest_runtime::sys::{self, ChildEnds};
 use jiff::Timestamp;
@@ -25,7 +25,7 @@ use thiserror::Error;
 
 use crate::client::{Attachment, Client, Mode};
 use crate::container::{Runtime, RuntimeError};
-use crate::log::{JsonLog, Stream};
+use crate::log::{LogFile, Stream};
 use crate::process::Process;
 use crate::report;
 use crate::trace::Events;
@@ -67,6 +67,11 @@ pub enum ServerError {
 /// A refusal on its way to becoming a reply.
 #[derive(Debug, Error)]
 enum Refusal {
+    #[error("failed to initialize logging driver")]
+    Log {
+        #[source]
+        source: io::Error,
+    },
     #[error("{message}")]
     State { kind: ErrorKind, message: String },
     #[error(transparent)]
@@ -84,7 +89,7 @@ impl From<Refusal> for Reply {
         let kind = match &refusal {
             Refusal::State { kind, .. } => *kind,
             Refusal::Runtime(error) => error.kind(),
-            Refusal::Io { .. } => ErrorKind::Other,
+            Refusal::Io { .. } | Refusal::Log { .. } => ErrorKind::Other,
         };
         Self::Error { kind, message: crate::trace::chain(&refusal) }
     }
@@ -518,13 +523,7 @@ impl Server {
         if self.status() != Status::Empty {
             return Err(conflict(format!("container {} has already been created", self.spec.container)));
         }
-        let log = match self.spec.log.driver {
-            LogDriver::None => None,
-            LogDriver::JsonFile => Some(
-                JsonLog::open(&self.spec.log)
-                    .map_err(|source| Refusal::Io { step: "open the container's log", source })?,
-            ),
-        };
+        let log = LogFile::open(&self.spec.log).map_err(|source| Refusal::Log { source })?;
         let foreign = self.descriptors();
         let Some(init) = self.processes[INIT].as_mut() else { return Err(self.unknown()) };
         let made = self.runtime.create(&init.wanted(), &foreign);

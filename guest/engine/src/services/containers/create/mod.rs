@@ -20,7 +20,6 @@ mod version;
 use guest_api::{ContainerConfig, ContainerCreate, HostConfig};
 
 pub use self::defaults::fill_settings;
-pub use self::life::log_options;
 pub use self::platform::check as platform;
 pub use self::version::for_version;
 use super::capacity::Capacity;
@@ -43,7 +42,6 @@ pub fn check(create: &mut ContainerCreate, capacity: &Capacity) -> Result<Vec<St
     let warnings = host::check(config, host_config, capacity)?;
     // The user's own settings: an image's volumes and health check are kept, not yet followed.
     mounts::refuse_unsupported(config, host_config)?;
-    life::refuse_unsupported(host_config)?;
     network::check(host_config)?;
     life::check(config, host_config)?;
     Ok(warnings)

@@ -81,7 +81,7 @@ fn what_cannot_be_honoured_is_refused_by_name() {
         (json!({"HostConfig": {"VolumesFrom": ["x"]}}), "VolumesFrom"),
         (json!({"HostConfig": {"DeviceRequests": [{"Driver": "nvidia"}]}}), "DeviceRequests"),
         (json!({"HostConfig": {"NetworkMode": "container:x"}}), "NetworkMode"),
-        (json!({"HostConfig": {"LogConfig": {"Type": "syslog"}}}), "LogConfig"),
+        (json!({"HostConfig": {"LogConfig": {"Type": "gelf"}}}), "no log driver named 'gelf'"),
         (json!({"Healthcheck": {"Test": ["CMD", "true"], "Interval": 1}}), "Healthcheck"),
     ];
     for (body, expected) in cases {

@@ -1,20 +1,26 @@
-//! Docker's `json-file` log, byte for byte.
+//! Where init's output is kept: a file of Docker's `json-file` or `local` format, and a logging service besides.
 //!
-//! One JSON object a line: `{"log":"…\n","stream":"stdout","time":"…Z"}`. A line of output longer than 16 KiB becomes
-//! several entries, all but the last without the newline and all with the first one's time; so does what has no newline
-//! at the end of the output. Escapes and times are those of moby's `jsonlog` encoder: `<`, `>`, `&` and control
-//! characters as `\u00XX` (but `\n` and `\r`), bytes that are not UTF-8 as `\ufffd`, trailing zeros of the fraction cut.
-//! Rotation is `loggerutils.LogFile`'s: before an entry, when the file has reached its limit.
+//! A line of output longer than 16 KiB becomes several entries, all but the last without the newline and all with the
+//! first one's time; so does what has no newline at the end of the output. Rotation is `loggerutils.LogFile`'s: before
+//! an entry, when the file has reached its limit.
 //!
 //! One write per piece of output read, so that nothing is held back and nothing is written line by line.
+
+mod forward;
+mod json;
+mod local;
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use guest_runtime::shim::Log;
+use flate2::Compression;
+use flate2::write::GzEncoder;
+use guest_runtime::shim::{Log, LogDriver};
 use jiff::Timestamp;
+
+use forward::Forwarder;
 
 /// The longest entry, in bytes of output: dockerd's copier buffer.
 const ENTRY_LEN_MAX: usize = 16 * 1024;
@@ -44,18 +50,36 @@ impl Stream {
         self as usize
     }
 
-    fn tail(self) -> &'static [u8] {
+    /// Its name.
+    pub fn name(self) -> &'static str {
         match self {
-            Self::Stdout => br#"","stream":"stdout","time":""#,
-            Self::Stderr => br#"","stream":"stderr","time":""#,
+            Self::Stdout => "stdout",
+            Self::Stderr => "stderr",
         }
     }
 }
 
+/// How an entry ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// A line, whole.
+    Line,
+    /// The line goes on in the next entry.
+    Split,
+    /// The output ended without a newline.
+    Output,
+}
+
 /// A log file being written.
-pub struct JsonLog {
+pub struct LogFile {
     path: PathBuf,
-    file: File,
+    /// `None`: only forwarded.
+    file: Option<File>,
+    format: LogDriver,
+    compress: bool,
+    /// The attributes as a member of a JSON entry.
+    attributes: Vec<u8>,
+    forward: Option<Forwarder>,
     size_bytes: u64,
     limit_bytes: Option<u64>,
     files_max: u32,
@@ -68,42 +92,58 @@ pub struct JsonLog {
 struct Pending {
     bytes: Vec<u8>,
     /// The time of the first entry, when the line has been split.
-    split_at: Option<String>,
+    split_at: Option<Timestamp>,
 }
 
-impl JsonLog {
-    /// Appends to the file, making it if need be.
-    pub fn open(log: &Log) -> io::Result<Self> {
-        let file = open(&log.path, false)?;
-        let size_bytes = file.metadata()?.len();
-        Ok(Self {
+impl LogFile {
+    /// Appends to the file, making it if need be. `None` when nothing is kept nor forwarded.
+    pub fn open(log: &Log) -> io::Result<Option<Self>> {
+        let forward = log.forward.as_ref().map(Forwarder::connect).transpose()?;
+        if log.driver == LogDriver::None && forward.is_none() {
+            return Ok(None);
+        }
+        let file = match log.driver {
+            LogDriver::None => None,
+            LogDriver::JsonFile | LogDriver::Local => Some(open(&log.path, false)?),
+        };
+        let size_bytes = file.as_ref().map_or(Ok(0), |file| file.metadata().map(|data| data.len()))?;
+        let mut attributes = Vec::new();
+        if !log.attributes.is_empty() {
+            attributes.extend_from_slice(br#","attrs":"#);
+            serde_json::to_writer(&mut attributes, &log.attributes)?;
+        }
+        Ok(Some(Self {
             path: log.path.clone(),
             file,
+            format: log.driver,
+            compress: log.compress,
+            attributes,
+            forward,
             size_bytes,
             limit_bytes: log.max_size_bytes.filter(|limit| *limit > 0),
             files_max: log.max_files.unwrap_or(1).max(1),
             output: Vec::new(),
             pending: Default::default(),
-        })
+        }))
     }
 
     /// Logs a piece of output.
     pub fn write(&mut self, stream: Stream, mut bytes: &[u8], now: Timestamp) -> io::Result<()> {
-        let time = now.to_string();
+        let time = Stamp::of(now);
         let mut pending = std::mem::take(&mut self.pending[stream.index()]);
         let result = (|| {
             while !bytes.is_empty() {
                 let room = ENTRY_LEN_MAX - pending.bytes.len();
                 let window = &bytes[..bytes.len().min(room)];
                 if let Some(end) = window.iter().position(|byte| *byte == b'\n') {
-                    let at = pending.split_at.take();
-                    let at = at.as_deref().unwrap_or(&time);
-                    self.entry(stream, &pending.bytes, &window[..end], true, at)?;
+                    let split = pending.split_at.take().map(Stamp::of);
+                    let at = split.as_ref().unwrap_or(&time);
+                    self.entry(stream, &pending.bytes, &window[..end], End::Line, at)?;
                     pending.bytes.clear();
                     bytes = &bytes[end + 1..];
                 } else if window.len() == room {
-                    let at = pending.split_at.get_or_insert_with(|| time.clone()).clone();
-                    self.entry(stream, &pending.bytes, window, false, &at)?;
+                    let at = Stamp::of(*pending.split_at.get_or_insert(now));
+                    self.entry(stream, &pending.bytes, window, End::Split, &at)?;
                     pending.bytes.clear();
                     bytes = &bytes[room..];
                 } else {
@@ -122,45 +162,52 @@ impl JsonLog {
         for stream in Stream::BOTH {
             let pending = std::mem::take(&mut self.pending[stream.index()]);
             if !pending.bytes.is_empty() {
-                let time = pending.split_at.unwrap_or_else(|| now.to_string());
-                self.entry(stream, &pending.bytes, &[], false, &time)?;
+                let time = Stamp::of(pending.split_at.unwrap_or(now));
+                self.entry(stream, &pending.bytes, &[], End::Output, &time)?;
             }
         }
         self.flush()
     }
 
-    fn entry(
-        &mut self,
-        stream: Stream,
-        head: &[u8],
-        rest: &[u8],
-        newline: bool,
-        time: &str,
-    ) -> io::Result<()> {
+    fn entry(&mut self, stream: Stream, head: &[u8], rest: &[u8], end: End, at: &Stamp) -> io::Result<()> {
+        if let Some(forward) = &mut self.forward {
+            forward.send(stream, &[head, rest].concat(), end, at.time);
+        }
+        if self.file.is_none() {
+            return Ok(());
+        }
         if self.limit_bytes.is_some_and(|limit| self.size_bytes + self.output.len() as u64 >= limit) {
             self.flush()?;
             self.rotate()?;
         }
-        self.output.extend_from_slice(br#"{"log":""#);
-        // A character may be cut between the two; put them together unless the cut is clean.
-        if head.is_empty() {
-            escape(rest, &mut self.output);
-        } else if rest.is_empty() {
-            escape(head, &mut self.output);
+        if self.format == LogDriver::Local {
+            local::encode(stream, &[head, rest], end, at.time, &mut self.output);
         } else {
-            escape(&[head, rest].concat(), &mut self.output);
+            self.output.extend_from_slice(br#"{"log":""#);
+            // A character may be cut between the two; put them together unless the cut is clean.
+            if head.is_empty() {
+                json::escape(rest, &mut self.output);
+            } else if rest.is_empty() {
+                json::escape(head, &mut self.output);
+            } else {
+                json::escape(&[head, rest].concat(), &mut self.output);
+            }
+            if end == End::Line {
+                self.output.extend_from_slice(br"\n");
+            }
+            self.output.extend_from_slice(br#"","stream":""#);
+            self.output.extend_from_slice(stream.name().as_bytes());
+            self.output.push(b'"');
+            self.output.extend_from_slice(&self.attributes);
+            self.output.extend_from_slice(br#","time":""#);
+            self.output.extend_from_slice(at.text.as_bytes());
+            self.output.extend_from_slice(b"\"}\n");
         }
-        if newline {
-            self.output.extend_from_slice(br"\n");
-        }
-        self.output.extend_from_slice(stream.tail());
-        self.output.extend_from_slice(time.as_bytes());
-        self.output.extend_from_slice(b"\"}\n");
         if self.output.len() >= WRITE_LEN { self.flush() } else { Ok(()) }
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        let result = self.file.write_all(&self.output);
+        let result = self.file.as_mut().map_or(Ok(()), |file| file.write_all(&self.output));
         // On a full disk entries are lost; the container goes on.
         self.size_bytes += self.output.len() as u64;
         self.output.clear();
@@ -171,17 +218,46 @@ impl JsonLog {
         result
     }
 
+    /// The files move up by one, and the oldest goes. Compressing takes a moment, in which output waits in its pipe.
     fn rotate(&mut self) -> io::Result<()> {
         if self.files_max > 1 {
             for number in (1..self.files_max - 1).rev() {
-                rename_if_there(&numbered(&self.path, number), &numbered(&self.path, number + 1))?;
+                for suffix in ["", ".gz"] {
+                    let from = numbered(&self.path, number, suffix);
+                    rename_if_there(&from, &numbered(&self.path, number + 1, suffix))?;
+                }
             }
-            rename_if_there(&self.path, &numbered(&self.path, 1))?;
+            let first = numbered(&self.path, 1, "");
+            rename_if_there(&self.path, &first)?;
+            if self.compress {
+                compress(&first, &numbered(&self.path, 1, ".gz"))?;
+            }
         }
-        self.file = open(&self.path, true)?;
+        self.file = Some(open(&self.path, true)?);
         self.size_bytes = 0;
         Ok(())
     }
+}
+
+/// A time, and how it is written.
+struct Stamp {
+    time: Timestamp,
+    text: String,
+}
+
+impl Stamp {
+    fn of(time: Timestamp) -> Self {
+        Self { time, text: time.to_string() }
+    }
+}
+
+fn compress(from: &Path, to: &Path) -> io::Result<()> {
+    let temporary = to.with_extension("gz.new");
+    let mut encoder = GzEncoder::new(open(&temporary, true)?, Compression::fast());
+    io::copy(&mut File::open(from)?, &mut encoder)?;
+    encoder.finish()?;
+    fs::rename(&temporary, to)?;
+    fs::remove_file(from)
 }
 
 fn open(path: &Path, truncate: bool) -> io::Result<File> {
@@ -192,9 +268,9 @@ fn open(path: &Path, truncate: bool) -> io::Result<File> {
     OpenOptions::new().append(true).create(true).mode(0o640).open(path)
 }
 
-fn numbered(path: &Path, number: u32) -> PathBuf {
+fn numbered(path: &Path, number: u32, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
-    name.push(format!(".{number}"));
+    name.push(format!(".{number}{suffix}"));
     name.into()
 }
 
@@ -203,66 +279,6 @@ fn rename_if_there(from: &Path, to: &Path) -> io::Result<()> {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
     }
-}
-
-/// Bytes that cannot stand for themselves.
-const SPECIAL: [bool; 256] = {
-    let mut special = [false; 256];
-    let mut byte = 0;
-    while byte < 256 {
-        special[byte] =
-            byte < 0x20 || byte >= 0x80 || matches!(byte as u8, b'"' | b'\\' | b'<' | b'>' | b'&');
-        byte += 1;
-    }
-    special
-};
-
-/// Appends bytes as the inside of a JSON string.
-fn escape(bytes: &[u8], output: &mut Vec<u8>) {
-    const HEX: &[u8; 16] = b"0123456789abcdef";
-    let mut plain = 0;
-    let mut position = 0;
-    while position < bytes.len() {
-        let byte = bytes[position];
-        if !SPECIAL[usize::from(byte)] {
-            position += 1;
-            continue;
-        }
-        let len = if byte < 0x80 { 1 } else { character_len(&bytes[position..]) };
-        if len > 1 && !matches!(&bytes[position..position + len], [0xe2, 0x80, 0xa8 | 0xa9]) {
-            position += len;
-            continue;
-        }
-        output.extend_from_slice(&bytes[plain..position]);
-        match byte {
-            b'"' | b'\\' => output.extend_from_slice(&[b'\\', byte]),
-            b'\n' => output.extend_from_slice(br"\n"),
-            b'\r' => output.extend_from_slice(br"\r"),
-            0..0x80 => {
-                output.extend_from_slice(br"\u00");
-                output.extend_from_slice(&[HEX[usize::from(byte >> 4)], HEX[usize::from(byte & 15)]]);
-            }
-            _ if len > 1 => {
-                output.extend_from_slice(br"\u202");
-                output.push(HEX[usize::from(bytes[position + 2] & 15)]);
-            }
-            _ => output.extend_from_slice(br"\ufffd"),
-        }
-        position += len.max(1);
-        plain = position;
-    }
-    output.extend_from_slice(&bytes[plain..]);
-}
-
-/// The length of the character at the start, or 0 when there is none.
-fn character_len(bytes: &[u8]) -> usize {
-    let len = match bytes[0] {
-        0xc2..=0xdf => 2,
-        0xe0..=0xef => 3,
-        0xf0..=0xf4 => 4,
-        _ => return 0,
-    };
-    if bytes.get(..len).is_some_and(|character| std::str::from_utf8(character).is_ok()) { len } else { 0 }
 }
 
 #[cfg(test)]
@@ -280,9 +296,10 @@ mod tests {
             Self(path)
         }
 
-        fn log(&self, max_size_bytes: Option<u64>, max_files: Option<u32>) -> JsonLog {
+        fn log(&self, max_size_bytes: Option<u64>, max_files: Option<u32>) -> LogFile {
             let path = self.0.join("x-json.log");
-            JsonLog::open(&Log { driver: LogDriver::JsonFile, path, max_size_bytes, max_files }).unwrap()
+            let log = Log { driver: LogDriver::JsonFile, path, max_size_bytes, max_files, ..Log::default() };
+            LogFile::open(&log).unwrap().unwrap()
         }
 
         fn text(&self, suffix: &str) -> String {
@@ -322,13 +339,6 @@ mod tests {
     }
 
     #[test]
-    fn bytes_that_are_not_text_are_replaced_one_by_one() {
-        let mut output = Vec::new();
-        escape(b"\xff\xc3(\xe2\x82", &mut output);
-        assert_eq!(output, br"\ufffd\ufffd(\ufffd\ufffd");
-    }
-
-    #[test]
     fn a_long_line_is_split_as_dockerd_splits_it() {
         let folder = Folder::new("long");
         let mut log = folder.log(None, None);
@@ -362,6 +372,35 @@ mod tests {
         assert!(folder.text("").contains("line 6") && folder.text("").contains("line 7"));
         assert!(folder.text(".1").contains("line 4") && folder.text(".2").contains("line 2"));
         assert!(!folder.0.join("x-json.log.3").exists());
+    }
+
+    #[test]
+    fn rotated_files_are_compressed_when_asked() {
+        let folder = Folder::new("gz");
+        let path = folder.0.join("x-json.log");
+        let log = Log {
+            driver: LogDriver::JsonFile,
+            path,
+            max_size_bytes: Some(100),
+            max_files: Some(3),
+            compress: true,
+            attributes: [("tier".to_owned(), "front".to_owned())].into(),
+            forward: None,
+        };
+        let mut log = LogFile::open(&log).unwrap().unwrap();
+        for number in 0..8 {
+            log.write(Stream::Stdout, format!("line {number}\n").as_bytes(), time(T)).unwrap();
+        }
+        assert!(folder.text("").contains(r#""stream":"stdout","attrs":{"tier":"front"},"time""#));
+        let file = File::open(folder.0.join("x-json.log.2.gz")).unwrap();
+        let text = io::read_to_string(flate2::read::GzDecoder::new(file)).unwrap();
+        assert!(text.contains("line "), "{text}");
+        assert!(!folder.0.join("x-json.log.1").exists() && !folder.0.join("x-json.log.3.gz").exists());
+    }
+
+    #[test]
+    fn nothing_is_kept_without_a_driver() {
+        assert!(LogFile::open(&Log::default()).unwrap().is_none());
     }
 
     #[test]

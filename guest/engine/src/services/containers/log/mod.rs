@@ -1,15 +1,20 @@
-//! Reading a container's json-file log: one JSON object a line, rotated files named `.1`, `.2`, … (newest first).
+//! Reading a container's log, `json-file` (one JSON object a line) or `local` (length, protocol buffer, length), with
+//! its rotated files: `.1`, `.2`, … (newest first), and `.gz` when compressed.
 //!
 //! Synchronous and bounded: each call returns one batch, ready to be sent. Following is the caller's loop.
+
+mod entry;
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use guest_api::frame::{Header, Stream};
+use flate2::read::GzDecoder;
+use guest_api::frame::{HEADER_LENGTH, Header, Stream};
 use jiff::Timestamp;
-use serde::Deserialize;
+
+use entry::Entry;
 
 /// Bytes of output in one batch, about.
 const BATCH_BYTES: usize = 128 << 10;
@@ -24,6 +29,8 @@ pub struct LogQuery {
     pub stdout: bool,
     pub stderr: bool,
     pub timestamps: bool,
+    /// Labels and variables that the driver's options chose.
+    pub details: bool,
     pub follow: bool,
     pub since: Option<Timestamp>,
     pub until: Option<Timestamp>,
@@ -31,13 +38,11 @@ pub struct LogQuery {
     pub tail: Option<usize>,
 }
 
-#[derive(Deserialize)]
-struct Line<'a> {
-    #[serde(borrow, default)]
-    log: std::borrow::Cow<'a, str>,
-    #[serde(borrow, default)]
-    stream: std::borrow::Cow<'a, str>,
-    time: Timestamp,
+/// How entries are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    JsonFile,
+    Local,
 }
 
 /// What a batch was.
@@ -54,6 +59,7 @@ pub enum Batch {
 /// A reader of one container's log.
 pub struct LogReader {
     path: PathBuf,
+    format: Format,
     query: LogQuery,
     tty: bool,
     /// Rotated files still to be read, oldest last.
@@ -66,9 +72,10 @@ pub struct LogReader {
 
 impl LogReader {
     /// Opens the log. One that does not exist yet is empty. `tty`: no frames.
-    pub fn open(path: &Path, query: LogQuery, tty: bool) -> io::Result<Self> {
+    pub fn open(path: &Path, format: Format, query: LogQuery, tty: bool) -> io::Result<Self> {
         let mut reader = Self {
             path: path.to_owned(),
+            format,
             query,
             tty,
             older: Vec::new(),
@@ -79,16 +86,19 @@ impl LogReader {
         let mut files = Vec::new();
         for number in 0.. {
             let name = if number == 0 { path.to_owned() } else { numbered(path, number) };
-            match File::open(name) {
+            match File::open(&name) {
                 Ok(file) => files.push(file),
-                Err(error) if error.kind() == io::ErrorKind::NotFound => break,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => match decompressed(&name)? {
+                    Some(file) => files.push(file),
+                    None => break,
+                },
                 Err(error) => return Err(error),
             }
         }
         if let Some(tail) = reader.query.tail {
-            files = last_lines(files, tail)?;
+            files = last_lines(files, tail, format)?;
         }
-        reader.current = files.pop().map(BufReader::new);
+        reader.current = files.pop().map(buffered);
         // `files` is newest first; what is left is read from its end.
         reader.older = files;
         Ok(reader)
@@ -99,23 +109,38 @@ impl LogReader {
         if self.done {
             return Ok(Batch::Done);
         }
-        let mut output = Vec::new();
+        let mut output = Vec::with_capacity(BATCH_BYTES + BATCH_BYTES / 4);
         let mut read_something = false;
         while output.len() < BATCH_BYTES {
             let Some(current) = &mut self.current else {
                 // Not there at the start: look again.
                 match File::open(&self.path) {
-                    Ok(file) => self.current = Some(BufReader::new(file)),
+                    Ok(file) => self.current = Some(buffered(file)),
                     Err(error) if error.kind() == io::ErrorKind::NotFound => break,
                     Err(error) => return Err(error),
                 }
                 continue;
             };
-            let count = current.take(LINE_MAX).read_until(b'\n', &mut self.partial)?;
-            if self.partial.last() == Some(&b'\n') || self.partial.len() as u64 >= LINE_MAX {
+            let (count, whole) = match self.format {
+                Format::JsonFile => {
+                    let count = current.take(LINE_MAX).read_until(b'\n', &mut self.partial)?;
+                    (count, self.partial.last() == Some(&b'\n') || self.partial.len() as u64 >= LINE_MAX)
+                }
+                Format::Local => read_local(current, &mut self.partial)?,
+            };
+            if whole {
                 read_something = true;
-                let line = std::mem::take(&mut self.partial);
-                self.render(&line, &mut output);
+                let mut line = std::mem::take(&mut self.partial);
+                let entry = match self.format {
+                    Format::JsonFile => entry::parse_json(&line),
+                    Format::Local => entry::parse_local(line.get(4..line.len() - 4).unwrap_or_default()),
+                };
+                // One cut by a full disk is skipped, as dockerd does.
+                if let Some(entry) = entry {
+                    self.render(&entry, &mut output);
+                }
+                line.clear();
+                self.partial = line;
                 if self.done {
                     break;
                 }
@@ -134,7 +159,7 @@ impl LogReader {
     fn next_file(&mut self) -> io::Result<bool> {
         if let Some(file) = self.older.pop() {
             self.partial.clear();
-            self.current = Some(BufReader::new(file));
+            self.current = Some(buffered(file));
             return Ok(true);
         }
         let Some(current) = &self.current else { return Ok(false) };
@@ -148,31 +173,104 @@ impl LogReader {
         }
         // Rotated while we followed. Lines between the two looks are read first: the old file is complete now.
         self.partial.clear();
-        self.current = Some(BufReader::new(File::open(&self.path)?));
+        self.current = Some(buffered(File::open(&self.path)?));
         Ok(true)
     }
 
-    fn render(&mut self, line: &[u8], output: &mut Vec<u8>) {
-        // A line cut by a full disk is skipped, as dockerd does.
-        let Ok(line) = serde_json::from_slice::<Line<'_>>(line) else { return };
-        let stream = if line.stream == "stderr" { Stream::Stderr } else { Stream::Stdout };
-        if self.query.until.is_some_and(|until| line.time > until) {
-            self.done = true;
+    fn render(&mut self, entry: &Entry<'_>, output: &mut Vec<u8>) {
+        let query = &self.query;
+        if query.since.is_some() || query.until.is_some() {
+            let Some(time) = entry.time.moment() else { return };
+            if query.until.is_some_and(|until| time > until) {
+                self.done = true;
+                return;
+            }
+            if query.since.is_some_and(|since| time < since) {
+                return;
+            }
+        }
+        let wanted = if entry.stream == Stream::Stderr { query.stderr } else { query.stdout };
+        if !wanted {
             return;
         }
-        let wanted = if stream == Stream::Stderr { self.query.stderr } else { self.query.stdout };
-        if !wanted || self.query.since.is_some_and(|since| line.time < since) {
-            return;
-        }
-        let stamp = if self.query.timestamps { format!("{:.9} ", line.time) } else { String::new() };
-        let length = stamp.len() + line.log.len();
+        let start = output.len();
         if !self.tty {
-            let header = Header { stream, length: u32::try_from(length).unwrap_or(u32::MAX) };
-            output.extend_from_slice(&header.encode());
+            output.extend_from_slice(&[0; HEADER_LENGTH]);
         }
-        output.extend_from_slice(stamp.as_bytes());
-        output.extend_from_slice(line.log.as_bytes());
+        if query.timestamps {
+            output.extend_from_slice(entry.time.stamp().unwrap_or_default().as_bytes());
+        }
+        if query.details {
+            let details: Vec<String> = entry
+                .attributes
+                .iter()
+                .map(|(name, value)| format!("{}={}", query_escape(name), query_escape(value)))
+                .collect();
+            output.extend_from_slice(details.join(",").as_bytes());
+            output.push(b' ');
+        }
+        entry.text.append_to(output);
+        if !self.tty {
+            let length = u32::try_from(output.len() - start - HEADER_LENGTH).unwrap_or(u32::MAX);
+            output[start..start + HEADER_LENGTH]
+                .copy_from_slice(&Header { stream: entry.stream, length }.encode());
+        }
     }
+}
+
+fn buffered(file: File) -> BufReader<File> {
+    BufReader::with_capacity(BATCH_BYTES, file)
+}
+
+/// Reads on at a `local` entry: how much came, and whether it is whole now.
+fn read_local(current: &mut BufReader<File>, partial: &mut Vec<u8>) -> io::Result<(usize, bool)> {
+    let mut count = 0;
+    loop {
+        let wanted = match partial.first_chunk::<4>() {
+            None => 4,
+            Some(length) => u32::from_be_bytes(*length) as usize + 8,
+        };
+        if wanted as u64 > LINE_MAX {
+            return Err(io::Error::other(format!("the log is damaged: an entry of {wanted} bytes")));
+        }
+        if partial.len() >= 8 && partial.len() == wanted {
+            return Ok((count, true));
+        }
+        let more = current.by_ref().take((wanted - partial.len()) as u64).read_to_end(partial)?;
+        if more == 0 {
+            return Ok((count, false));
+        }
+        count += more;
+    }
+}
+
+/// A rotated file that was compressed, as an ordinary one in memory.
+fn decompressed(name: &Path) -> io::Result<Option<File>> {
+    let mut compressed = name.as_os_str().to_owned();
+    compressed.push(".gz");
+    let packed = match File::open(compressed) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    let memory = rustix::fs::memfd_create("log", rustix::fs::MemfdFlags::CLOEXEC)?;
+    let mut file = File::from(memory);
+    io::copy(&mut GzDecoder::new(packed), &mut file)?;
+    file.seek(SeekFrom::Start(0))?;
+    Ok(Some(file))
+}
+
+/// As Go's `url.QueryEscape`.
+fn query_escape(text: &str) -> String {
+    let mut escaped = String::with_capacity(text.len());
+    for byte in text.bytes() {
+        match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' | b'.' | b'~' => escaped.push(byte.into()),
+            b' ' => escaped.push('+'),
+            _ => escaped.push_str(&format!("%{byte:02X}")),
+        }
+    }
+    escaped
 }
 
 /// The name of a rotated file.
@@ -183,11 +281,14 @@ pub fn numbered(path: &Path, number: u32) -> PathBuf {
 }
 
 /// Positions files (newest first) so that only their `tail` last lines are left to read.
-fn last_lines(files: Vec<File>, tail: usize) -> io::Result<Vec<File>> {
+fn last_lines(files: Vec<File>, tail: usize, format: Format) -> io::Result<Vec<File>> {
     let mut kept = Vec::new();
     let mut wanted = tail;
     for mut file in files {
-        let (start, found) = line_start(&mut file, wanted)?;
+        let (start, found) = match format {
+            Format::JsonFile => line_start(&mut file, wanted)?,
+            Format::Local => entry_start(&mut file, wanted)?,
+        };
         file.seek(SeekFrom::Start(start))?;
         kept.push(file);
         if found >= wanted {
@@ -227,6 +328,24 @@ fn line_start(file: &mut File, wanted: usize) -> io::Result<(u64, usize)> {
     Ok((0, if length > 0 { found + 1 } else { 0 }))
 }
 
+/// The same of a `local` log: its entries end with their lengths.
+fn entry_start(file: &mut File, wanted: usize) -> io::Result<(u64, usize)> {
+    let mut start = file.metadata()?.len();
+    let mut found = 0;
+    while found < wanted && start >= 8 {
+        file.seek(SeekFrom::Start(start - 4))?;
+        let mut length = [0; 4];
+        file.read_exact(&mut length)?;
+        match start.checked_sub(u64::from(u32::from_be_bytes(length)) + 8) {
+            Some(earlier) => start = earlier,
+            // Damaged: what can be read is read.
+            None => break,
+        }
+        found += 1;
+    }
+    Ok((start, found))
+}
+
 #[cfg(test)]
 mod tests {
     use std::io::Write;
@@ -262,13 +381,13 @@ mod tests {
     }
 
     fn read_all(path: &Path, query: LogQuery) -> String {
-        read(&mut LogReader::open(path, query, true).unwrap())
+        read(&mut LogReader::open(path, Format::JsonFile, query, true).unwrap())
     }
 
     #[test]
     fn lines_are_framed_by_stream_unless_there_is_a_terminal() {
         with_log(&(line("stdout", "a\n", 1) + &line("stderr", "bc\n", 2)), |path| {
-            let framed = read(&mut LogReader::open(path, all(), false).unwrap());
+            let framed = read(&mut LogReader::open(path, Format::JsonFile, all(), false).unwrap());
             assert_eq!(framed.as_bytes(), b"\x01\0\0\0\0\0\0\x02a\n\x02\0\0\0\0\0\0\x03bc\n");
             assert_eq!(read_all(path, all()), "a\nbc\n");
         });
@@ -305,7 +424,7 @@ mod tests {
     #[test]
     fn following_sees_growth_halves_of_lines_and_rotation() {
         with_log("", |path| {
-            let mut reader = LogReader::open(path, all(), true).unwrap();
+            let mut reader = LogReader::open(path, Format::JsonFile, all(), true).unwrap();
             assert_eq!(reader.next().unwrap(), Batch::Idle);
             let text = line("stdout", "first\n", 1);
             let mut file = std::fs::OpenOptions::new().append(true).open(path).unwrap();
@@ -324,7 +443,7 @@ mod tests {
     #[test]
     fn a_missing_log_is_empty_and_broken_lines_are_skipped() {
         let folder = folder();
-        let mut reader = LogReader::open(&folder.join("none"), all(), true).unwrap();
+        let mut reader = LogReader::open(&folder.join("none"), Format::JsonFile, all(), true).unwrap();
         assert_eq!(reader.next().unwrap(), Batch::Idle);
         std::fs::remove_dir_all(folder).unwrap();
         with_log(&format!("{{\"log\":\"half\n{}", line("stdout", "good\n", 1)), |path| {
@@ -338,6 +457,47 @@ mod tests {
         with_log(&lines, |path| {
             assert_eq!(read_all(path, LogQuery { tail: Some(2), ..all() }), "4998\n4999\n");
             assert_eq!(read_all(path, LogQuery { tail: Some(5000), ..all() }).lines().count(), 5000);
+        });
+    }
+
+    #[test]
+    fn local_logs_are_read_followed_and_tailed_also_when_compressed() {
+        let entry = |text: &str| {
+            let body = [b"\x0a\x06stdout\x10\x01\x1a", &[text.len() as u8][..], text.as_bytes()].concat();
+            let length = (body.len() as u32).to_be_bytes();
+            [&length[..], &body, &length].concat()
+        };
+        let folder = folder();
+        let path = folder.join("container.log");
+        std::fs::write(&path, [entry("three"), entry("four")].concat()).unwrap();
+        let packed = File::create(folder.join("container.log.1.gz")).unwrap();
+        let mut encoder = flate2::write::GzEncoder::new(packed, flate2::Compression::fast());
+        encoder.write_all(&[entry("one"), entry("two")].concat()).unwrap();
+        encoder.finish().unwrap();
+        let text = |tail| {
+            let query = LogQuery { tail, ..all() };
+            read(&mut LogReader::open(&path, Format::Local, query, true).unwrap())
+        };
+        assert_eq!(text(None), "one\ntwo\nthree\nfour\n");
+        assert_eq!(text(Some(3)), "two\nthree\nfour\n");
+        assert_eq!(text(Some(0)), "");
+        let mut reader = LogReader::open(&path, Format::Local, all(), true).unwrap();
+        read(&mut reader);
+        let mut file = std::fs::OpenOptions::new().append(true).open(&path).unwrap();
+        let five = entry("five");
+        file.write_all(&five[..7]).unwrap();
+        assert_eq!(reader.next().unwrap(), Batch::Idle);
+        file.write_all(&five[7..]).unwrap();
+        assert_eq!(read(&mut reader), "five\n");
+        std::fs::remove_dir_all(folder).unwrap();
+    }
+
+    #[test]
+    fn details_come_before_the_line() {
+        let line =
+            r#"{"log":"x\n","stream":"stdout","attrs":{"a b":"1","c":"é"},"time":"2026-01-02T03:04:05Z"}"#;
+        with_log(&format!("{line}\n"), |path| {
+            assert_eq!(read_all(path, LogQuery { details: true, ..all() }), "a+b=1,c=%C3%A9 x\n");
         });
     }
 }
