@@ -4,6 +4,7 @@ use guest_api::container::{HostConfigSummary, MountPoint, NetworkSettingsSummary
 use guest_api::health::HealthStatus;
 use guest_api::{ContainerSummary, Filters};
 use jiff::Timestamp;
+use regex::Regex;
 
 use super::record::{Record, View};
 use super::status::status;
@@ -132,25 +133,11 @@ pub fn select(
     Ok(chosen)
 }
 
-/// Docker takes a regular expression; what people write is a part of the name, with `^`, `$` and a leading slash.
+/// Docker takes a regular expression, of the name with its slash or without; one that is none has to be the name.
 fn name_matches(name: &str, pattern: &str) -> bool {
-    let (pattern, at_start) = match pattern.strip_prefix('^') {
-        Some(rest) => (rest, true),
-        None => (pattern, false),
-    };
-    let (pattern, at_end) = match pattern.strip_suffix('$') {
-        Some(rest) => (rest, true),
-        None => (pattern, false),
-    };
-    let (pattern, at_start) = match pattern.strip_prefix('/') {
-        Some(rest) => (rest, true),
-        None => (pattern, at_start),
-    };
-    match (at_start, at_end) {
-        (true, true) => name == pattern,
-        (true, false) => name.starts_with(pattern),
-        (false, true) => name.ends_with(pattern),
-        (false, false) => name.contains(pattern),
+    match Regex::new(pattern) {
+        Ok(pattern) => pattern.is_match(name) || pattern.is_match(&format!("/{name}")),
+        Err(_) => name == pattern,
     }
 }
 
@@ -253,6 +240,7 @@ mod tests {
         assert_eq!(names(r#"{"exited":["1"]}"#, false, None), [""; 0]);
         assert_eq!(names(r#"{"name":["web"]}"#, true, None), ["webcache", "web"]);
         assert_eq!(names(r#"{"name":["^/web$"]}"#, true, None), ["web"]);
+        assert_eq!(names(r#"{"name":["^(db|web)$"]}"#, true, None), ["db", "web"]);
         assert_eq!(names(r#"{"label":["tier=db"]}"#, true, None), ["db"]);
         assert_eq!(names(r#"{"before":["webcache"]}"#, false, None), ["web"]);
         assert_eq!(names(r#"{"since":["web"]}"#, false, None), ["db", "webcache"]);
