@@ -20,6 +20,9 @@ pub(crate) enum Command {
     /// Create and run a new container from an image
     #[command(disable_help_flag = true)]
     Run(Box<crate::run::raw::RawRunArgs>),
+    /// Create a new container
+    #[command(disable_help_flag = true)]
+    Create(Box<crate::run::raw::RawRunArgs>),
     /// Execute a command in a running container
     Exec(ExecArgs),
     /// List containers
@@ -39,6 +42,61 @@ pub(crate) enum Command {
     Wait(ContainersArgs),
     /// Remove one or more containers
     Rm(RmArgs),
+    /// Pause all processes within one or more containers
+    Pause(ContainersArgs),
+    /// Unpause all processes within one or more containers
+    Unpause(ContainersArgs),
+    /// Rename a container
+    Rename {
+        /// The container
+        container: String,
+        /// Its new name
+        name: String,
+    },
+    /// List port mappings of a container
+    Port {
+        /// The container
+        container: String,
+        /// Only this port of it
+        #[arg(value_name = "PORT[/PROTOCOL]")]
+        port: Option<String>,
+    },
+    /// Display the running processes of a container
+    Top {
+        /// The container, then options of ps
+        #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true, value_names = ["CONTAINER", "PS_OPTIONS"])]
+        words: Vec<String>,
+    },
+    /// Inspect changes to files on a container's filesystem
+    Diff {
+        /// The container
+        container: String,
+    },
+    /// Create a new image from a container's changes
+    Commit(CommitArgs),
+    /// Save one or more images to a tar archive
+    Save {
+        /// Write to a file, instead of STDOUT
+        #[arg(short, long, value_name = "FILE")]
+        output: Option<std::path::PathBuf>,
+        /// The images
+        #[arg(required = true)]
+        images: Vec<String>,
+    },
+    /// Export a container's filesystem as a tar archive
+    Export {
+        /// Write to a file, instead of STDOUT
+        #[arg(short, long, value_name = "FILE")]
+        output: Option<std::path::PathBuf>,
+        /// The container
+        container: String,
+    },
+    /// Manage volumes
+    #[command(subcommand)]
+    Volume(VolumeCommand),
+    /// Manage networks
+    #[command(subcommand)]
+    Network(NetworkCommand),
     /// List images
     Images(ImagesArgs),
     /// Download an image from a registry
@@ -315,6 +373,148 @@ pub(crate) struct EnvArgs {
     /// Print only the value for DOCKER_HOST
     #[arg(long)]
     pub(crate) socket: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CommitArgs {
+    /// Author
+    #[arg(short, long, default_value = "", hide_default_value = true)]
+    pub(crate) author: String,
+    /// Apply Dockerfile instruction to the created image
+    #[arg(short, long, value_name = "INSTRUCTION")]
+    pub(crate) change: Vec<String>,
+    /// Commit message
+    #[arg(short, long, default_value = "", hide_default_value = true)]
+    pub(crate) message: String,
+    /// The container
+    pub(crate) container: String,
+    /// The image's name
+    #[arg(value_name = "REPOSITORY[:TAG]")]
+    pub(crate) image: Option<String>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum VolumeCommand {
+    /// Create a volume
+    Create {
+        /// Set metadata for a volume
+        #[arg(long, value_name = "NAME[=VALUE]")]
+        label: Vec<String>,
+        /// Set driver specific options
+        #[arg(short, long, value_name = "NAME=VALUE")]
+        opt: Vec<String>,
+        /// Its name; a random one if there is none
+        name: Option<String>,
+    },
+    /// Display detailed information on one or more volumes
+    Inspect(NamesArgs),
+    /// List volumes
+    #[command(visible_alias = "list")]
+    Ls(ListArgs),
+    /// Remove unused local volumes
+    Prune(PruneArgs),
+    /// Remove one or more volumes
+    #[command(visible_alias = "remove")]
+    Rm(NamesArgs),
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum NetworkCommand {
+    /// Connect a container to a network
+    Connect {
+        /// Add network-scoped alias for the container
+        #[arg(long, value_name = "NAME")]
+        alias: Vec<String>,
+        /// IPv4 address
+        #[arg(long, value_name = "ADDRESS")]
+        ip: Option<String>,
+        /// The network
+        network: String,
+        /// The container
+        container: String,
+    },
+    /// Create a network
+    Create(NetworkCreateArgs),
+    /// Disconnect a container from a network
+    Disconnect {
+        /// Force the container to disconnect
+        #[arg(short, long)]
+        force: bool,
+        /// The network
+        network: String,
+        /// The container
+        container: String,
+    },
+    /// Display detailed information on one or more networks
+    Inspect(NamesArgs),
+    /// List networks
+    #[command(visible_alias = "list")]
+    Ls(ListArgs),
+    /// Remove all unused networks
+    Prune(PruneArgs),
+    /// Remove one or more networks
+    #[command(visible_alias = "remove")]
+    Rm(NamesArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct NetworkCreateArgs {
+    /// Driver to manage the network
+    #[arg(short, long, default_value = "bridge")]
+    pub(crate) driver: String,
+    /// Gateway of the subnet
+    #[arg(long, value_name = "ADDRESS")]
+    pub(crate) gateway: Option<String>,
+    /// Restrict external access to the network
+    #[arg(long)]
+    pub(crate) internal: bool,
+    /// Allocate addresses from a part of the subnet
+    #[arg(long, value_name = "RANGE")]
+    pub(crate) ip_range: Option<String>,
+    /// Enable IPv6
+    #[arg(long)]
+    pub(crate) ipv6: bool,
+    /// Set metadata on a network
+    #[arg(long, value_name = "NAME[=VALUE]")]
+    pub(crate) label: Vec<String>,
+    /// Set driver specific options
+    #[arg(short, long, value_name = "NAME=VALUE")]
+    pub(crate) opt: Vec<String>,
+    /// Subnet as address and prefix length
+    #[arg(long, value_name = "SUBNET")]
+    pub(crate) subnet: Vec<String>,
+    /// Its name
+    pub(crate) name: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct NamesArgs {
+    /// Their names
+    #[arg(required = true)]
+    pub(crate) names: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ListArgs {
+    /// Filter output based on conditions provided
+    #[arg(short, long, value_name = "KEY=VALUE")]
+    pub(crate) filter: Vec<String>,
+    /// `json`, `table TEMPLATE` or a template such as `{{.Name}}`
+    #[arg(long)]
+    pub(crate) format: Option<String>,
+    /// Only display names (volumes) or IDs (networks)
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PruneArgs {
+    /// Filter what is removed
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub(crate) filter: Vec<String>,
+    /// Do not ask
+    #[arg(short, long)]
+    pub(crate) force: bool,
 }
 
 #[derive(Debug, Subcommand)]

@@ -1,13 +1,14 @@
 //! The verbs on existing containers: start, stop, restart, kill, wait, rm, logs, exec.
 
-use crate::arguments::{ContainersArgs, ExecArgs, KillArgs, LogsArgs, RmArgs, StopArgs};
+use crate::arguments::{CommitArgs, ContainersArgs, ExecArgs, KillArgs, LogsArgs, RmArgs, StopArgs};
 use crate::docker::{Docker, Hijacked, encode};
-use crate::output::{line, note};
+use crate::output::{line, note, table, text};
 use crate::run::join;
 use crate::session::Failed;
 use crate::streams::{End, copy_log};
 use anyhow::{Context, Result, bail};
 use guest_api::exec::{ExecCreate, ExecCreated, ExecInspect, ExecStart};
+use guest_api::network::PortBinding;
 use guest_api::{ContainerInspect, WaitResult};
 use hyper::Method;
 use std::io::IsTerminal;
@@ -16,7 +17,7 @@ use std::io::IsTerminal;
 const ENGINE_FAILED: u8 = 125;
 
 /// Does `work` for every name; prints the names it worked for, and every failure. True when all went well.
-async fn each<F>(names: &[String], work: impl Fn(String) -> F) -> Result<bool>
+pub(crate) async fn each<F>(names: &[String], work: impl Fn(String) -> F) -> Result<bool>
 where
     F: Future<Output = Result<String>>,
 {
@@ -71,6 +72,123 @@ pub(crate) async fn wait(docker: &Docker, args: &ContainersArgs) -> Result<bool>
         Ok(result.status_code.to_string())
     })
     .await
+}
+
+/// `pause` and `unpause`.
+pub(crate) async fn signal_verb(docker: &Docker, verb: &str, args: &ContainersArgs) -> Result<bool> {
+    each(&args.containers, |name| async move {
+        docker.post(&format!("/containers/{}/{verb}", encode(&name))).await.map(|()| name)
+    })
+    .await
+}
+
+pub(crate) async fn rename(docker: &Docker, container: &str, name: &str) -> Result<()> {
+    docker.post(&format!("/containers/{}/rename?name={}", encode(container), encode(name))).await
+}
+
+/// `80/tcp -> 0.0.0.0:8080`, or only the host's side of one port.
+pub(crate) async fn port(docker: &Docker, container: &str, only: Option<&str>) -> Result<()> {
+    let inspect: ContainerInspect = docker.get(&format!("/containers/{}/json", encode(container))).await?;
+    let side = |binding: &PortBinding| match binding.host_ip.contains(':') {
+        true => format!("[{}]:{}", binding.host_ip, binding.host_port),
+        false => format!("{}:{}", binding.host_ip, binding.host_port),
+    };
+    let ports = &inspect.network_settings.ports;
+    let Some(only) = only else {
+        for (port, bindings) in ports {
+            for binding in bindings.iter().flatten() {
+                line(&format!("{port} -> {}", side(binding)))?;
+            }
+        }
+        return Ok(());
+    };
+    let only = if only.contains('/') { only.to_owned() } else { format!("{only}/tcp") };
+    let bindings = ports.get(&only).and_then(Option::as_ref).filter(|bindings| !bindings.is_empty());
+    let bindings = bindings.with_context(|| format!("no public port '{only}' published for {container}"))?;
+    bindings.iter().try_for_each(|binding| line(&side(binding)))?;
+    Ok(())
+}
+
+/// The answer of `GET /containers/{id}/top`.
+#[derive(serde::Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Top {
+    titles: Vec<String>,
+    processes: Vec<Vec<String>>,
+}
+
+pub(crate) async fn top(docker: &Docker, words: &[String]) -> Result<()> {
+    let (container, options) = words.split_first().context("name a container")?;
+    let mut path = format!("/containers/{}/top", encode(container));
+    if !options.is_empty() {
+        path += &format!("?ps_args={}", encode(&options.join(" ")));
+    }
+    let top: Top = docker.get(&path).await?;
+    let titles: Vec<&str> = top.titles.iter().map(String::as_str).collect();
+    let columns = titles.len();
+    let rows: Vec<Vec<String>> = top
+        .processes
+        .into_iter()
+        .map(|mut row| {
+            row.resize(columns, String::new());
+            row
+        })
+        .collect();
+    Ok(text(&table(&titles, &rows))?)
+}
+
+/// A file that a container has changed.
+#[derive(serde::Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Change {
+    path: String,
+    kind: u8,
+}
+
+pub(crate) async fn diff(docker: &Docker, container: &str) -> Result<()> {
+    let changes: Option<Vec<Change>> =
+        docker.get(&format!("/containers/{}/changes", encode(container))).await?;
+    for change in changes.unwrap_or_default() {
+        let letter = match change.kind {
+            1 => 'A',
+            2 => 'D',
+            _ => 'C',
+        };
+        line(&format!("{letter} {}", change.path))?;
+    }
+    Ok(())
+}
+
+pub(crate) async fn commit(docker: &Docker, args: &CommitArgs) -> Result<()> {
+    let mut path = format!("/commit?container={}", encode(&args.container));
+    let image = args.image.as_deref().unwrap_or_default();
+    // A colon before a slash is a registry's port.
+    let (repository, tag) = match image.rsplit_once(':') {
+        Some((repository, tag)) if !tag.contains('/') => (repository, tag),
+        _ => (image, ""),
+    };
+    for (key, value) in [
+        ("repo", repository),
+        ("tag", tag),
+        ("author", args.author.as_str()),
+        ("comment", args.message.as_str()),
+    ] {
+        if !value.is_empty() {
+            path += &format!("&{key}={}", encode(value));
+        }
+    }
+    for change in &args.change {
+        path += &format!("&changes={}", encode(change));
+    }
+    let created: ImageId = docker.post_json(&path, &serde_json::json!({})).await?;
+    Ok(line(&created.id)?)
+}
+
+/// The answer of `POST /commit`.
+#[derive(serde::Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct ImageId {
+    id: String,
 }
 
 pub(crate) async fn rm(docker: &Docker, args: &RmArgs) -> Result<bool> {

@@ -55,7 +55,7 @@ pub(crate) async fn ps(docker: &Docker, args: &PsArgs) -> Result<()> {
                 command(&container.command, args.no_trunc),
                 format!("{} ago", age(now - container.created)),
                 container.status.clone(),
-                String::new(),
+                ports(container),
                 names(container),
             ]
         })
@@ -66,6 +66,23 @@ pub(crate) async fn ps(docker: &Docker, args: &PsArgs) -> Result<()> {
 fn names(container: &ContainerSummary) -> String {
     let names: Vec<&str> = container.names.iter().map(|name| name.trim_start_matches('/')).collect();
     names.join(",")
+}
+
+/// `0.0.0.0:8080->80/tcp, 443/tcp`
+fn ports(container: &ContainerSummary) -> String {
+    let mut ports: Vec<String> = container
+        .ports
+        .iter()
+        .map(|port| match port.public_port {
+            Some(public) if port.ip.contains(':') => {
+                format!("[{}]:{public}->{}/{}", port.ip, port.private_port, port.kind)
+            }
+            Some(public) => format!("{}:{public}->{}/{}", port.ip, port.private_port, port.kind),
+            None => format!("{}/{}", port.private_port, port.kind),
+        })
+        .collect();
+    ports.dedup();
+    ports.join(", ")
 }
 
 fn command(command: &str, whole: bool) -> String {
@@ -88,7 +105,7 @@ fn container_record(container: &ContainerSummary, id: &str, now: i64, no_trunc: 
         "RunningFor": format!("{} ago", age(now - container.created)),
         "State": container.state,
         "Status": container.status,
-        "Ports": "",
+        "Ports": ports(container),
         "Labels": labels.join(","),
         "Networks": networks.join(","),
     })

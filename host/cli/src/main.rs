@@ -4,12 +4,14 @@
 //! Docker has the command.
 #![forbid(unsafe_code)]
 
+mod archive;
 mod arguments;
 mod containers;
 mod control;
 mod docker;
 mod lists;
 mod machine;
+mod networks;
 mod output;
 mod progress;
 mod pull;
@@ -20,6 +22,7 @@ mod streams;
 mod system;
 mod template;
 mod terminal;
+mod volumes;
 
 use anyhow::{Context, Result};
 use arguments::{Cli, Command};
@@ -85,6 +88,7 @@ async fn execute(cli: Cli) -> Result<u8> {
     let session = Session::new(cli.host.as_deref())?;
     let all = match &cli.command {
         Command::Run(args) => return run::run(&session, args).await,
+        Command::Create(args) => run::create(&session, args).await.map(|()| true),
         Command::Exec(args) => return containers::exec(&session.docker().await?, args).await,
         Command::Machine(command) => return machine::machine(&session, command).await,
         Command::Ps(args) => lists::ps(&session.docker().await?, args).await.map(|()| true),
@@ -96,6 +100,31 @@ async fn execute(cli: Cli) -> Result<u8> {
         Command::Kill(args) => containers::kill(&session.docker().await?, args).await,
         Command::Wait(args) => containers::wait(&session.docker().await?, args).await,
         Command::Rm(args) => containers::rm(&session.docker().await?, args).await,
+        Command::Pause(args) => containers::signal_verb(&session.docker().await?, "pause", args).await,
+        Command::Unpause(args) => containers::signal_verb(&session.docker().await?, "unpause", args).await,
+        Command::Rename { container, name } => {
+            containers::rename(&session.docker().await?, container, name).await.map(|()| true)
+        }
+        Command::Port { container, port } => {
+            containers::port(&session.docker().await?, container, port.as_deref()).await.map(|()| true)
+        }
+        Command::Top { words } => containers::top(&session.docker().await?, words).await.map(|()| true),
+        Command::Diff { container } => {
+            containers::diff(&session.docker().await?, container).await.map(|()| true)
+        }
+        Command::Commit(args) => containers::commit(&session.docker().await?, args).await.map(|()| true),
+        Command::Save { output, images } => {
+            let names: Vec<String> =
+                images.iter().map(|name| format!("names={}", docker::encode(name))).collect();
+            let path = format!("/images/get?{}", names.join("&"));
+            archive::download(&session.docker().await?, &path, output.as_deref()).await.map(|()| true)
+        }
+        Command::Export { output, container } => {
+            let path = format!("/containers/{}/export", docker::encode(container));
+            archive::download(&session.docker().await?, &path, output.as_deref()).await.map(|()| true)
+        }
+        Command::Volume(command) => volumes::volume(&session.docker().await?, command).await,
+        Command::Network(command) => networks::network(&session.docker().await?, command).await,
         Command::Pull(args) => {
             let docker = session.docker().await?;
             pull::pull(&docker, &args.image, args.platform.as_deref(), args.quiet).await?;

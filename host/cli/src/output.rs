@@ -23,6 +23,15 @@ pub(crate) fn note(text: &str) {
     eprintln!("{text}");
 }
 
+/// Asks as Docker does; anything but `y` or `yes` is a no.
+pub(crate) fn confirm(warning: &str) -> io::Result<bool> {
+    note(warning);
+    note("Are you sure you want to continue? [y/N]");
+    let mut answer = String::new();
+    io::stdin().read_line(&mut answer)?;
+    Ok(["y", "yes"].contains(&answer.trim().to_lowercase().as_str()))
+}
+
 /// A column of the docker CLI takes at least this much, and ends in this many spaces.
 const COLUMN_WIDTH_MIN: usize = 10;
 const COLUMN_GAP: usize = 3;

@@ -54,7 +54,7 @@ async fn inspect_one(docker: &Docker, kind: Option<ObjectKind>, name: &str) -> R
     Err(anyhow!("Error: No such object: {name}"))
 }
 
-fn pretty(value: &Value) -> Result<String> {
+pub(crate) fn pretty(value: &Value) -> Result<String> {
     let mut bytes = Vec::new();
     let formatter = serde_json::ser::PrettyFormatter::with_indent(b"    ");
     serde::Serialize::serialize(value, &mut serde_json::Serializer::with_formatter(&mut bytes, formatter))?;

@@ -1,10 +1,12 @@
 //! What `engine run` means: `RawRunArgs` → `ContainerCreate`. Pure; the environment is passed in.
 
 use super::raw::RawRunArgs;
+use super::{publish, volume};
 use anyhow::{Context, Result, bail};
 use guest_api::container::RestartPolicy;
-use guest_api::network::{EndpointSettings, NetworkingConfig};
-use guest_api::{ContainerConfig, ContainerCreate, HostConfig};
+use guest_api::container::{DeviceMapping, LogConfig, Ulimit};
+use guest_api::network::{EndpointIpam, EndpointSettings, NetworkingConfig};
+use guest_api::{ContainerConfig, ContainerCreate, EmptyObject, HostConfig, KeySet};
 use std::collections::BTreeMap;
 
 /// The create body for `args`. `environment` looks up the caller's own variables, for `-e NAME`.
@@ -25,7 +27,17 @@ pub(crate) fn container_create(
     for variable in &args.env {
         env.extend(env_variable(variable, &environment)?);
     }
+    let port_bindings = publish::bindings(&args.publish)?;
+    let mut exposed: KeySet =
+        port_bindings.keys().map(|port| (port.clone(), EmptyObject::default())).collect();
+    for text in &args.expose {
+        exposed.extend(publish::exposed(text)?.into_iter().map(|port| (port, EmptyObject::default())));
+    }
+    let folder = std::env::current_dir().context("cannot tell the current folder")?;
+    let volumes = volume::volumes(&args.volume, &folder)?;
     let config = ContainerConfig {
+        exposed_ports: (!exposed.is_empty()).then_some(exposed),
+        volumes: (!volumes.anonymous.is_empty()).then_some(volumes.anonymous),
         hostname: args.hostname.clone(),
         user: args.user.clone(),
         attach_stdin: attach && args.interactive,
@@ -52,7 +64,27 @@ pub(crate) fn container_create(
         cap_add: list(&args.cap_add),
         cap_drop: list(&args.cap_drop),
         dns: list(&args.dns),
+        dns_search: list(&args.dns_search),
         extra_hosts: list(&args.add_host),
+        binds: list(&volumes.binds),
+        volumes_from: list(&args.volumes_from),
+        port_bindings,
+        publish_all_ports: args.publish_all,
+        links: list(&args.link),
+        group_add: list(&args.group_add),
+        init: args.init.then_some(true),
+        ipc_mode: args.ipc.clone().unwrap_or_default(),
+        runtime: args.runtime.clone().unwrap_or_default(),
+        shm_size: args.shm_size.as_deref().map(memory_bytes).transpose()?.unwrap_or(0),
+        sysctls: (!args.sysctl.is_empty()).then(|| args.sysctl.iter().map(|text| key_value(text)).collect()),
+        ulimits: (!args.ulimit.is_empty())
+            .then(|| args.ulimit.iter().map(|text| ulimit(text)).collect::<Result<_>>())
+            .transpose()?,
+        devices: (!args.device.is_empty()).then(|| args.device.iter().map(|text| device(text)).collect()),
+        log_config: LogConfig {
+            kind: args.log_driver.clone().unwrap_or_default(),
+            config: args.log_opt.iter().map(|text| key_value(text)).collect(),
+        },
         pid_mode: args.pid.clone().unwrap_or_default(),
         privileged: args.privileged,
         readonly_rootfs: args.read_only,
@@ -67,8 +99,19 @@ pub(crate) fn container_create(
     if args.rm && !host_config.restart_policy.name.is_empty() && host_config.restart_policy.name != "no" {
         bail!("conflicting options: cannot specify both --restart and --rm");
     }
-    let networking_config =
-        NetworkingConfig { endpoints_config: BTreeMap::from([(network, EndpointSettings::default())]) };
+    let address = EndpointIpam {
+        ipv4_address: args.ip.clone().unwrap_or_default(),
+        ipv6_address: args.ip6.clone().unwrap_or_default(),
+        ..EndpointIpam::default()
+    };
+    let endpoint = EndpointSettings {
+        ipam_config: (address != EndpointIpam::default()).then_some(address),
+        aliases: list(&args.network_alias),
+        links: list(&args.link),
+        mac_address: args.mac_address.clone().unwrap_or_default(),
+        ..EndpointSettings::default()
+    };
+    let networking_config = NetworkingConfig { endpoints_config: BTreeMap::from([(network, endpoint)]) };
     Ok(ContainerCreate { config, host_config, networking_config })
 }
 
@@ -84,6 +127,33 @@ fn key_value(text: &str) -> (String, String) {
 fn path_options(text: &str) -> (String, String) {
     let (path, options) = text.split_once(':').unwrap_or((text, ""));
     (path.to_owned(), options.to_owned())
+}
+
+/// `nofile=1024` or `nofile=1024:2048`.
+fn ulimit(text: &str) -> Result<Ulimit> {
+    let invalid = || format!("invalid ulimit `{text}`: use NAME=SOFT[:HARD]");
+    let (name, limits) = text.split_once('=').with_context(invalid)?;
+    let (soft, hard) = limits.split_once(':').unwrap_or((limits, limits));
+    let soft = soft.parse().ok().with_context(invalid)?;
+    let hard = hard.parse().ok().with_context(invalid)?;
+    Ok(Ulimit { name: name.to_owned(), soft, hard })
+}
+
+/// `/dev/a`, `/dev/a:/dev/b`, `/dev/a:rw` or all three.
+fn device(text: &str) -> DeviceMapping {
+    let mut parts = text.split(':');
+    let on_host = parts.next().unwrap_or_default().to_owned();
+    let is_mode = |part: &str| !part.is_empty() && part.chars().all(|letter| "rwm".contains(letter));
+    let (mut inside, mut permissions) = (on_host.clone(), "rwm".to_owned());
+    match (parts.next(), parts.next()) {
+        (Some(mode), None) if is_mode(mode) => mode.clone_into(&mut permissions),
+        (Some(path), mode) => {
+            path.clone_into(&mut inside);
+            mode.unwrap_or("rwm").clone_into(&mut permissions);
+        }
+        (None, _) => {}
+    }
+    DeviceMapping { path_on_host: on_host, path_in_container: inside, cgroup_permissions: permissions }
 }
 
 /// `NAME=value` as it is; `NAME` alone takes the caller's value, and nothing when the caller has none.

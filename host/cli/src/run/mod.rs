@@ -1,7 +1,9 @@
 //! `engine run`: create (pulling first when the image is missing), attach, wait, start, join the streams.
 
 pub(crate) mod create;
+mod publish;
 pub(crate) mod raw;
+mod volume;
 
 use crate::docker::{ApiError, Docker, Hijacked, encode};
 use crate::session::{Failed, Session};
@@ -23,6 +25,14 @@ pub(crate) async fn run(session: &Session, args: &RawRunArgs) -> Result<u8> {
     let create = create::container_create(args, |name| std::env::var(name).ok())
         .map_err(Failed::code(ENGINE_FAILED))?;
     run_created(session, args, &create).await
+}
+
+/// `engine create`: the same up to the start; prints the id.
+pub(crate) async fn create(session: &Session, args: &RawRunArgs) -> Result<()> {
+    // Who starts it later may attach: the streams are those of a run in the foreground.
+    let body = create::container_create(args, |name| std::env::var(name).ok())?;
+    let id = created(&session.docker().await?, args, &body).await?;
+    Ok(crate::output::line(&id)?)
 }
 
 /// The same for a body that was made elsewhere.
