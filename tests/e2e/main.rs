@@ -9,6 +9,7 @@ mod exec;
 mod images;
 mod life;
 mod network;
+mod registries;
 mod run;
 mod streams;
 
@@ -55,6 +56,7 @@ fn test(arguments: &Arguments) -> Result<ExitCode> {
     scenarios.extend(images::scenarios());
     scenarios.extend(network::scenarios());
     scenarios.extend(docker::scenarios());
+    scenarios.extend(registries::scenarios());
     scenarios.extend(bad_input::scenarios());
     scenarios.extend(life::scenarios());
     // Last: these kill what the others stand on.

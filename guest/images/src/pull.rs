@@ -351,7 +351,9 @@ impl Images {
             .collect();
         if let Stage::Pull { quiet: false } = stage {
             for work in &works {
-                work.report(LayerProgress::PullingFsLayer);
+                if work.in_place().await?.is_none() {
+                    work.report(LayerProgress::PullingFsLayer);
+                }
             }
         }
         // A layer takes its place after the one below it; the first finds the ground ready.

@@ -6,12 +6,18 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use reqwest::{Certificate, Identity};
+use rustls::pki_types::{
+    CertificateDer, PrivateKeyDer,
+    pem::{self, PemObject},
+};
 
 use crate::{Digest, Error, Result};
 
 /// Bytes of one file at most.
 const FILE_BYTES_MAX: u64 = 1 << 20;
+
+/// A certificate with those that lead to its authority, and its key.
+pub(super) type Identity = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
 
 /// The files for one registry, as they are now.
 #[derive(Clone, Default)]
@@ -96,26 +102,39 @@ impl Certificates {
         Some(Digest::of(parts.map(|digest| digest.to_string()).collect::<String>().as_bytes()))
     }
 
-    pub(super) fn authorities(&self) -> Result<Vec<Certificate>> {
+    pub(super) fn authorities(&self) -> Result<Vec<CertificateDer<'static>>> {
         let mut all = Vec::new();
         for (path, bytes) in &self.authorities {
-            let certificates =
-                Certificate::from_pem_bundle(bytes).map_err(|source| unreadable(path, source))?;
-            if certificates.is_empty() {
-                return Err(Error::invalid(format!("`{}` holds no certificate in PEM form", path.display())));
-            }
-            all.extend(certificates);
+            all.extend(certificates(path, bytes)?);
         }
         Ok(all)
     }
 
+    /// The certificate to show, with what leads to its authority, and its key.
     pub(super) fn own(&self) -> Result<Option<Identity>> {
         let Some((path, bytes)) = &self.own else { return Ok(None) };
-        Identity::from_pem(bytes).map(Some).map_err(|source| unreadable(path, source))
+        let key = PrivateKeyDer::from_pem_slice(bytes).map_err(|source| unreadable(path, source))?;
+        Ok(Some((certificates(path, bytes)?, key)))
+    }
+
+    /// The same, all in one text.
+    pub(super) fn own_pem(&self) -> Option<&[u8]> {
+        self.own.as_ref().map(|(_, bytes)| bytes.as_slice())
     }
 }
 
-fn unreadable(path: &Path, source: reqwest::Error) -> Error {
+fn certificates(path: &Path, bytes: &[u8]) -> Result<Vec<CertificateDer<'static>>> {
+    let found: Vec<_> = CertificateDer::pem_slice_iter(bytes)
+        .collect::<Result<_, _>>()
+        .map_err(|source| unreadable(path, source))?;
+    if found.is_empty() {
+        return Err(Error::invalid(format!("`{}` holds no certificate in PEM form", path.display())));
+    }
+    Ok(found)
+}
+
+fn unreadable(path: &Path, source: pem::Error) -> Error {
+    // The parser's words are about the file's form, never its content.
     Error::because(
         crate::Kind::Invalid,
         format!("`{}` is not a certificate (with its key) in PEM form", path.display()),

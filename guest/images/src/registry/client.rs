@@ -10,9 +10,9 @@ use std::{
     time::Duration,
 };
 
-use reqwest::{Client, ClientBuilder, NoProxy, Proxy, Response, redirect::Policy};
+use reqwest::{Client, ClientBuilder, Identity, NoProxy, Proxy, Response, redirect::Policy};
 
-use super::{certificates::Certificates, refusal::Failure};
+use super::{certificates::Certificates, refusal::Failure, verifier};
 use crate::{Digest, Error, Kind, Result};
 
 pub(super) const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
@@ -116,13 +116,21 @@ impl Clients {
             builder = builder.read_timeout(READ_TIMEOUT);
         }
         builder = if trust.local { builder.no_proxy() } else { proxied(builder, &self.proxies)? };
-        if trust.checked {
-            builder = builder.tls_certs_merge(trust.certificates.authorities()?);
-        } else {
+        let unusable = |source: Box<dyn std::error::Error + Send + Sync>| {
+            Error::new(Kind::Invalid, format!("the certificates of a registry cannot be used: {source}"))
+        };
+        // Read in either case, so that what is wrong with them is said.
+        let (authorities, own) = (trust.certificates.authorities()?, trust.certificates.own()?);
+        if !trust.checked {
             builder = builder.tls_danger_accept_invalid_certs(true);
-        }
-        if let Some(identity) = trust.certificates.own()? {
-            builder = builder.identity(identity);
+            if let Some(pem) = trust.certificates.own_pem() {
+                builder =
+                    builder.identity(Identity::from_pem(pem).map_err(|source| unusable(source.into()))?);
+            }
+        } else if !trust.certificates.is_empty() {
+            let config =
+                verifier::client_config(authorities, own).map_err(|source| unusable(source.into()))?;
+            builder = builder.tls_backend_preconfigured(config);
         }
         builder.build().map_err(|source| {
             Error::because(

@@ -1,6 +1,6 @@
 //! Registries over HTTP (OCI distribution specification 1.1): manifests, tags and blobs in both directions, tokens, login, search.
 //!
-//! - `client`, `certificates`, `insecure`: how a registry is reached and trusted.
+//! - `client`, `certificates`, `verifier`, `insecure`: how a registry is reached and trusted.
 //! - `authority`, `challenge`: who we are to it.
 //! - `repository`, `upload`: what is read and written there. `refusal`: when it says no, in dockerd's words.
 //! - `login`, `search`: the two questions that concern no repository.
@@ -18,6 +18,7 @@ mod refusal;
 mod repository;
 mod search;
 mod upload;
+mod verifier;
 
 use std::{
     collections::HashMap,

@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use guest_images::{Credentials, Kind};
+use guest_images::{Credentials, Kind, Options, Reference, Secret};
 
 use crate::maker::{Heard, MadeImage, MadeLayer, OCI_MANIFEST, Store, silent};
 
@@ -21,6 +21,11 @@ struct Registry {
 impl Registry {
     /// `None`, said aloud, where the program is not installed.
     fn start() -> Option<Self> {
+        Self::start_with(|_| (String::new(), String::new()))
+    }
+
+    /// `more` adds to the settings, at their end and to what is said of HTTP; it may put files into the folder.
+    fn start_with(more: impl Fn(&Path) -> (String, String)) -> Option<Self> {
         let program = "/usr/bin/docker-registry";
         if !Path::new(program).exists() {
             #[expect(clippy::print_stderr, reason = "a skipped test says so")]
@@ -40,7 +45,8 @@ impl Registry {
             let folder = tempfile::tempdir().expect("a folder");
             let config = folder.path().join("config.yml");
             let data = folder.path().join("data");
-            std::fs::write(&config, format!("version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {}}}}}\nhttp: {{addr: \"127.0.0.1:{port}\"}}\n", data.display())).expect("write");
+            let (rest, http) = more(folder.path());
+            std::fs::write(&config, format!("version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {}}}}}\nhttp: {{addr: \"127.0.0.1:{port}\"{http}}}\n{rest}", data.display())).expect("write");
             let child = Command::new(program)
                 .arg("serve")
                 .arg(&config)
@@ -169,4 +175,79 @@ async fn what_is_pushed_is_pulled() {
         .await
         .expect_err("no such repository");
     assert_eq!(nowhere.kind(), Kind::NotFound);
+}
+
+/// A password file with `ana` and `pw-of-ana`.
+const HTPASSWD: &str = "ana:$2b$04$gXfJACtFuCMEL8nQkJoA7O7NUNz8qHrH3ihzd.LKPh9EXVjFC6AHO\n";
+
+#[tokio::test]
+async fn a_registry_with_a_password_and_a_certificate_is_pushed_to_and_pulled_from() {
+    let authority = crate::tls::Authority::new();
+    let pair = authority.certify("127.0.0.1");
+    let started = Registry::start_with(|folder| {
+        for (name, text) in [("htpasswd", HTPASSWD), ("server.crt", &pair.pem), ("server.key", &pair.key_pem)]
+        {
+            std::fs::write(folder.join(name), text).expect("write");
+        }
+        let folder = folder.display();
+        (
+            format!("auth: {{htpasswd: {{realm: here, path: {folder}/htpasswd}}}}\n"),
+            format!(", tls: {{certificate: {folder}/server.crt, key: {folder}/server.key}}"),
+        )
+    });
+    let Some(registry) = started else { return };
+    let store = Store::new();
+    let certificates = store.path().join("certs.d");
+    std::fs::create_dir_all(certificates.join(&registry.domain)).expect("a folder");
+    std::fs::write(certificates.join(&registry.domain).join("ca.crt"), &authority.pem).expect("write");
+    let options = || Options { certificates: Some(certificates.clone()), ..Options::default() };
+    let images = store.open_with(options());
+    let image = MadeImage::new(&[MadeLayer::plain(&[("a", b"a")]), MadeLayer::gzip(&[("b", b"b")])]);
+    images.load(std::io::Cursor::new(crate::load::saved(&[("x:1", &image)])), silent).await.expect("loaded");
+    let name: Reference = format!("{}/team/x:1", registry.domain).parse().expect("a name");
+    images.tag("x:1", &name).await.expect("tagged");
+
+    let credentials =
+        |password: &str| Credentials::Basic { username: "ana".to_owned(), password: Secret::new(password) };
+    let (ana, eve) = (credentials("pw-of-ana"), credentials("guessed"));
+    images.login(&registry.domain, &ana).await.expect("let in");
+    let refused = images.login(&registry.domain, &eve).await.expect_err("kept out");
+    assert_eq!(
+        refused.to_string(),
+        format!("login attempt to https://{}/v2/ failed with status: 401 Unauthorized", registry.domain)
+    );
+    let refused = images.push(&name, None, &Credentials::Anonymous, silent).await.expect_err("kept out");
+    assert_eq!(
+        (refused.kind(), refused.to_string().as_str()),
+        (Kind::Unauthorized, "no basic auth credentials")
+    );
+    let refused = images.push(&name, None, &eve, silent).await.expect_err("kept out");
+    assert_eq!(refused.to_string(), "unauthorized: authentication required");
+    let heard = Heard::default();
+    images.push(&name, None, &ana, heard.listener()).await.expect("pushed");
+    assert_eq!(
+        heard.lines().iter().filter(|line| line.ends_with("Pushed")).count(),
+        2,
+        "{:?}",
+        heard.lines()
+    );
+    let beside: Reference = format!("{}/team/y:1", registry.domain).parse().expect("a name");
+    images.tag("x:1", &beside).await.expect("tagged");
+    let heard = Heard::default();
+    images.push(&beside, None, &ana, heard.listener()).await.expect("pushed");
+    assert_eq!(
+        heard.lines().iter().filter(|line| line.ends_with("Mounted from team/x")).count(),
+        2,
+        "{:?}",
+        heard.lines()
+    );
+
+    let other = Store::new();
+    let pulled = other.open_with(options()).pull(&name, None, &ana, silent).await.expect("pulled");
+    assert_eq!(pulled.image.id, image.id());
+    let all = other
+        .open_with(options())
+        .pull_all_tags(&format!("{}/team/x", registry.domain).parse().expect("a name"), None, &ana, silent)
+        .await;
+    assert_eq!(all.expect("every tag").len(), 1);
 }

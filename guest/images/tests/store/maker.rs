@@ -199,9 +199,7 @@ impl Heard {
     /// `id status` of every line, without those that count.
     pub(crate) fn lines(&self) -> Vec<String> {
         let heard = self.0.lock().expect("listener");
-        let plain = heard.iter().filter(
-            |progress| !matches!(progress, Progress::Layer { state, .. } if state.detail().is_some()),
-        );
+        let plain = heard.iter().filter(|progress| progress.detail().is_none());
         plain
             .map(|progress| {
                 progress.id().map_or_else(|| progress.status(), |id| format!("{id} {}", progress.status()))

@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashMap,
-    io::{BufRead, BufReader, Write},
+    io::{BufRead, BufReader, Read, Write},
     net::{SocketAddr, TcpListener, TcpStream},
     sync::{
         Arc, Mutex,
@@ -17,8 +17,10 @@ use crate::maker::{MadeImage, OCI_INDEX, OCI_MANIFEST};
 /// A request as handlers see it.
 #[derive(Debug, Clone)]
 pub(crate) struct Request {
+    pub(crate) method: String,
     pub(crate) path: String,
     pub(crate) headers: HashMap<String, String>,
+    pub(crate) body: Vec<u8>,
 }
 
 /// What to answer.
@@ -50,7 +52,13 @@ pub(crate) struct Server {
     address: SocketAddr,
     stopping: Arc<AtomicBool>,
     requests: Arc<Mutex<Vec<Request>>>,
+    /// After so many bytes the next body that is sent in pieces is cut off.
+    cut: Arc<Mutex<Option<usize>>>,
 }
+
+/// A connection, encrypted or not.
+trait Wire: Read + Write {}
+impl<T: Read + Write> Wire for T {}
 
 impl Server {
     /// Serves what `content` holds, unless `special` has an answer.
@@ -58,25 +66,55 @@ impl Server {
         content: Content,
         special: impl Fn(&Request) -> Option<Answer> + Send + Sync + 'static,
     ) -> Self {
+        Self::start_with(content, special, None)
+    }
+
+    /// With TLS when it is given.
+    pub(crate) fn start_with(
+        content: Content,
+        special: impl Fn(&Request) -> Option<Answer> + Send + Sync + 'static,
+        tls: Option<Arc<rustls::ServerConfig>>,
+    ) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
         let address = listener.local_addr().expect("an address");
         let stopping = Arc::new(AtomicBool::new(false));
         let requests = Arc::new(Mutex::new(Vec::new()));
-        let (stop, seen, special, content): (_, _, Arc<Handler>, _) =
-            (stopping.clone(), requests.clone(), Arc::new(special), Arc::new(content));
+        let cut = Arc::new(Mutex::new(None));
+        let (stop, seen, special, content, cut_here): (_, _, Arc<Handler>, _, _) =
+            (stopping.clone(), requests.clone(), Arc::new(special), Arc::new(content), cut.clone());
         std::thread::spawn(move || {
             for stream in listener.incoming().flatten() {
                 if stop.load(Ordering::SeqCst) {
                     break;
                 }
                 let (seen, special, content) = (seen.clone(), special.clone(), content.clone());
+                let (tls, cut) = (tls.clone(), cut_here.clone());
                 std::thread::spawn(move || {
                     // A client that hangs up is none of this thread's business.
-                    let _ended = converse(stream, &seen, special.as_ref(), &content);
+                    let _ended = stream.set_nodelay(true).and_then(|()| {
+                        // Who greets in TLS where none is spoken is hung up on.
+                        let mut first = [0; 1];
+                        let encrypted = stream.peek(&mut first)? == 1 && first[0] == 0x16;
+                        let wire: Box<dyn Wire> = match tls {
+                            Some(tls) => {
+                                let session =
+                                    rustls::ServerConnection::new(tls).map_err(std::io::Error::other)?;
+                                Box::new(rustls::StreamOwned::new(session, stream))
+                            }
+                            None if encrypted => return Ok(()),
+                            None => Box::new(stream),
+                        };
+                        converse(wire, &seen, special.as_ref(), &content, &cut)
+                    });
                 });
             }
         });
-        Self { address, stopping, requests }
+        Self { address, stopping, requests, cut }
+    }
+
+    /// Cuts the connection after so many bytes of the next `PATCH`.
+    pub(crate) fn cut_next_upload(&self, after: usize) {
+        *self.cut.lock().expect("cut") = Some(after);
     }
 
     pub(crate) fn honest(content: Content) -> Self {
@@ -173,20 +211,20 @@ impl Content {
 }
 
 fn converse(
-    stream: TcpStream,
+    wire: Box<dyn Wire>,
     seen: &Mutex<Vec<Request>>,
     special: &Handler,
     content: &Content,
+    cut: &Mutex<Option<usize>>,
 ) -> std::io::Result<()> {
-    stream.set_nodelay(true)?;
-    let mut reader = BufReader::new(stream.try_clone()?);
-    let mut stream = stream;
+    let mut reader = BufReader::new(wire);
     loop {
         let mut line = String::new();
         if reader.read_line(&mut line)? == 0 || !line.ends_with("\r\n") {
             return Ok(());
         }
-        let path = line.split(' ').nth(1).unwrap_or("").to_owned();
+        let mut words = line.split(' ').map(str::to_owned);
+        let (method, path) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
         let mut headers = HashMap::new();
         loop {
             let mut header = String::new();
@@ -196,16 +234,33 @@ fn converse(
                 None => break,
             }
         }
-        let request = Request { path, headers };
+        let mut length: usize =
+            headers.get("content-length").map_or(0, |length| length.parse().expect("a length"));
+        let cut_off = if method == "PATCH" { cut.lock().expect("cut").take() } else { None };
+        length = length.min(cut_off.unwrap_or(length));
+        let mut body = vec![0; length];
+        reader.read_exact(&mut body)?;
+        let request = Request { method, path, headers, body };
         seen.lock().expect("requests").push(request.clone());
-        match special(&request).unwrap_or_else(|| content.answer(&request)) {
+        let answer = special(&request).unwrap_or_else(|| content.answer(&request));
+        if cut_off.is_some() {
+            return Ok(());
+        }
+        let head = request.method == "HEAD";
+        let stream = reader.get_mut();
+        match answer {
             Answer::Full(status, headers, body) => {
-                write!(stream, "HTTP/1.1 {status} X\r\ncontent-length: {}\r\n", body.len())?;
+                write!(stream, "HTTP/1.1 {status} X\r\n")?;
+                // A 204 has no body, and says nothing about one.
+                if status != 204 {
+                    write!(stream, "content-length: {}\r\n", body.len())?;
+                }
                 for (name, value) in headers {
                     write!(stream, "{name}: {value}\r\n")?;
                 }
                 stream.write_all(b"\r\n")?;
-                stream.write_all(&body)?;
+                stream.write_all(if head { &[] } else { &body })?;
+                stream.flush()?;
             }
             Answer::Cut(body, announced) => {
                 write!(stream, "HTTP/1.1 200 X\r\ncontent-length: {announced}\r\n\r\n")?;

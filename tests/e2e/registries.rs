@@ -1,0 +1,105 @@
+//! Registries, by the stock docker CLI: push, every tag, login, and refusals in dockerd's words.
+
+use anyhow::{Context, Result, ensure};
+use tests_harness::{Engine, Finished, IMAGE};
+
+crate::scenarios![
+    a_pushed_image_comes_back,
+    every_tag_is_pushed_and_pulled_at_once,
+    a_registry_refuses_in_dockerds_words,
+    a_login_is_checked,
+];
+
+fn docker(engine: &Engine, arguments: &[&str]) -> Result<Finished> {
+    let command = engine.docker(arguments).context(
+        "there is no docker CLI on this computer: install one (`apt-get install docker.io` or newer) to run this check",
+    )?;
+    tests_harness::run(command)
+}
+
+fn a_pushed_image_comes_back(engine: &Engine) -> Result<()> {
+    let (first, second) = (
+        format!("{}/pushed/one:1", engine.registry_name()),
+        format!("{}/pushed/two:1", engine.registry_name()),
+    );
+    for name in [&first, &second] {
+        docker(engine, &["tag", IMAGE, name])?.ok()?;
+    }
+    let said = docker(engine, &["push", &first])?.ok()?;
+    ensure!(said.contains(": Preparing") && said.contains(": Pushed"), "{said}");
+    let line = said.lines().last().unwrap_or_default();
+    let digest = line
+        .split_once("digest: ")
+        .and_then(|(_, rest)| rest.split(' ').next())
+        .unwrap_or_default()
+        .to_owned();
+    ensure!(line.starts_with("1: digest: sha256:") && line.contains(" size: "), "{said}");
+    let said = docker(engine, &["push", &first])?.ok()?;
+    ensure!(said.contains("Layer already exists"), "{said}");
+    let said = docker(engine, &["push", &second])?.ok()?;
+    ensure!(said.contains("Mounted from pushed/one"), "{said}");
+    let digests = docker(engine, &["inspect", "-f", "{{json .RepoDigests}}", &first])?.ok()?;
+    let by_digest = format!("{}@{digest}", first.trim_end_matches(":1"));
+    ensure!(digests.contains(&by_digest), "{digests}");
+    docker(engine, &["rmi", &first, &second])?.ok()?;
+    docker(engine, &["pull", "-q", &by_digest])?.ok()?;
+    let said = docker(engine, &["run", "--rm", &by_digest, "echo", "back"])?.ok()?;
+    ensure!(said == "back", "{said}");
+    docker(engine, &["rmi", &by_digest])?.ok().map(drop)
+}
+
+fn every_tag_is_pushed_and_pulled_at_once(engine: &Engine) -> Result<()> {
+    let repository = format!("{}/pushed/all", engine.registry_name());
+    let names = ["a", "b"].map(|tag| format!("{repository}:{tag}"));
+    for name in &names {
+        docker(engine, &["tag", IMAGE, name])?.ok()?;
+    }
+    docker(engine, &["push", "-a", &repository])?.ok()?;
+    docker(engine, &["rmi", &names[0], &names[1]])?.ok()?;
+    let said = docker(engine, &["pull", "-a", &repository])?.ok()?;
+    ensure!(
+        said.contains("a: Pulling from pushed/all") && said.contains("b: Pulling from pushed/all"),
+        "{said}"
+    );
+    let listed = docker(engine, &["images", "--format", "{{.Tag}}", &repository])?.ok()?;
+    ensure!(listed.lines().count() == 2, "{listed}");
+    docker(engine, &["rmi", &names[0], &names[1]])?.ok().map(drop)
+}
+
+fn a_registry_refuses_in_dockerds_words(engine: &Engine) -> Result<()> {
+    let name = format!("{}/pushed/nothing", engine.registry_name());
+    docker(engine, &["pull", &format!("{name}:1")])?.fails_with(
+        1,
+        &format!(
+            "Error response from daemon: manifest for {name}:1 not found: manifest unknown: manifest unknown"
+        ),
+    )?;
+    docker(engine, &["push", &format!("{name}:1")])?
+        .fails_with(1, &format!("An image does not exist locally with the tag: {name}"))?;
+    docker(engine, &["tag", IMAGE, &format!("{name}:2")])?.ok()?;
+    docker(engine, &["push", &format!("{name}:1")])?
+        .fails_with(1, &format!("tag does not exist: {name}:1"))?;
+    docker(engine, &["rmi", &format!("{name}:2")])?.ok()?;
+    docker(engine, &["pull", "scratch"])?.fails_with(1, "'scratch' is a reserved name")?;
+    docker(engine, &["pull", "--platform", "foobar", IMAGE])?.fails_with(1, "invalid platform")?;
+    docker(engine, &["search", "--limit", "1000", "busybox"])?
+        .fails_with(1, "limit 1000 is outside the range of [1, 100]")
+        .map(drop)
+}
+
+fn a_login_is_checked(engine: &Engine) -> Result<()> {
+    let config = engine.path("docker-config");
+    std::fs::create_dir_all(&config)?;
+    let config = config.to_str().context("a path that is text")?.to_owned();
+    // This registry lets everybody in; one that does not answer lets nobody.
+    let login = |registry: &str| {
+        docker(engine, &["--config", &config, "login", "-u", "ana", "-p", "secret-of-ana", registry])
+    };
+    let said = login(&engine.registry_name())?.ok()?;
+    ensure!(said.contains("Login Succeeded"), "{said}");
+    let refused = login("127.0.0.1:1")?;
+    ensure!(refused.code == 1 && refused.stderr.contains("cannot be reached"), "{refused:?}");
+    ensure!(!engine.logs().contains("secret-of-ana"), "the password is in a log");
+    std::fs::remove_dir_all(config)?;
+    Ok(())
+}
