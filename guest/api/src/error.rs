@@ -50,6 +50,10 @@ impl ErrorKind {
     }
 }
 
+/// What everything that needs a swarm is answered with.
+pub const NOT_A_SWARM_MANAGER: &str = "This node is not a swarm manager. Use \"docker swarm init\" or \"docker swarm \
+     join\" to connect this node to swarm and try again.";
+
 /// `No such container: x`.
 #[must_use]
 pub fn no_such_container(name: &str) -> String {

@@ -80,6 +80,82 @@ pub struct IpamPool {
     /// The gateway's address.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub gateway: String,
+    /// Addresses that belong to somebody else, by name.
+    #[serde(rename = "AuxiliaryAddresses", skip_serializing_if = "BTreeMap::is_empty")]
+    pub auxiliary_addresses: BTreeMap<String, String>,
+}
+
+/// Body of `POST /networks/create`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct NetworkCreate {
+    /// Its name.
+    pub name: String,
+    /// `bridge`, `macvlan`, `ipvlan`; empty means the default.
+    pub driver: String,
+    /// `local` or `swarm`; empty means the driver's.
+    pub scope: String,
+    /// IPv4 is on; absent means yes.
+    #[serde(rename = "EnableIPv4", skip_serializing_if = "Option::is_none")]
+    pub enable_ipv4: Option<bool>,
+    /// IPv6 is on; absent means no.
+    #[serde(rename = "EnableIPv6", skip_serializing_if = "Option::is_none")]
+    pub enable_ipv6: Option<bool>,
+    /// Address management.
+    #[serde(rename = "IPAM")]
+    pub ipam: Option<Ipam>,
+    /// No outside traffic.
+    pub internal: bool,
+    /// Swarm only; kept.
+    pub attachable: bool,
+    /// Swarm only.
+    pub ingress: bool,
+    /// Holds settings for other networks and nothing else.
+    pub config_only: bool,
+    /// The network that holds the settings.
+    pub config_from: Option<NetworkReference>,
+    /// Driver options.
+    pub options: BTreeMap<String, String>,
+    /// The user's labels.
+    pub labels: BTreeMap<String, String>,
+}
+
+/// Answer of `POST /networks/create`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct NetworkCreated {
+    /// The new network's id.
+    pub id: String,
+    /// Something the user should know.
+    pub warning: String,
+}
+
+/// Body of `POST /networks/{id}/connect`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct NetworkConnect {
+    /// The container's name or id.
+    pub container: String,
+    /// Its place in the network.
+    pub endpoint_config: Option<EndpointSettings>,
+}
+
+/// Body of `POST /networks/{id}/disconnect`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct NetworkDisconnect {
+    /// The container's name or id.
+    pub container: String,
+    /// Also when the container does not exist any more.
+    pub force: bool,
+}
+
+/// Answer of `POST /networks/prune`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct NetworksPruned {
+    /// Names; JSON null when there were none.
+    pub networks_deleted: Option<Vec<String>>,
 }
 
 /// A container in a network's listing.

@@ -48,14 +48,7 @@ pub async fn run(settings: Settings, ready: Option<OwnedFd>) -> anyhow::Result<(
 
     // The bridge and the firewall take some milliseconds: not the first container's.
     let networks = services.networks.clone();
-    tasks.spawn(async move {
-        if !networks.is_wanted_early() {
-            return;
-        }
-        if let Err(error) = networks.bridge().await {
-            tracing::warn!(%error, "the default network is not there yet; the first container tries again");
-        }
-    });
+    tasks.spawn(async move { networks.raise_early().await });
 
     tokio::select! {
         _ = terminate.recv() => {}
@@ -88,8 +81,14 @@ async fn open(settings: &Arc<Settings>) -> anyhow::Result<(Arc<Services>, TaskTr
         tracing::warn!(problem, "image store");
     }
     let events = Events::default();
-    let networks =
-        Arc::new(Networks::new(settings.bridge.clone(), &settings.run_root.join("netns"), &engine_id)?);
+    let networks = Arc::new(Networks::open(
+        settings.bridge.clone(),
+        settings.networks.clone(),
+        &settings.run_root,
+        &engine_id,
+        store.clone(),
+        events.clone(),
+    )?);
     let tasks = TaskTracker::new();
     let context = Context {
         store,

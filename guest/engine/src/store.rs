@@ -15,6 +15,8 @@ use tokio::sync::{mpsc, oneshot};
 
 /// Container records by id; owned by the container service.
 pub const CONTAINERS: Table = Table(TableDefinition::new("containers"));
+/// Records of networks that users made, by id; owned by the network service.
+pub const NETWORKS: Table = Table(TableDefinition::new("networks"));
 /// Facts about this engine by name (`id`, `bridge`); owned by the system and network services.
 pub const ENGINE: Table = Table(TableDefinition::new("engine"));
 

@@ -1,36 +1,125 @@
-//! One container's attachment to one bridge: a veth pair, one end in the sandbox, the other a port of the bridge.
+//! One container's attachment to one network: an interface in its sandbox, with addresses.
 //!
-//! The host end's name follows from the container id and the interface's number: `ve` + 12 digits of the id + one
-//! digit (`ve3f2a9c1d77e00`), so an endpoint needs no record to be found. Both ends come into being in one kernel
-//! request, each in its place; there is no moment at which an interface belongs to nobody.
+//! On a bridge it is a veth pair. The host end's name follows from the container id and the endpoint's slot: `ve` + 12
+//! digits of the id + one of 36 letters (`ve3f2a9c1d77e00`), so an endpoint needs no record to be found. Both ends come
+//! into being in one kernel request, each in its place; there is no moment at which an interface belongs to nobody.
+//! On a macvlan or ipvlan network it is a child of an interface of the host, which lives and ends with the sandbox.
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, AsRawFd};
 
-use ipnet::Ipv4Net;
-use netlink_packet_route::link::{InfoData, InfoVeth, LinkAttribute};
-use rtnetlink::{LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder};
+use ipnet::IpNet;
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::link::{InfoData, InfoVeth, IpVlanMode, LinkAttribute, LinkMessage, MacVlanMode};
+use rtnetlink::{
+    LinkBridgePort, LinkIpVlan, LinkMacVlan, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder,
+};
 
-use crate::bridge::{Bridge, is_interface_name};
+use crate::blocking;
+use crate::bridge::{add_address, enable_ipv6, is_interface_name};
 use crate::mac::Mac;
-use crate::netlink::{Netlink, NetlinkError, Refused};
+use crate::netlink::{Netlink, NetlinkError, Request, inside, name_of};
 use crate::sandbox::{Sandbox, SandboxError};
 
 /// Digits of the container id in an interface name; what `docker ps` shows of an id.
 const ID_DIGITS: usize = 12;
+/// Endpoints a container can have: a slot is one letter of the host interface's name.
+pub const SLOTS_MAX: u8 = 36;
+const SLOT_LETTERS: &[u8; SLOTS_MAX as usize] = b"0123456789abcdefghijklmnopqrstuvwxyz";
+
+/// What an endpoint's interface hangs on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Uplink {
+    /// A port of a bridge.
+    Bridge {
+        /// The bridge's interface name.
+        name: String,
+        /// Ports that are isolated reach the bridge and what is behind it, but not each other.
+        isolated: bool,
+        /// The bridge may send back what came from this port: the container reaches its own published ports, also
+        /// where the firewall sees bridged packets.
+        hairpin: bool,
+    },
+    /// A macvlan child.
+    Macvlan {
+        /// The host's interface.
+        parent: String,
+        /// `bridge`, `vepa`, `private` or `passthru`.
+        mode: Macvlan,
+    },
+    /// An ipvlan child.
+    Ipvlan {
+        /// The host's interface.
+        parent: String,
+        /// `l2`, `l3` or `l3s`.
+        mode: Ipvlan,
+    },
+}
+
+/// How children of one macvlan parent reach each other.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Macvlan {
+    /// Directly.
+    #[default]
+    Bridge,
+    /// Through the outside switch.
+    Vepa,
+    /// Not at all.
+    Private,
+    /// There is only one child.
+    Passthru,
+}
+
+/// What an ipvlan parent does with its children's packets.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Ipvlan {
+    /// Switch them.
+    #[default]
+    L2,
+    /// Route them.
+    L3,
+    /// Route them, seen by the host's connection tracking.
+    L3s,
+}
 
 /// What an endpoint should be.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EndpointSpec {
     /// The container's id, at least 12 hexadecimal digits.
     pub container: String,
-    /// The interface's name inside: `eth0` to `eth9`.
+    /// Which of the container's endpoints, below [`SLOTS_MAX`]: names the host's end.
+    pub slot: u8,
+    /// The interface's name inside.
     pub interface: String,
-    /// Its address, with the network's prefix length.
-    pub address: Ipv4Net,
-    /// Its hardware address; `None` for Docker's, derived from `address`.
+    /// What it hangs on.
+    pub uplink: Uplink,
+    /// Its addresses, with their networks' prefix lengths.
+    pub addresses: Vec<IpNet>,
+    /// Its hardware address; `None` for one derived from its first address.
     pub mac: Option<Mac>,
+    /// Largest packet, in bytes.
+    pub mtu: u32,
+    /// Kernel settings of the interface: `net.ipv4.conf.IFNAME.log_martians` and a value.
+    pub sysctls: Vec<(String, String)>,
+}
+
+/// Which way packets leave a sandbox.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Gateway {
+    /// The router; `None` where the interface itself is the way.
+    pub address: Option<IpAddr>,
+    /// The interface it is behind.
+    pub interface: String,
+}
+
+/// The default routes of a sandbox.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Gateways {
+    /// For IPv4.
+    pub v4: Option<Gateway>,
+    /// For IPv6.
+    pub v6: Option<Gateway>,
 }
 
 /// An endpoint that is up.
@@ -38,12 +127,6 @@ pub struct EndpointSpec {
 pub struct Endpoint {
     /// The interface inside the sandbox.
     pub interface: String,
-    /// The bridge's port.
-    pub host_interface: String,
-    /// Address and prefix length.
-    pub address: Ipv4Net,
-    /// The default route.
-    pub gateway: Ipv4Addr,
     /// Hardware address inside.
     pub mac: Mac,
 }
@@ -57,21 +140,14 @@ pub enum EndpointError {
         /// The id given.
         container: String,
     },
-    /// The interface name has no number to derive the host's name from.
-    #[error("`{interface}` is not an interface name from eth0 to eth9")]
+    /// There is no such slot.
+    #[error("a container cannot be connected to more than {SLOTS_MAX} networks")]
+    Slot,
+    /// The kernel would not take the name.
+    #[error("`{interface}` cannot name an interface")]
     Interface {
         /// The name given.
         interface: String,
-    },
-    /// The address is not one of the bridge's network.
-    #[error("address {address} of container {container} is not in the bridge's subnet {subnet}")]
-    Address {
-        /// The container.
-        container: String,
-        /// The address given.
-        address: Ipv4Net,
-        /// The bridge's.
-        subnet: Ipv4Net,
     },
     /// The sandbox is gone.
     #[error("cannot use the network namespace of container {container}")]
@@ -94,6 +170,15 @@ pub enum EndpointError {
         source: NetlinkError,
     },
     /// The kernel refused.
+    #[error("cannot set the default route of container {container}")]
+    Route {
+        /// The container.
+        container: String,
+        /// What it refused.
+        #[source]
+        source: NetlinkError,
+    },
+    /// The kernel refused.
     #[error("cannot remove the interfaces of container {container}")]
     Remove {
         /// The container.
@@ -105,63 +190,85 @@ pub enum EndpointError {
 }
 
 impl Endpoint {
-    /// Joins `sandbox` to `bridge` as `spec` says: address, default route through the bridge's gateway, both ends up.
-    /// A leftover of the same name (an engine killed on the way) is replaced. On failure nothing is left.
+    /// Attaches `sandbox` as each spec says, in order, and sets its default routes. Leftovers of the same names (an
+    /// engine killed on the way) are replaced. On failure none of them is left.
     ///
     /// # Errors
-    /// When the spec is impossible, the sandbox is gone, or the kernel refuses.
+    /// When a spec is impossible, the sandbox is gone, or the kernel refuses.
     pub async fn attach(
-        bridge: &Bridge,
         sandbox: &Sandbox,
-        spec: &EndpointSpec,
-    ) -> Result<Self, EndpointError> {
-        let host_interface = host_interface(&spec.container, &spec.interface)?;
-        if bridge.spec().subnet.trunc() != spec.address.trunc() {
-            return Err(EndpointError::Address {
-                container: spec.container.clone(),
-                address: spec.address,
-                subnet: bridge.spec().subnet,
-            });
-        }
-        let endpoint = Self {
-            interface: spec.interface.clone(),
-            host_interface,
-            address: spec.address,
-            gateway: bridge.spec().gateway,
-            mac: spec.mac.unwrap_or_else(|| Mac::from_address(spec.address.addr())),
-        };
-        let namespace = sandbox
-            .file()
-            .map_err(|source| EndpointError::Sandbox { container: spec.container.clone(), source })?;
-        let kernel = |source| EndpointError::Kernel {
-            container: spec.container.clone(),
-            interface: spec.interface.clone(),
-            source,
-        };
-
-        let outside = Netlink::open().map_err(kernel)?;
-        let inside = Netlink::open_in(namespace.as_fd()).map_err(kernel)?;
-        endpoint.remove(&outside).await.map_err(kernel)?;
-        let made = async {
-            endpoint.create_pair(&outside, bridge, namespace.as_raw_fd()).await?;
-            endpoint.configure(&inside).await
-        };
-        if let Err(error) = made.await {
-            if let Err(also) = endpoint.remove(&outside).await {
-                tracing::warn!(interface = endpoint.host_interface, error = %also, "a failed endpoint stays behind");
+        container: &str,
+        specs: Vec<EndpointSpec>,
+        gateways: Gateways,
+    ) -> Result<Vec<Self>, EndpointError> {
+        let (sandbox, container) = (sandbox.clone(), container.to_owned());
+        with_netlink(container, sandbox, move |outside, within, namespace, container| {
+            let mut made: Vec<Self> = Vec::new();
+            let attached = (|| {
+                for spec in &specs {
+                    made.push(attach(outside, within, namespace, spec)?);
+                }
+                set_gateways(within, &gateways)
+                    .map_err(|source| EndpointError::Route { container: container.to_owned(), source })
+            })();
+            if let Err(error) = attached {
+                // The one that failed has cleaned up after itself.
+                for spec in &specs[..made.len()] {
+                    if let Err(also) = remove(outside, within, spec) {
+                        tracing::warn!(interface = spec.interface, error = %also, "a failed endpoint stays behind");
+                    }
+                }
+                return Err(error);
             }
-            return Err(kernel(error));
-        }
-        Ok(endpoint)
+            Ok(made)
+        })
+        .await
     }
 
-    /// Removes one endpoint, both ends. Returns whether it was there.
+    /// Removes one endpoint from a sandbox, both ends, and sets the default routes that then count. An endpoint that
+    /// is gone is fine.
     ///
     /// # Errors
-    /// When the names are impossible or the kernel refuses.
-    pub async fn detach(container: &str, interface: &str) -> Result<bool, EndpointError> {
-        let name = host_interface(container, interface)?;
-        remove_where(container, |found| found == name).await.map(|count| count > 0)
+    /// When the sandbox is gone, or the kernel refuses.
+    pub async fn detach(
+        sandbox: &Sandbox,
+        container: &str,
+        slot: u8,
+        interface: &str,
+        gateways: Gateways,
+    ) -> Result<(), EndpointError> {
+        let (sandbox, interface) = (sandbox.clone(), interface.to_owned());
+        with_netlink(container.to_owned(), sandbox, move |outside, within, _, container| {
+            let host = host_interface(container, slot)?;
+            remove_named(outside, within, &host, &interface)
+                .map_err(|source| EndpointError::Remove { container: container.to_owned(), source })?;
+            set_gateways(within, &gateways)
+                .map_err(|source| EndpointError::Route { container: container.to_owned(), source })
+        })
+        .await
+    }
+
+    /// Removes the host's ends of these endpoints of a container, and the others with them; those that are gone are
+    /// fine. For when the sandbox goes too.
+    ///
+    /// # Errors
+    /// When the id is impossible or the kernel refuses.
+    pub async fn remove(container: &str, slots: &[u8]) -> Result<(), EndpointError> {
+        let names =
+            slots.iter().map(|slot| host_interface(container, *slot)).collect::<Result<Vec<_>, _>>()?;
+        let container = container.to_owned();
+        let again = container.clone();
+        let removed = blocking(move || {
+            let failed = |source| EndpointError::Remove { container: container.clone(), source };
+            let mut netlink = Netlink::open().map_err(failed)?;
+            for name in names {
+                remove_link(&mut netlink, &name).map_err(failed)?;
+            }
+            Ok(())
+        });
+        removed.await.unwrap_or_else(|error| {
+            Err(EndpointError::Remove { container: again, source: NetlinkError::Open(error) })
+        })
     }
 
     /// Removes every endpoint of a container, whatever an engine that died left. Returns how many there were.
@@ -170,79 +277,283 @@ impl Endpoint {
     /// When the id is impossible or the kernel refuses.
     pub async fn cleanup(container: &str) -> Result<usize, EndpointError> {
         let prefix = host_prefix(container)?;
-        remove_where(container, |found| found.len() == prefix.len() + 1 && found.starts_with(&prefix)).await
-    }
-
-    async fn create_pair(
-        &self,
-        netlink: &Netlink,
-        bridge: &Bridge,
-        namespace: i32,
-    ) -> Result<(), NetlinkError> {
-        let inner = LinkMessageBuilder::<LinkUnspec>::new()
-            .name(self.interface.clone())
-            .mtu(bridge.spec().mtu)
-            .address(self.mac.0.to_vec())
-            .append_extra_attribute(LinkAttribute::NetNsFd(namespace))
-            .build();
-        let pair = LinkVeth::new(&self.host_interface, &self.interface)
-            .mtu(bridge.spec().mtu)
-            .controller(bridge.index())
-            .set_info_data(InfoData::Veth(InfoVeth::Peer(inner)))
-            .up()
-            .build();
-        let action = || format!("create veth `{}` on bridge `{}`", self.host_interface, bridge.spec().name);
-        netlink.handle.link().add(pair).execute().await.refused(action)
-    }
-
-    async fn configure(&self, inside: &Netlink) -> Result<(), NetlinkError> {
-        let link = inside.link(&self.interface).await?.ok_or_else(|| NetlinkError::Refused {
-            action: format!("find interface `{}`", self.interface),
-            source: io::Error::from_raw_os_error(nix::libc::ENODEV),
-        })?;
-        let index = link.header.index;
-        inside
-            .handle
-            .address()
-            .add(index, IpAddr::V4(self.address.addr()), self.address.prefix_len())
-            .execute()
-            .await
-            .refused(|| format!("add address {}", self.address))?;
-        inside.up(index).await?;
-        let route =
-            RouteMessageBuilder::<Ipv4Addr>::new().gateway(self.gateway).output_interface(index).build();
-        match inside
-            .handle
-            .route()
-            .add(route)
-            .execute()
-            .await
-            .refused(|| format!("route through {}", self.gateway))
-        {
-            // A container's first network gives the default route; the next ones leave it.
-            Err(error) if error.errno() == Some(nix::libc::EEXIST) => Ok(()),
-            other => other,
-        }
-    }
-
-    async fn remove(&self, netlink: &Netlink) -> Result<(), NetlinkError> {
-        if let Some(link) = netlink.link(&self.host_interface).await? {
-            netlink.remove_link(link.header.index).await?;
-        }
-        Ok(())
+        let container = container.to_owned();
+        let again = container.clone();
+        let removed = blocking(move || {
+            let failed = |source| EndpointError::Remove { container: container.clone(), source };
+            let mut netlink = Netlink::open().map_err(failed)?;
+            let mut removed = 0;
+            for link in netlink.links().map_err(failed)? {
+                let is_ours = name_of(&link)
+                    .is_some_and(|name| name.len() == prefix.len() + 1 && name.starts_with(&prefix));
+                if is_ours && netlink.remove_link(link.header.index).map_err(failed)? {
+                    removed += 1;
+                }
+            }
+            Ok(removed)
+        });
+        removed.await.unwrap_or_else(|error| {
+            Err(EndpointError::Remove { container: again, source: NetlinkError::Open(error) })
+        })
     }
 }
 
-async fn remove_where(container: &str, wanted: impl Fn(&str) -> bool) -> Result<usize, EndpointError> {
-    let failed = |source| EndpointError::Remove { container: container.to_owned(), source };
-    let netlink = Netlink::open().map_err(failed)?;
-    let mut removed = 0;
-    for (name, index) in netlink.links().await.map_err(failed)? {
-        if wanted(&name) && netlink.remove_link(index).await.map_err(failed)? {
-            removed += 1;
+/// Runs `work` on a thread inside the sandbox, with a conversation with either side.
+async fn with_netlink<T: Send + 'static>(
+    container: String,
+    sandbox: Sandbox,
+    work: impl FnOnce(&mut Netlink, &mut Netlink, i32, &str) -> Result<T, EndpointError> + Send + 'static,
+) -> Result<T, EndpointError> {
+    let again = container.clone();
+    let done = blocking(move || {
+        let kernel = |source| EndpointError::Route { container: container.clone(), source };
+        let namespace = sandbox
+            .file()
+            .map_err(|source| EndpointError::Sandbox { container: container.clone(), source })?;
+        let mut outside = Netlink::open().map_err(kernel)?;
+        let fd = namespace.as_raw_fd();
+        let done = inside(namespace.as_fd(), || {
+            let mut within = Netlink::open().map_err(kernel)?;
+            work(&mut outside, &mut within, fd, &container)
+        });
+        done.map_err(kernel)?
+    });
+    done.await.unwrap_or_else(|error| {
+        Err(EndpointError::Route { container: again, source: NetlinkError::Open(error) })
+    })
+}
+
+fn attach(
+    outside: &mut Netlink,
+    within: &mut Netlink,
+    namespace: i32,
+    spec: &EndpointSpec,
+) -> Result<Endpoint, EndpointError> {
+    let host = host_interface(&spec.container, spec.slot)?;
+    if !is_interface_name(&spec.interface) {
+        return Err(EndpointError::Interface { interface: spec.interface.clone() });
+    }
+    let kernel = |source| EndpointError::Kernel {
+        container: spec.container.clone(),
+        interface: spec.interface.clone(),
+        source,
+    };
+    let mac = spec
+        .mac
+        .or_else(|| spec.addresses.first().map(|net| Mac::of(net.addr())))
+        .unwrap_or_else(|| Mac::from_name(&host));
+    let made = (|| {
+        remove_link(outside, &host)?;
+        create(outside, namespace, &host, mac, spec)?;
+        configure(within, mac, spec)
+    })();
+    match made {
+        Ok(mac) => Ok(Endpoint { interface: spec.interface.clone(), mac }),
+        Err(error) => {
+            // An interface inside that was there before is not ours to remove; the pair was never made then.
+            if error.errno() != Some(nix::libc::EEXIST)
+                && let Err(also) = remove(outside, within, spec)
+            {
+                tracing::warn!(interface = host, error = %also, "a failed endpoint stays behind");
+            }
+            Err(kernel(error))
         }
     }
-    Ok(removed)
+}
+
+fn create(
+    outside: &mut Netlink,
+    namespace: i32,
+    host: &str,
+    mac: Mac,
+    spec: &EndpointSpec,
+) -> Result<(), NetlinkError> {
+    let inner = |message: LinkMessageBuilder<LinkUnspec>| {
+        message.append_extra_attribute(LinkAttribute::NetNsFd(namespace)).mtu(spec.mtu)
+    };
+    match &spec.uplink {
+        Uplink::Bridge { name, isolated, hairpin } => {
+            let bridge = index_of(outside, name)?;
+            let peer =
+                inner(LinkMessageBuilder::<LinkUnspec>::new().name(&spec.interface).address(mac.0.to_vec()));
+            let pair = LinkVeth::new(host, &spec.interface)
+                .mtu(spec.mtu)
+                .controller(bridge)
+                .set_info_data(InfoData::Veth(InfoVeth::Peer(peer.build())))
+                .up()
+                .build();
+            let action = format!("create veth `{host}` on bridge `{name}`");
+            outside.ask(Request::create(action, RouteNetlinkMessage::NewLink(pair)))?;
+            if *isolated || *hairpin {
+                let port = index_of(outside, host)?;
+                let message = LinkBridgePort::new(port).isolated(*isolated).hairpin(*hairpin).build();
+                let action = format!("set port `{host}` of bridge `{name}`");
+                outside.ask(Request::change(action, RouteNetlinkMessage::NewLink(message)))?;
+            }
+            Ok(())
+        }
+        Uplink::Macvlan { parent, mode } => {
+            let mode = match mode {
+                Macvlan::Bridge => MacVlanMode::Bridge,
+                Macvlan::Vepa => MacVlanMode::Vepa,
+                Macvlan::Private => MacVlanMode::Private,
+                Macvlan::Passthru => MacVlanMode::Passthrough,
+            };
+            let parent_index = index_of(outside, parent)?;
+            let mut child = LinkMacVlan::new(&spec.interface, parent_index, mode)
+                .append_extra_attribute(LinkAttribute::NetNsFd(namespace));
+            // Of a passthrough child the hardware address is the parent's own.
+            if mode != MacVlanMode::Passthrough {
+                child = child.address(mac.0.to_vec());
+            }
+            let action = format!("create a macvlan interface on `{parent}`");
+            outside.ask(Request::create(action, RouteNetlinkMessage::NewLink(child.build())))
+        }
+        Uplink::Ipvlan { parent, mode } => {
+            let mode = match mode {
+                Ipvlan::L2 => IpVlanMode::L2,
+                Ipvlan::L3 => IpVlanMode::L3,
+                Ipvlan::L3s => IpVlanMode::L3S,
+            };
+            let parent_index = index_of(outside, parent)?;
+            let child = LinkIpVlan::new(&spec.interface, parent_index, mode)
+                .append_extra_attribute(LinkAttribute::NetNsFd(namespace))
+                .build();
+            let action = format!("create an ipvlan interface on `{parent}`");
+            outside.ask(Request::create(action, RouteNetlinkMessage::NewLink(child)))
+        }
+    }
+}
+
+/// Returns the hardware address it has: that of an ipvlan child is its parent's.
+fn configure(within: &mut Netlink, mac: Mac, spec: &EndpointSpec) -> Result<Mac, NetlinkError> {
+    let interface = &spec.interface;
+    let link = within
+        .link(interface)?
+        .ok_or_else(|| NetlinkError::refused(format!("find interface `{interface}`"), nix::libc::ENODEV))?;
+    let index = link.header.index;
+    settings(spec).map_err(|source| NetlinkError::Refused {
+        action: format!("set the kernel's settings of interface `{interface}`"),
+        source,
+    })?;
+    let mut requests: Vec<Request> =
+        spec.addresses.iter().map(|address| add_address(index, *address)).collect();
+    requests.push(Request::up(index));
+    within.batch(&requests)?;
+    Ok(hardware_address(&link).unwrap_or(mac))
+}
+
+/// Before it is up: whether it speaks IPv6, that it tells its neighbours of its addresses (which somebody else may
+/// have had), and what the user asks.
+fn settings(spec: &EndpointSpec) -> io::Result<()> {
+    let interface = &spec.interface;
+    let speaks_ipv6 = spec.addresses.iter().any(|net| net.addr().is_ipv6());
+    let write = |path: String, value: &str| match std::fs::write(path, value) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    };
+    if speaks_ipv6 {
+        enable_ipv6(interface)?;
+        write(format!("/proc/sys/net/ipv6/conf/{interface}/ndisc_notify"), "1")?;
+    } else {
+        write(format!("/proc/sys/net/ipv6/conf/{interface}/disable_ipv6"), "1")?;
+    }
+    write(format!("/proc/sys/net/ipv4/conf/{interface}/arp_notify"), "1")?;
+    for (name, value) in &spec.sysctls {
+        let path: Vec<String> = name
+            .split('.')
+            .map(|part| if part.eq_ignore_ascii_case("IFNAME") { interface.clone() } else { part.to_owned() })
+            .collect();
+        std::fs::write(format!("/proc/sys/{}", path.join("/")), value)
+            .map_err(|error| io::Error::new(error.kind(), format!("{name}: {error}")))?;
+    }
+    Ok(())
+}
+
+fn set_gateways(within: &mut Netlink, gateways: &Gateways) -> Result<(), NetlinkError> {
+    set_gateway(within, gateways.v4.as_ref(), false)?;
+    set_gateway(within, gateways.v6.as_ref(), true)
+}
+
+fn set_gateway(within: &mut Netlink, gateway: Option<&Gateway>, six: bool) -> Result<(), NetlinkError> {
+    let Some(gateway) = gateway else {
+        let message = if six {
+            RouteMessageBuilder::<Ipv6Addr>::new().build()
+        } else {
+            RouteMessageBuilder::<Ipv4Addr>::new().build()
+        };
+        let gone =
+            within.ask(Request::change("remove the default route", RouteNetlinkMessage::DelRoute(message)));
+        return match gone {
+            // There was none; or there is no IPv6 at all.
+            Err(error)
+                if matches!(
+                    error.errno(),
+                    Some(nix::libc::ESRCH | nix::libc::EAFNOSUPPORT | nix::libc::EOPNOTSUPP)
+                ) =>
+            {
+                Ok(())
+            }
+            other => other,
+        };
+    };
+    let index = index_of(within, &gateway.interface)?;
+    // It need not be in the interface's own subnet.
+    let message = match gateway.address {
+        Some(IpAddr::V4(address)) => {
+            RouteMessageBuilder::<Ipv4Addr>::new().gateway(address).onlink().output_interface(index).build()
+        }
+        Some(IpAddr::V6(address)) => {
+            RouteMessageBuilder::<Ipv6Addr>::new().gateway(address).onlink().output_interface(index).build()
+        }
+        None if six => RouteMessageBuilder::<Ipv6Addr>::new().output_interface(index).build(),
+        None => RouteMessageBuilder::<Ipv4Addr>::new().output_interface(index).build(),
+    };
+    let action = match gateway.address {
+        Some(address) => format!("route through {address}"),
+        None => format!("route through interface `{}`", gateway.interface),
+    };
+    within.ask(Request::replace(action, RouteNetlinkMessage::NewRoute(message)))
+}
+
+fn remove(outside: &mut Netlink, within: &mut Netlink, spec: &EndpointSpec) -> Result<(), NetlinkError> {
+    let host = host_interface(&spec.container, spec.slot)
+        .map_err(|error| NetlinkError::Open(io::Error::other(error)))?;
+    remove_named(outside, within, &host, &spec.interface)
+}
+
+/// The host's end takes the other one with it; a child of a host's interface has only the inner one.
+fn remove_named(
+    outside: &mut Netlink,
+    within: &mut Netlink,
+    host: &str,
+    interface: &str,
+) -> Result<(), NetlinkError> {
+    if !remove_link(outside, host)? {
+        remove_link(within, interface)?;
+    }
+    Ok(())
+}
+
+fn remove_link(netlink: &mut Netlink, name: &str) -> Result<bool, NetlinkError> {
+    let message = LinkUnspec::new_with_name(name).build();
+    netlink.ask_gone(Request::change(
+        format!("remove interface `{name}`"),
+        RouteNetlinkMessage::DelLink(message),
+    ))
+}
+
+fn index_of(netlink: &mut Netlink, name: &str) -> Result<u32, NetlinkError> {
+    let link = netlink.link(name)?;
+    link.map(|link| link.header.index)
+        .ok_or_else(|| NetlinkError::refused(format!("find interface `{name}`"), nix::libc::ENODEV))
+}
+
+fn hardware_address(link: &LinkMessage) -> Option<Mac> {
+    link.attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::Address(bytes) => bytes.as_slice().try_into().ok().map(Mac),
+        _ => None,
+    })
 }
 
 fn host_prefix(container: &str) -> Result<String, EndpointError> {
@@ -252,16 +563,9 @@ fn host_prefix(container: &str) -> Result<String, EndpointError> {
     }
 }
 
-fn host_interface(container: &str, interface: &str) -> Result<String, EndpointError> {
-    let prefix = host_prefix(container)?;
-    match interface.strip_prefix("eth").map(str::as_bytes) {
-        Some([digit @ b'0'..=b'9']) => {
-            let name = format!("{prefix}{}", char::from(*digit));
-            debug_assert!(is_interface_name(&name));
-            Ok(name)
-        }
-        _ => Err(EndpointError::Interface { interface: interface.to_owned() }),
-    }
+fn host_interface(container: &str, slot: u8) -> Result<String, EndpointError> {
+    let letter = SLOT_LETTERS.get(usize::from(slot)).ok_or(EndpointError::Slot)?;
+    Ok(format!("{}{}", host_prefix(container)?, char::from(*letter)))
 }
 
 #[cfg(test)]
@@ -271,20 +575,15 @@ mod tests {
     #[test]
     fn the_bridge_port_is_named_after_the_container() {
         let id = "3f2a9c1d77e04b5caaaa";
-        assert_eq!(host_interface(id, "eth0").unwrap(), "ve3f2a9c1d77e00");
-        assert_eq!(host_interface(id, "eth9").unwrap(), "ve3f2a9c1d77e09");
-        assert!(is_interface_name(&host_interface(id, "eth9").unwrap()));
+        assert_eq!(host_interface(id, 0).unwrap(), "ve3f2a9c1d77e00");
+        assert_eq!(host_interface(id, 35).unwrap(), "ve3f2a9c1d77e0z");
+        assert!(is_interface_name(&host_interface(id, 35).unwrap()));
     }
 
     #[test]
     fn names_that_could_not_be_found_again_are_refused() {
-        assert!(matches!(host_interface("3f2a", "eth0"), Err(EndpointError::Container { .. })));
-        assert!(matches!(host_interface("zzzzzzzzzzzz", "eth0"), Err(EndpointError::Container { .. })));
-        for interface in ["eth", "eth10", "wlan0", ""] {
-            assert!(
-                matches!(host_interface("3f2a9c1d77e0", interface), Err(EndpointError::Interface { .. })),
-                "{interface}"
-            );
-        }
+        assert!(matches!(host_interface("3f2a", 0), Err(EndpointError::Container { .. })));
+        assert!(matches!(host_interface("zzzzzzzzzzzz", 0), Err(EndpointError::Container { .. })));
+        assert!(matches!(host_interface("3f2a9c1d77e0", SLOTS_MAX), Err(EndpointError::Slot)));
     }
 }

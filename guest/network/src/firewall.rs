@@ -1,44 +1,34 @@
 //! The engine's own nftables table, written as a whole in one transaction.
 //!
-//! What the table should say follows from the list of networks, so every change is "replace the table": no drift, no
-//! half state, and a table left by an engine that died is simply overwritten. No other table is read or touched.
+//! What the table should say follows from the networks and the published ports, so every change is "say it all again":
+//! no drift, no half state, and a table that somebody flushed or that an engine left when it died is whole afterwards.
+//! The rules never change; they look things up in sets and maps, which hold the networks. Starting a container without
+//! published ports writes nothing. No other table is read or touched.
 //!
 //! ```text
-//! table inet engine {
-//!     chain forward {
-//!         type filter hook forward priority filter; policy accept;
-//!         ct state established,related accept
-//!         iifname "engine0" oifname "engine0" accept      containers of one network reach each other
-//!         oifname "engine0" drop                          nobody else starts a conversation with them
-//!         iifname "engine0" accept                        they may talk to the rest
-//!     }
-//!     chain postrouting {
-//!         type nat hook postrouting priority srcnat; policy accept;
-//!         ip saddr 172.17.0.0/16 oifname != "engine0" masquerade
-//!     }
-//! }
+//! raw          what comes from a container for a loopback address of the host: dropped
+//! prerouting   for an address of the host and a published port: to the container
+//! output       the same, from the host itself, IPv4 loopback addresses included
+//! forward      replies; between containers of a network; published ports; trusted interfaces; out: accepted.
+//!              Into or out of an internal network, and anything else that is for a container: dropped
+//! postrouting  what leaves a network, and what a container sends to its own published port: from our address
 //! ```
 
-use std::borrow::Cow;
+use std::fmt::Write as _;
 use std::io;
+use std::net::IpAddr;
 use std::process::Stdio;
 use std::time::Duration;
 
-use ipnet::Ipv4Net;
-use nftables::batch::Batch;
-use nftables::expr::{CT, Expression, Meta, MetaKey, NamedExpression, Payload, PayloadField, Prefix};
-use nftables::schema::{Chain, NfListObject, Rule, Table};
-use nftables::stmt::{Match, Operator, Statement};
-use nftables::types::{NfChainPolicy, NfChainType, NfFamily, NfHook};
+use ipnet::IpNet;
 use tokio::io::AsyncWriteExt;
 use tokio::process::Command;
 use tokio::time::timeout;
 
+use crate::bridge::is_interface_name;
+
 /// Longest a transaction may take; `nft` needs milliseconds, a hung one must not hold a container's start for ever.
 const NFT_DEADLINE: Duration = Duration::from_secs(20);
-/// nftables' own numbers for the priorities `filter` and `srcnat`.
-const PRIORITY_FILTER: i32 = 0;
-const PRIORITY_SOURCE_NAT: i32 = 100;
 
 /// The table of one engine. Engines on one computer use different names.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -46,13 +36,87 @@ pub struct Firewall {
     table: String,
 }
 
+/// What the firewall knows.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Rules {
+    /// The networks.
+    pub networks: Vec<FirewallNetwork>,
+    /// The published ports.
+    pub ports: Vec<FirewallPort>,
+}
+
 /// What the firewall knows of a network.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FirewallNetwork {
     /// The bridge's interface name.
     pub bridge: String,
-    /// The addresses to hide behind the outgoing interface's.
-    pub subnet: Ipv4Net,
+    /// The network's addresses.
+    pub subnets: Vec<IpNet>,
+    /// Nothing goes in or out.
+    pub internal: bool,
+    /// Its containers reach each other.
+    pub direct: bool,
+    /// Those of its addresses that hide behind the outgoing interface's.
+    pub hidden: Vec<IpNet>,
+    /// Its containers can be reached directly from everywhere.
+    pub open: bool,
+    /// Interfaces of the host from which its containers may be reached directly.
+    pub trusted: Vec<String>,
+}
+
+/// One published port.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct FirewallPort {
+    /// `tcp`, `udp` or `sctp`.
+    pub protocol: Protocol,
+    /// The host's address, or the unspecified one for all.
+    pub host: IpAddr,
+    /// The host's port.
+    pub host_port: u16,
+    /// The container's address, of the same family.
+    pub container: IpAddr,
+    /// The container's port.
+    pub container_port: u16,
+}
+
+/// A transport with ports.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Protocol {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+    /// SCTP.
+    Sctp,
+}
+
+impl Protocol {
+    /// `tcp`, `udp` or `sctp`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+            Self::Sctp => "sctp",
+        }
+    }
+}
+
+impl std::fmt::Display for Protocol {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str(self.name())
+    }
+}
+
+impl std::str::FromStr for Protocol {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        [Self::Tcp, Self::Udp, Self::Sctp]
+            .into_iter()
+            .find(|protocol| text.eq_ignore_ascii_case(protocol.name()))
+            .ok_or(())
+    }
 }
 
 /// Why the rules could not be written.
@@ -89,17 +153,19 @@ impl Firewall {
         Self { table: table.into() }
     }
 
-    /// Replaces the table by the rules for `networks`, in one transaction: before it the old rules count, after it
-    /// the new. Connections that exist go on. Dropped halfway, either nothing or everything is done.
+    /// Makes the table say exactly these rules, in one transaction: before it the old ones count, after it the new.
+    /// Connections that exist go on. Dropped halfway, either nothing or everything is done.
     ///
     /// # Errors
     /// When `nft` is missing, refuses or hangs; then nothing has changed.
-    pub async fn apply(&self, networks: &[FirewallNetwork]) -> Result<(), FirewallError> {
-        let mut batch = self.removal();
-        for object in self.rules(networks) {
-            batch.add(object);
+    pub async fn apply(&self, rules: &Rules) -> Result<(), FirewallError> {
+        let names =
+            rules.networks.iter().flat_map(|network| [&network.bridge].into_iter().chain(&network.trusted));
+        if let Some(name) = names.into_iter().find(|name| !is_interface_name(name)) {
+            let reason = format!("`{name}` cannot name an interface");
+            return Err(FirewallError::Refused { table: self.table.clone(), reason });
         }
-        self.run(batch).await
+        self.run(script(&self.table, rules)).await
     }
 
     /// Removes the table. One that is not there is fine.
@@ -107,84 +173,15 @@ impl Firewall {
     /// # Errors
     /// When `nft` is missing, refuses or hangs.
     pub async fn remove(&self) -> Result<(), FirewallError> {
-        self.run(self.removal()).await
+        let table = &self.table;
+        self.run(format!("add table inet {table}\ndelete table inet {table}\n")).await
     }
 
-    /// Deleting a table that is not there fails, adding one that is there does not: so add, then delete.
-    fn removal(&self) -> Batch<'_> {
-        let mut batch = Batch::new();
-        batch.add(self.table());
-        batch.delete(self.table());
-        batch
-    }
-
-    fn table(&self) -> NfListObject<'_> {
-        NfListObject::Table(Table { family: NfFamily::INet, name: Cow::from(&self.table), handle: None })
-    }
-
-    fn rules<'a>(&'a self, networks: &'a [FirewallNetwork]) -> Vec<NfListObject<'a>> {
-        let mut objects = vec![
-            self.table(),
-            self.chain("forward", NfChainType::Filter, NfHook::Forward, PRIORITY_FILTER),
-            self.chain("postrouting", NfChainType::NAT, NfHook::Postrouting, PRIORITY_SOURCE_NAT),
-        ];
-        let mut forward = |statements| objects.push(self.rule("forward", statements));
-        forward(vec![is_reply(), Statement::Accept(None)]);
-        for network in networks {
-            forward(vec![
-                interface(MetaKey::Iifname, Operator::EQ, network),
-                interface(MetaKey::Oifname, Operator::EQ, network),
-                Statement::Accept(None),
-            ]);
-        }
-        for network in networks {
-            forward(vec![interface(MetaKey::Oifname, Operator::EQ, network), Statement::Drop(None)]);
-        }
-        for network in networks {
-            forward(vec![interface(MetaKey::Iifname, Operator::EQ, network), Statement::Accept(None)]);
-        }
-        for network in networks {
-            objects.push(self.rule(
-                "postrouting",
-                vec![
-                    from_subnet(network.subnet),
-                    interface(MetaKey::Oifname, Operator::NEQ, network),
-                    Statement::Masquerade(None),
-                ],
-            ));
-        }
-        objects
-    }
-
-    fn chain(&self, name: &'static str, kind: NfChainType, hook: NfHook, priority: i32) -> NfListObject<'_> {
-        NfListObject::Chain(Chain {
-            family: NfFamily::INet,
-            table: Cow::from(&self.table),
-            name: name.into(),
-            _type: Some(kind),
-            hook: Some(hook),
-            prio: Some(priority),
-            policy: Some(NfChainPolicy::Accept),
-            ..Chain::default()
-        })
-    }
-
-    fn rule<'a>(&'a self, chain: &'static str, statements: Vec<Statement<'a>>) -> NfListObject<'a> {
-        NfListObject::Rule(Rule {
-            family: NfFamily::INet,
-            table: Cow::from(&self.table),
-            chain: chain.into(),
-            expr: statements.into(),
-            ..Rule::default()
-        })
-    }
-
-    async fn run(&self, batch: Batch<'_>) -> Result<(), FirewallError> {
+    async fn run(&self, script: String) -> Result<(), FirewallError> {
         let table = || self.table.clone();
         let failed = |source| FirewallError::Run { table: table(), source };
-        let json = serde_json::to_vec(&batch.to_nftables()).map_err(|error| failed(error.into()))?;
         let mut child = Command::new("nft")
-            .args(["-j", "-f", "-"])
+            .args(["-f", "-"])
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
@@ -194,7 +191,7 @@ impl Firewall {
         let mut stdin = child.stdin.take().ok_or_else(|| failed(io::ErrorKind::BrokenPipe.into()))?;
         let conversation = async {
             // Should nft leave early, its exit status and message say more than the broken pipe.
-            let written = stdin.write_all(&json).await;
+            let written = stdin.write_all(script.as_bytes()).await;
             drop(stdin);
             let output = child.wait_with_output().await?;
             if output.status.success() { written.map(|()| output) } else { Ok(output) }
@@ -215,79 +212,251 @@ impl Firewall {
     }
 }
 
-fn is_reply() -> Statement<'static> {
-    Statement::Match(Match {
-        left: Expression::Named(NamedExpression::CT(CT { key: "state".into(), family: None, dir: None })),
-        right: Expression::List(vec![
-            Expression::String("established".into()),
-            Expression::String("related".into()),
-        ]),
-        op: Operator::IN,
-    })
+/// Sets and maps, by name and type. `own` holds each network's addresses with its bridge, `hidden` the addresses to
+/// masquerade; `ports` is for published ports on every address of the host, `ports_at` for those on one.
+const SETS: [(&str, &str); 11] = [
+    ("set bridges", "type ifname"),
+    ("set direct", "type ifname . ifname"),
+    ("set sealed", "type ifname"),
+    ("set open", "type ifname"),
+    ("set trusted", "type ifname . ifname"),
+    ("set own4", "type ipv4_addr . ifname; flags interval"),
+    ("set own6", "type ipv6_addr . ifname; flags interval"),
+    ("set hidden4", "type ipv4_addr; flags interval"),
+    ("set hidden6", "type ipv6_addr; flags interval"),
+    ("map ports4", "type inet_proto . inet_service : ipv4_addr . inet_service"),
+    ("map ports6", "type inet_proto . inet_service : ipv6_addr . inet_service"),
+];
+const SETS_AT: [(&str, &str); 2] = [
+    ("map ports4_at", "type inet_proto . ipv4_addr . inet_service : ipv4_addr . inet_service"),
+    ("map ports6_at", "type inet_proto . ipv6_addr . inet_service : ipv6_addr . inet_service"),
+];
+
+const CHAINS: [(&str, &str, &[&str]); 5] = [
+    ("raw", "type filter hook prerouting priority raw", &["iifname @bridges ip daddr 127.0.0.0/8 drop"]),
+    (
+        "prerouting",
+        "type nat hook prerouting priority dstnat",
+        &[
+            "ip daddr 127.0.0.0/8 return",
+            "fib daddr type local dnat ip to meta l4proto . ip daddr . th dport map @ports4_at",
+            "fib daddr type local dnat ip to meta l4proto . th dport map @ports4",
+            "fib daddr type local dnat ip6 to meta l4proto . ip6 daddr . th dport map @ports6_at",
+            "fib daddr type local dnat ip6 to meta l4proto . th dport map @ports6",
+        ],
+    ),
+    (
+        "output",
+        "type nat hook output priority -100",
+        &[
+            // Answers to it would have to come from elsewhere; a relay in the engine serves it instead.
+            "ip6 daddr ::1 return",
+            "fib daddr type local dnat ip to meta l4proto . ip daddr . th dport map @ports4_at",
+            "fib daddr type local dnat ip to meta l4proto . th dport map @ports4",
+            "fib daddr type local dnat ip6 to meta l4proto . ip6 daddr . th dport map @ports6_at",
+            "fib daddr type local dnat ip6 to meta l4proto . th dport map @ports6",
+        ],
+    ),
+    (
+        "forward",
+        "type filter hook forward priority filter",
+        &[
+            "ct state established,related accept",
+            "iifname . oifname @direct accept",
+            "iifname @sealed drop",
+            "oifname @sealed drop",
+            "ct status dnat oifname @bridges accept",
+            "iifname . oifname @trusted accept",
+            "oifname @open accept",
+            "oifname @bridges drop",
+            "iifname @bridges accept",
+        ],
+    ),
+    (
+        "postrouting",
+        "type nat hook postrouting priority srcnat",
+        &[
+            // To itself, or to a neighbour, by way of the host's address: the answer has to come back this way.
+            "ct status dnat ip saddr . oifname @own4 masquerade",
+            "ct status dnat ip6 saddr . oifname @own6 masquerade",
+            "ip saddr . oifname @own4 return",
+            "ip6 saddr . oifname @own6 return",
+            "ip saddr 127.0.0.0/8 oifname @bridges masquerade",
+            "ip saddr @hidden4 masquerade",
+            "ip6 saddr @hidden6 masquerade",
+        ],
+    ),
+];
+
+/// The transaction's text.
+fn script(table: &str, rules: &Rules) -> String {
+    let mut text = format!("add table inet {table}\n");
+    let mut say = |line: std::fmt::Arguments<'_>| {
+        // Writing to a string cannot fail.
+        let _ = text.write_fmt(line);
+        text.push('\n');
+    };
+    for (name, kind) in SETS.iter().chain(&SETS_AT) {
+        let (what, name) = name.split_once(' ').unwrap_or(("set", name));
+        say(format_args!("add {what} inet {table} {name} {{ {kind}; }}"));
+    }
+    for (name, hook, _) in CHAINS {
+        say(format_args!("add chain inet {table} {name} {{ {hook}; policy accept; }}"));
+        say(format_args!("flush chain inet {table} {name}"));
+    }
+    for (name, _) in SETS.iter().chain(&SETS_AT) {
+        say(format_args!("flush {name_with_table}", name_with_table = with_table(name, table)));
+    }
+    for (name, _, lines) in CHAINS {
+        for line in lines {
+            say(format_args!("add rule inet {table} {name} {line}"));
+        }
+    }
+    for (name, elements) in elements(rules) {
+        if !elements.is_empty() {
+            say(format_args!("add element inet {table} {name} {{ {} }}", elements.join(", ")));
+        }
+    }
+    text
 }
 
-fn interface(key: MetaKey, op: Operator, network: &FirewallNetwork) -> Statement<'_> {
-    Statement::Match(Match {
-        left: Expression::Named(NamedExpression::Meta(Meta { key })),
-        right: Expression::String(Cow::from(&network.bridge)),
-        op,
-    })
+fn with_table(name: &str, table: &str) -> String {
+    let (what, name) = name.split_once(' ').unwrap_or(("set", name));
+    format!("{what} inet {table} {name}")
 }
 
-fn from_subnet(subnet: Ipv4Net) -> Statement<'static> {
-    Statement::Match(Match {
-        left: Expression::Named(NamedExpression::Payload(Payload::PayloadField(PayloadField {
-            protocol: "ip".into(),
-            field: "saddr".into(),
-        }))),
-        right: Expression::Named(NamedExpression::Prefix(Prefix {
-            addr: Box::new(Expression::String(subnet.network().to_string().into())),
-            len: subnet.prefix_len().into(),
-        })),
-        op: Operator::EQ,
-    })
+fn elements(rules: &Rules) -> Vec<(&'static str, Vec<String>)> {
+    let networks = &rules.networks;
+    let named = |wanted: fn(&FirewallNetwork) -> bool| -> Vec<String> {
+        networks.iter().filter(|network| wanted(network)).map(|network| quoted(&network.bridge)).collect()
+    };
+    let of_family = |subnet: &&IpNet, six: bool| matches!(subnet, IpNet::V6(_)) == six;
+    let own = |six: bool| -> Vec<String> {
+        let one = |network: &FirewallNetwork| {
+            let subnets = network.subnets.iter().filter(|subnet| of_family(subnet, six));
+            subnets.map(|subnet| format!("{subnet} . {}", quoted(&network.bridge))).collect::<Vec<_>>()
+        };
+        networks.iter().flat_map(one).collect()
+    };
+    let hidden = |six: bool| -> Vec<String> {
+        let wanted = networks.iter().filter(|network| !network.internal);
+        let subnets = wanted.flat_map(|network| &network.hidden).filter(|subnet| of_family(subnet, six));
+        subnets.map(ToString::to_string).collect()
+    };
+    let ports = |six: bool, everywhere: bool| -> Vec<String> {
+        let wanted = rules
+            .ports
+            .iter()
+            .filter(|port| port.container.is_ipv6() == six && port.host.is_unspecified() == everywhere);
+        let one = |port: &FirewallPort| {
+            let at = if everywhere { String::new() } else { format!("{} . ", port.host) };
+            format!(
+                "{} . {at}{} : {} . {}",
+                port.protocol, port.host_port, port.container, port.container_port
+            )
+        };
+        wanted.map(one).collect()
+    };
+    vec![
+        ("bridges", named(|_| true)),
+        (
+            "direct",
+            networks
+                .iter()
+                .filter(|network| network.direct)
+                .map(|network| format!("{0} . {0}", quoted(&network.bridge)))
+                .collect(),
+        ),
+        ("sealed", named(|network| network.internal)),
+        ("open", named(|network| network.open && !network.internal)),
+        (
+            "trusted",
+            networks
+                .iter()
+                .filter(|network| !network.internal)
+                .flat_map(|network| network.trusted.iter().map(|name| (name, &network.bridge)))
+                .map(|(name, bridge)| format!("{} . {}", quoted(name), quoted(bridge)))
+                .collect(),
+        ),
+        ("own4", own(false)),
+        ("own6", own(true)),
+        ("hidden4", hidden(false)),
+        ("hidden6", hidden(true)),
+        ("ports4", ports(false, true)),
+        ("ports6", ports(true, true)),
+        ("ports4_at", ports(false, false)),
+        ("ports6_at", ports(true, false)),
+    ]
+}
+
+fn quoted(name: &str) -> String {
+    format!("\"{name}\"")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn everything_is_said_about_our_own_table_only() {
-        let firewall = Firewall::new("engine-test");
-        let network = FirewallNetwork { bridge: "engine0".into(), subnet: "172.17.0.0/16".parse().unwrap() };
-        for object in firewall.rules(&[network]) {
-            let table = match object {
-                NfListObject::Table(table) => table.name,
-                NfListObject::Chain(chain) => chain.table,
-                NfListObject::Rule(rule) => rule.table,
-                other => panic!("{other:?}"),
-            };
-            assert_eq!(table, "engine-test");
+    fn network(bridge: &str, subnet: &str) -> FirewallNetwork {
+        FirewallNetwork {
+            bridge: bridge.into(),
+            subnets: vec![subnet.parse().unwrap()],
+            internal: false,
+            direct: true,
+            hidden: vec![subnet.parse().unwrap()],
+            open: false,
+            trusted: vec!["wg0".into()],
         }
     }
 
     #[test]
-    fn containers_of_a_network_are_let_through_before_others_are_dropped() {
-        let network = |bridge: &str, subnet: &str| FirewallNetwork {
-            bridge: bridge.into(),
-            subnet: subnet.parse().unwrap(),
+    fn everything_is_said_about_our_own_table_only() {
+        let rules = Rules {
+            networks: vec![network("engine0", "172.17.0.0/16"), network("six0", "fd00::/64")],
+            ports: Vec::new(),
         };
-        let networks = [network("a0", "10.0.0.0/24"), network("b0", "10.0.1.0/24")];
+        for line in script("engine-test", &rules).lines() {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            assert_eq!(words[2..4], ["inet", "engine-test"], "{line}");
+        }
+    }
+
+    #[test]
+    fn networks_and_ports_are_elements() {
+        let mut inner = network("in0", "10.0.1.0/24");
+        (inner.internal, inner.direct) = (true, false);
+        let port = |host: &str, container: &str| FirewallPort {
+            protocol: Protocol::Udp,
+            host: host.parse().unwrap(),
+            host_port: 8080,
+            container: container.parse().unwrap(),
+            container_port: 80,
+        };
+        let rules = Rules {
+            networks: vec![network("a0", "10.0.0.0/24"), inner],
+            ports: vec![port("0.0.0.0", "10.0.0.2"), port("127.0.0.1", "10.0.0.2"), port("::1", "fd00::2")],
+        };
+        let text = script("engine", &rules);
+        for line in [
+            "add element inet engine bridges { \"a0\", \"in0\" }",
+            "add element inet engine direct { \"a0\" . \"a0\" }",
+            "add element inet engine sealed { \"in0\" }",
+            "add element inet engine trusted { \"wg0\" . \"a0\" }",
+            "add element inet engine own4 { 10.0.0.0/24 . \"a0\", 10.0.1.0/24 . \"in0\" }",
+            "add element inet engine hidden4 { 10.0.0.0/24 }",
+            "add element inet engine ports4 { udp . 8080 : 10.0.0.2 . 80 }",
+            "add element inet engine ports4_at { udp . 127.0.0.1 . 8080 : 10.0.0.2 . 80 }",
+            "add element inet engine ports6_at { udp . ::1 . 8080 : fd00::2 . 80 }",
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line}\n{text}");
+        }
+        assert!(!text.contains("add element inet engine open"));
+    }
+
+    #[tokio::test]
+    async fn names_that_would_be_rules_are_refused() {
         let firewall = Firewall::new("engine");
-        let verdicts: Vec<char> = firewall
-            .rules(&networks)
-            .iter()
-            .filter_map(|object| match object {
-                NfListObject::Rule(rule) => rule.expr.last().map(|last| match last {
-                    Statement::Accept(_) => 'a',
-                    Statement::Drop(_) => 'd',
-                    Statement::Masquerade(_) => 'm',
-                    other => panic!("{other:?}"),
-                }),
-                _ => None,
-            })
-            .collect();
-        assert_eq!(verdicts.iter().collect::<String>(), "aaaddaamm");
+        let rules = Rules { networks: vec![network("a\" drop", "10.0.0.0/8")], ..Rules::default() };
+        assert!(matches!(firewall.apply(&rules).await, Err(FirewallError::Refused { .. })));
     }
 }

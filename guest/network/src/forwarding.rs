@@ -1,21 +1,47 @@
-//! The kernel's switch for routing packets between interfaces.
+//! The kernel's switches for routing packets between interfaces.
 
 use std::io;
 
 const IP_FORWARD: &str = "/proc/sys/net/ipv4/ip_forward";
+const IPV6_FORWARD: &str = "/proc/sys/net/ipv6/conf/all/forwarding";
 
 /// Routing could not be switched on.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot switch on packet forwarding in {IP_FORWARD}")]
-pub struct ForwardingError(#[source] io::Error);
+#[error("cannot switch on packet forwarding in {path}")]
+pub struct ForwardingError {
+    path: String,
+    #[source]
+    source: io::Error,
+}
 
 /// Switches IPv4 routing on in the caller's network namespace. Already on is fine, also where the file is read-only.
 ///
 /// # Errors
 /// When the kernel refuses.
 pub fn enable() -> Result<(), ForwardingError> {
-    if std::fs::read(IP_FORWARD).is_ok_and(|value| value.trim_ascii() == b"1") {
+    switch_on(IP_FORWARD)
+}
+
+/// The same for IPv6.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn enable_ipv6() -> Result<(), ForwardingError> {
+    switch_on(IPV6_FORWARD)
+}
+
+/// Lets packets between the host's own loopback addresses and what is behind `interface` pass: without it the kernel
+/// takes them for forged. The firewall keeps everybody else's loopback packets off.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn enable_loopback(interface: &str) -> Result<(), ForwardingError> {
+    switch_on(&format!("/proc/sys/net/ipv4/conf/{interface}/route_localnet"))
+}
+
+fn switch_on(path: &str) -> Result<(), ForwardingError> {
+    if std::fs::read(path).is_ok_and(|value| value.trim_ascii() == b"1") {
         return Ok(());
     }
-    std::fs::write(IP_FORWARD, "1").map_err(ForwardingError)
+    std::fs::write(path, "1").map_err(|source| ForwardingError { path: path.to_owned(), source })
 }

@@ -1,7 +1,7 @@
 //! A hardware address, and the one Docker derives from an IPv4 address.
 
 use std::fmt;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
@@ -22,6 +22,26 @@ impl Mac {
     pub fn from_address(address: Ipv4Addr) -> Self {
         let [a, b, c, d] = address.octets();
         Self([0x02, 0x42, a, b, c, d])
+    }
+
+    /// The same for any address: an IPv6 address gives its last four bytes.
+    pub fn of(address: IpAddr) -> Self {
+        match address {
+            IpAddr::V4(address) => Self::from_address(address),
+            IpAddr::V6(address) => {
+                let [.., a, b, c, d] = address.octets();
+                Self([0x06, 0x42, a, b, c, d])
+            }
+        }
+    }
+
+    /// One for an interface without addresses, from its name.
+    pub(crate) fn from_name(name: &str) -> Self {
+        let hash = name.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+        });
+        let [a, b, c, d, ..] = hash.to_be_bytes();
+        Self([0x06, 0x42, a, b, c, d])
     }
 }
 

@@ -14,7 +14,8 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::statfs::{NSFS_MAGIC, fstatfs};
 
-use crate::netlink::{Netlink, NetlinkError, in_own_thread};
+use crate::blocking;
+use crate::netlink::{Netlink, NetlinkError, Request, in_own_thread};
 
 /// A network namespace with a path. Dropping this value does not delete it; [`Sandbox::delete`] does.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -64,17 +65,8 @@ impl Sandbox {
     pub async fn create(path: &Path) -> Result<Self, SandboxError> {
         let sandbox = Self { path: path.to_owned() };
         let place = sandbox.clone();
-        blocking(move || place.create_mount()).await?;
-        match sandbox.loopback_up().await {
-            Ok(()) => Ok(sandbox),
-            Err(source) => {
-                let error = SandboxError::Loopback { path: sandbox.path.clone(), source };
-                if let Err(also) = sandbox.clone().delete().await {
-                    tracing::warn!(path = %sandbox.path.display(), error = %also, "a failed network namespace stays behind");
-                }
-                Err(error)
-            }
-        }
+        blocking(move || place.create_mount()).await.map_err(|_| SandboxError::ShuttingDown)??;
+        Ok(sandbox)
     }
 
     /// The namespace that is mounted at `path` already.
@@ -85,6 +77,11 @@ impl Sandbox {
         let sandbox = Self { path: path.to_owned() };
         sandbox.file()?;
         Ok(sandbox)
+    }
+
+    /// Whatever is at `path`, complete or not: to be deleted.
+    pub fn at(path: &Path) -> Self {
+        Self { path: path.to_owned() }
     }
 
     /// Every sandbox in `folder`, complete or not. A missing folder holds none.
@@ -116,7 +113,7 @@ impl Sandbox {
     /// # Errors
     /// When the mount or the file cannot be removed.
     pub async fn delete(self) -> Result<(), SandboxError> {
-        blocking(move || self.remove_mount()).await
+        blocking(move || self.remove_mount()).await.map_err(|_| SandboxError::ShuttingDown)?
     }
 
     /// An open file of the namespace.
@@ -130,13 +127,6 @@ impl Sandbox {
         }
     }
 
-    async fn loopback_up(&self) -> Result<(), NetlinkError> {
-        let file = self.file().map_err(|error| NetlinkError::Enter(io::Error::other(error)))?;
-        let netlink = Netlink::open_in(file.as_fd())?;
-        // The loopback interface is the first of every namespace.
-        netlink.up(1).await
-    }
-
     fn create_mount(&self) -> Result<(), SandboxError> {
         if let Some(folder) = self.path.parent() {
             fs::create_dir_all(folder).map_err(|source| self.step("create folder of", source))?;
@@ -147,18 +137,24 @@ impl Sandbox {
             .mode(0o444)
             .open(&self.path)
             .map_err(|source| self.step("create the file of", source))?;
-        let mounted = in_own_thread(|| {
-            unshare(CloneFlags::CLONE_NEWNET)?;
+        let made = in_own_thread(|| {
+            let step = |errno: Errno| self.step("create", errno.into());
+            unshare(CloneFlags::CLONE_NEWNET).map_err(step)?;
+            // The loopback interface is the first of every namespace.
+            Netlink::open()
+                .and_then(|mut netlink| netlink.ask(Request::up(1)))
+                .map_err(|source| SandboxError::Loopback { path: self.path.clone(), source })?;
+            // Last: without it the namespace ends with this thread.
             mount(Some("/proc/thread-self/ns/net"), &self.path, None::<&str>, MsFlags::MS_BIND, None::<&str>)
-        })
-        .and_then(|result| result.map_err(io::Error::from));
-        mounted.map_err(|source| {
-            let removed = fs::remove_file(&self.path);
-            if let Err(error) = removed {
-                tracing::warn!(path = %self.path.display(), %error, "a failed network namespace stays behind");
-            }
-            self.step("create", source)
-        })
+                .map_err(step)
+        });
+        let made = made.unwrap_or_else(|source| Err(self.step("create", source)));
+        if made.is_err()
+            && let Err(error) = fs::remove_file(&self.path)
+        {
+            tracing::warn!(path = %self.path.display(), %error, "a failed network namespace stays behind");
+        }
+        made
     }
 
     fn remove_mount(&self) -> Result<(), SandboxError> {
@@ -178,18 +174,6 @@ impl Sandbox {
 
     fn step(&self, step: &'static str, source: io::Error) -> SandboxError {
         SandboxError::Step { step, path: self.path.clone(), source }
-    }
-}
-
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, SandboxError> + Send + 'static,
-) -> Result<T, SandboxError> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(result) => result,
-        Err(error) => match error.try_into_panic() {
-            Ok(panic) => std::panic::resume_unwind(panic),
-            Err(_) => Err(SandboxError::ShuttingDown),
-        },
     }
 }
 

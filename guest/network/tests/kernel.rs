@@ -12,8 +12,9 @@ use std::thread;
 use std::time::Duration;
 
 use guest_network::{
-    Bridge, BridgeError, BridgeSpec, Endpoint, EndpointError, EndpointSpec, Firewall, FirewallNetwork, Ipam,
-    Mac, Sandbox, SandboxError, forwarding,
+    Bridge, BridgeError, BridgeSpec, Endpoint, EndpointError, EndpointSpec, Firewall, FirewallNetwork,
+    FirewallPort, Gateway, Gateways, Mac, Macvlan, Protocol, Rules, Sandbox, SandboxError, Uplink,
+    forwarding,
 };
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, setns, unshare};
@@ -60,18 +61,48 @@ fn inside<T: Send>(sandbox: &Sandbox, work: impl FnOnce() -> T + Send) -> T {
     })
 }
 
-fn bridge_spec(name: &str, subnet: &str) -> BridgeSpec {
-    let ipam = Ipam::new(subnet.parse().unwrap(), None).unwrap();
-    BridgeSpec { name: name.into(), subnet: ipam.subnet(), gateway: ipam.gateway(), mtu: 1400 }
+fn bridge_spec(name: &str, address: &str) -> BridgeSpec {
+    BridgeSpec { name: name.into(), addresses: vec![address.parse().unwrap()], mtu: 1400, owned: true }
 }
 
-fn endpoint_spec(container: &str, address: &str) -> EndpointSpec {
+fn endpoint_spec(bridge: &str, container: &str, address: &str) -> EndpointSpec {
     EndpointSpec {
         container: container.into(),
+        slot: 0,
         interface: "eth0".into(),
-        address: address.parse().unwrap(),
+        uplink: Uplink::Bridge { name: bridge.into(), isolated: false, hairpin: true },
+        addresses: vec![address.parse().unwrap()],
         mac: None,
+        mtu: 1400,
+        sysctls: Vec::new(),
     }
+}
+
+/// Attaches one endpoint, with a default route through `gateway`.
+async fn attach(sandbox: &Sandbox, spec: EndpointSpec, gateway: &str) -> Result<Endpoint, EndpointError> {
+    let gateway = Gateway { address: Some(gateway.parse().unwrap()), interface: spec.interface.clone() };
+    let gateways = match gateway.address {
+        Some(IpAddr::V6(_)) => Gateways { v4: None, v6: Some(gateway) },
+        _ => Gateways { v4: Some(gateway), v6: None },
+    };
+    let container = spec.container.clone();
+    Ok(Endpoint::attach(sandbox, &container, vec![spec], gateways).await?.remove(0))
+}
+
+fn network(bridge: &str, subnet: &str) -> FirewallNetwork {
+    FirewallNetwork {
+        bridge: bridge.into(),
+        subnets: vec![subnet.parse().unwrap()],
+        internal: false,
+        direct: true,
+        hidden: vec![subnet.parse().unwrap()],
+        open: false,
+        trusted: Vec::new(),
+    }
+}
+
+fn rules(networks: &[FirewallNetwork]) -> Rules {
+    Rules { networks: networks.to_vec(), ports: Vec::new() }
 }
 
 fn ip(args: &[&str]) -> String {
@@ -118,23 +149,24 @@ impl Folder {
 #[test]
 fn a_bridge_is_made_once_and_follows_its_spec() {
     in_namespaces("a_bridge_is_made_once_and_follows_its_spec", || async {
-        let mut spec = bridge_spec("engine0", "172.17.0.0/16");
+        let mut spec = bridge_spec("engine0", "172.17.0.1/16");
         let first = Bridge::ensure(&spec).await.unwrap();
-        assert_eq!(Bridge::ensure(&spec).await.unwrap(), first);
+        assert!(first.was_made());
+        assert_eq!(Bridge::ensure(&spec).await.unwrap().index(), first.index());
         let shown = ip(&["addr", "show", "engine0"]);
         assert!(shown.contains("inet 172.17.0.1/16") && shown.contains("mtu 1400"), "{shown}");
         assert!(shown.contains("02:42:ac:11:00:01") && shown.contains("UP"), "{shown}");
 
-        spec.gateway = Ipv4Addr::new(172, 17, 9, 9);
+        spec.addresses = vec!["172.17.9.9/16".parse().unwrap(), "fd00:1::1/64".parse().unwrap()];
         spec.mtu = 1500;
         assert_eq!(Bridge::ensure(&spec).await.unwrap().index(), first.index());
         let shown = ip(&["addr", "show", "engine0"]);
         assert!(shown.contains("inet 172.17.9.9/16") && shown.contains("mtu 1500"), "{shown}");
-        assert!(!shown.contains("172.17.0.1/"), "{shown}");
+        assert!(shown.contains("inet6 fd00:1::1/64") && !shown.contains("172.17.0.1/"), "{shown}");
 
         assert!(Bridge::remove("engine0").await.unwrap());
         assert!(!Bridge::remove("engine0").await.unwrap());
-        let error = Bridge::ensure(&bridge_spec("lo", "10.0.0.0/24")).await.unwrap_err();
+        let error = Bridge::ensure(&bridge_spec("lo", "10.0.0.1/24")).await.unwrap_err();
         assert!(matches!(error, BridgeError::NotABridge { .. }), "{error}");
     });
 }
@@ -163,18 +195,17 @@ fn a_sandbox_lives_until_it_is_deleted() {
 fn containers_of_a_bridge_reach_each_other_and_the_gateway() {
     in_namespaces("containers_of_a_bridge_reach_each_other_and_the_gateway", || async {
         let folder = Folder::new();
-        let bridge = Bridge::ensure(&bridge_spec("engine0", "172.17.0.0/16")).await.unwrap();
+        Bridge::ensure(&bridge_spec("engine0", "172.17.0.1/16")).await.unwrap();
         let one = Sandbox::create(&folder.path("one")).await.unwrap();
         let two = Sandbox::create(&folder.path("two")).await.unwrap();
-        let endpoint =
-            Endpoint::attach(&bridge, &one, &endpoint_spec(CONTAINER, "172.17.0.2/16")).await.unwrap();
-        Endpoint::attach(&bridge, &two, &endpoint_spec(OTHER, "172.17.0.3/16")).await.unwrap();
+        let spec = endpoint_spec("engine0", CONTAINER, "172.17.0.2/16");
+        let endpoint = attach(&one, spec, "172.17.0.1").await.unwrap();
+        attach(&two, endpoint_spec("engine0", OTHER, "172.17.0.3/16"), "172.17.0.1").await.unwrap();
 
         assert_eq!(endpoint.mac, Mac([0x02, 0x42, 172, 17, 0, 2]));
-        assert_eq!(endpoint.gateway, Ipv4Addr::new(172, 17, 0, 1));
         let shown = inside(&one, || ip(&["addr", "show", "eth0"]));
         assert!(shown.contains("02:42:ac:11:00:02") && shown.contains("172.17.0.2/16"), "{shown}");
-        assert!(shown.contains("mtu 1400"), "{shown}");
+        assert!(shown.contains("mtu 1400") && !shown.contains("inet6"), "{shown}");
         assert!(inside(&one, || ip(&["route"])).contains("default via 172.17.0.1 dev eth0"));
 
         let heard = talk(Some(&one), &two, Ipv4Addr::new(172, 17, 0, 3)).unwrap();
@@ -185,22 +216,112 @@ fn containers_of_a_bridge_reach_each_other_and_the_gateway() {
 }
 
 #[test]
+fn both_families_and_several_networks_have_their_default_route() {
+    in_namespaces("both_families_and_several_networks_have_their_default_route", || async {
+        let folder = Folder::new();
+        let mut spec = bridge_spec("a0", "172.20.0.1/24");
+        spec.addresses.push("fd00:a::1/64".parse().unwrap());
+        Bridge::ensure(&spec).await.unwrap();
+        Bridge::ensure(&bridge_spec("b0", "172.21.0.1/24")).await.unwrap();
+        let sandbox = Sandbox::create(&folder.path("one")).await.unwrap();
+        let mut first = endpoint_spec("a0", CONTAINER, "172.20.0.2/24");
+        first.addresses.push("fd00:a::2/64".parse().unwrap());
+        first.sysctls.push(("net.ipv4.conf.IFNAME.log_martians".into(), "1".into()));
+        let second = EndpointSpec {
+            slot: 11,
+            interface: "back0".into(),
+            ..endpoint_spec("b0", CONTAINER, "172.21.0.2/24")
+        };
+        let via = |address: &str, interface: &str| {
+            Some(Gateway { address: Some(address.parse().unwrap()), interface: interface.into() })
+        };
+        let gateways = Gateways { v4: via("172.21.0.1", "back0"), v6: via("fd00:a::1", "eth0") };
+        Endpoint::attach(&sandbox, CONTAINER, vec![first, second], gateways).await.unwrap();
+        assert!(interfaces().contains(&"ve3f2a9c1d77e0b".to_owned()), "{:?}", interfaces());
+        let routes = || inside(&sandbox, || ip(&["route"]) + &ip(&["-6", "route"]));
+        let shown = routes();
+        assert!(shown.contains("default via 172.21.0.1 dev back0"), "{shown}");
+        assert!(shown.contains("default via fd00:a::1 dev eth0"), "{shown}");
+        let set = inside(&sandbox, || std::fs::read_to_string("/proc/sys/net/ipv4/conf/eth0/log_martians"));
+        assert_eq!(set.unwrap().trim(), "1");
+        let six = TcpListener::bind("[fd00:a::1]:0").unwrap();
+        let port = six.local_addr().unwrap().port();
+        inside(&sandbox, || TcpStream::connect(("fd00:a::1", port)).unwrap());
+        six.accept().unwrap();
+
+        let gateways = Gateways { v4: via("172.20.0.1", "eth0"), v6: None };
+        Endpoint::detach(&sandbox, CONTAINER, 11, "back0", gateways).await.unwrap();
+        let shown = routes();
+        assert!(shown.contains("default via 172.20.0.1 dev eth0") && !shown.contains("back0"), "{shown}");
+        assert!(!shown.contains("default via fd00"), "{shown}");
+        Endpoint::detach(&sandbox, CONTAINER, 11, "back0", Gateways::default()).await.unwrap();
+        assert!(!routes().contains("default"), "{}", routes());
+    });
+}
+
+#[test]
+fn isolated_ports_reach_the_gateway_and_not_each_other() {
+    in_namespaces("isolated_ports_reach_the_gateway_and_not_each_other", || async {
+        let folder = Folder::new();
+        Bridge::ensure(&bridge_spec("engine0", "172.17.0.1/16")).await.unwrap();
+        let one = Sandbox::create(&folder.path("one")).await.unwrap();
+        let two = Sandbox::create(&folder.path("two")).await.unwrap();
+        let isolated = |container, address| EndpointSpec {
+            uplink: Uplink::Bridge { name: "engine0".into(), isolated: true, hairpin: false },
+            ..endpoint_spec("engine0", container, address)
+        };
+        attach(&one, isolated(CONTAINER, "172.17.0.2/16"), "172.17.0.1").await.unwrap();
+        attach(&two, isolated(OTHER, "172.17.0.3/16"), "172.17.0.1").await.unwrap();
+        assert!(talk(Some(&one), &two, Ipv4Addr::new(172, 17, 0, 3)).is_err());
+        assert!(talk(None, &two, Ipv4Addr::new(172, 17, 0, 3)).is_ok());
+    });
+}
+
+#[test]
+fn a_macvlan_child_is_on_its_parents_network() {
+    in_namespaces("a_macvlan_child_is_on_its_parents_network", || async {
+        let folder = Folder::new();
+        ip(&["link", "add", "up0", "type", "bridge"]);
+        ip(&["link", "set", "up0", "up"]);
+        let one = Sandbox::create(&folder.path("one")).await.unwrap();
+        let two = Sandbox::create(&folder.path("two")).await.unwrap();
+        let child = |container, address| EndpointSpec {
+            uplink: Uplink::Macvlan { parent: "up0".into(), mode: Macvlan::Bridge },
+            ..endpoint_spec("", container, address)
+        };
+        attach(&one, child(CONTAINER, "192.0.2.2/24"), "192.0.2.1").await.unwrap();
+        attach(&two, child(OTHER, "192.0.2.3/24"), "192.0.2.1").await.unwrap();
+        let heard = talk(Some(&one), &two, Ipv4Addr::new(192, 0, 2, 3)).unwrap();
+        assert_eq!(heard, ("hello".into(), Ipv4Addr::new(192, 0, 2, 2).into()));
+        Endpoint::detach(&one, CONTAINER, 0, "eth0", Gateways::default()).await.unwrap();
+        assert_eq!(inside(&one, interfaces), ["lo"]);
+
+        let spec = EndpointSpec {
+            uplink: Uplink::Ipvlan { parent: "gone0".into(), mode: guest_network::Ipvlan::L2 },
+            ..endpoint_spec("", CONTAINER, "192.0.2.2/24")
+        };
+        let error = attach(&one, spec, "192.0.2.1").await.unwrap_err();
+        assert!(matches!(error, EndpointError::Kernel { .. }), "{error}");
+    });
+}
+
+#[test]
 fn endpoints_come_off_from_both_sides() {
     in_namespaces("endpoints_come_off_from_both_sides", || async {
         let folder = Folder::new();
-        let bridge = Bridge::ensure(&bridge_spec("engine0", "172.17.0.0/16")).await.unwrap();
+        Bridge::ensure(&bridge_spec("engine0", "172.17.0.1/16")).await.unwrap();
         let sandbox = Sandbox::create(&folder.path("one")).await.unwrap();
-        let spec = endpoint_spec(CONTAINER, "172.17.0.2/16");
-        Endpoint::attach(&bridge, &sandbox, &spec).await.unwrap();
-        assert!(Endpoint::detach(CONTAINER, "eth0").await.unwrap());
-        assert!(!Endpoint::detach(CONTAINER, "eth0").await.unwrap());
+        let spec = endpoint_spec("engine0", CONTAINER, "172.17.0.2/16");
+        attach(&sandbox, spec.clone(), "172.17.0.1").await.unwrap();
+        Endpoint::remove(CONTAINER, &[0]).await.unwrap();
+        Endpoint::remove(CONTAINER, &[0]).await.unwrap();
         assert_eq!(inside(&sandbox, interfaces), ["lo"]);
 
         // An engine killed after attaching comes again: the leftover makes room, or is removed by id alone.
-        Endpoint::attach(&bridge, &sandbox, &spec).await.unwrap();
-        Endpoint::attach(&bridge, &sandbox, &spec).await.unwrap();
+        attach(&sandbox, spec.clone(), "172.17.0.1").await.unwrap();
+        attach(&sandbox, spec, "172.17.0.1").await.unwrap();
         let other = Sandbox::create(&folder.path("two")).await.unwrap();
-        Endpoint::attach(&bridge, &other, &endpoint_spec(OTHER, "172.17.0.3/16")).await.unwrap();
+        attach(&other, endpoint_spec("engine0", OTHER, "172.17.0.3/16"), "172.17.0.1").await.unwrap();
         assert_eq!(Endpoint::cleanup(CONTAINER).await.unwrap(), 1);
         assert_eq!(Endpoint::cleanup(CONTAINER).await.unwrap(), 0);
         assert_eq!(inside(&sandbox, interfaces), ["lo"]);
@@ -212,31 +333,35 @@ fn endpoints_come_off_from_both_sides() {
 fn a_failed_attach_leaves_nothing() {
     in_namespaces("a_failed_attach_leaves_nothing", || async {
         let folder = Folder::new();
-        let bridge = Bridge::ensure(&bridge_spec("engine0", "172.17.0.0/16")).await.unwrap();
+        Bridge::ensure(&bridge_spec("engine0", "172.17.0.1/16")).await.unwrap();
         let before = interfaces();
         let sandbox = Sandbox::create(&folder.path("one")).await.unwrap();
-        let spec = endpoint_spec(CONTAINER, "10.0.0.2/24");
-        let error = Endpoint::attach(&bridge, &sandbox, &spec).await.unwrap_err();
-        assert!(matches!(error, EndpointError::Address { .. }), "{error}");
+        let good = endpoint_spec("engine0", CONTAINER, "172.17.0.2/16");
+        let second = EndpointSpec { slot: 1, ..endpoint_spec("none0", CONTAINER, "10.0.0.2/24") };
+        let error = Endpoint::attach(&sandbox, CONTAINER, vec![good.clone(), second], Gateways::default())
+            .await
+            .unwrap_err();
+        assert!(matches!(error, EndpointError::Kernel { .. }), "{error}");
+        assert_eq!((interfaces(), inside(&sandbox, interfaces)), (before.clone(), vec!["lo".to_owned()]));
 
         // The name inside is taken: the kernel refuses the pair as a whole.
         inside(&sandbox, || ip(&["link", "add", "eth0", "type", "bridge"]));
-        let spec = endpoint_spec(CONTAINER, "172.17.0.2/16");
-        let error = Endpoint::attach(&bridge, &sandbox, &spec).await.unwrap_err();
+        let error = attach(&sandbox, good.clone(), "172.17.0.1").await.unwrap_err();
         assert!(matches!(error, EndpointError::Kernel { .. }), "{error}");
         assert_eq!(interfaces(), before);
+        assert_eq!(inside(&sandbox, interfaces), ["lo", "eth0"], "what was there stays");
 
-        // A bad hardware address fails after nothing or everything; either way nothing stays.
+        // A bad hardware address fails after nothing or everything; either way nothing stays. So does a bad setting.
         inside(&sandbox, || ip(&["link", "del", "eth0"]));
-        let spec = EndpointSpec { mac: Some(Mac([1, 0, 0, 0, 0, 0])), ..spec };
-        assert!(Endpoint::attach(&bridge, &sandbox, &spec).await.is_err(), "a multicast address");
+        let bad = EndpointSpec { mac: Some(Mac([1, 0, 0, 0, 0, 0])), ..good.clone() };
+        assert!(attach(&sandbox, bad, "172.17.0.1").await.is_err(), "a multicast address");
+        let sysctls = vec![("net.ipv4.conf.IFNAME.nonsense".to_owned(), "1".to_owned())];
+        assert!(attach(&sandbox, EndpointSpec { sysctls, ..good.clone() }, "172.17.0.1").await.is_err());
         assert_eq!(interfaces(), before);
         assert_eq!(inside(&sandbox, interfaces), ["lo"]);
 
         sandbox.clone().delete().await.unwrap();
-        let error = Endpoint::attach(&bridge, &sandbox, &endpoint_spec(CONTAINER, "172.17.0.2/16"))
-            .await
-            .unwrap_err();
+        let error = attach(&sandbox, good, "172.17.0.1").await.unwrap_err();
         assert!(matches!(error, EndpointError::Sandbox { .. }), "{error}");
     });
 }
@@ -245,31 +370,143 @@ fn a_failed_attach_leaves_nothing() {
 fn the_world_sees_the_gateway_and_cannot_start_a_conversation() {
     in_namespaces("the_world_sees_the_gateway_and_cannot_start_a_conversation", || async {
         let folder = Folder::new();
-        let inner = Bridge::ensure(&bridge_spec("engine0", "172.17.0.0/16")).await.unwrap();
-        let outer = Bridge::ensure(&bridge_spec("out0", "203.0.113.0/24")).await.unwrap();
+        Bridge::ensure(&bridge_spec("engine0", "172.17.0.1/16")).await.unwrap();
+        Bridge::ensure(&bridge_spec("out0", "203.0.113.1/24")).await.unwrap();
         forwarding::enable().unwrap();
         forwarding::enable().unwrap();
-        let network = FirewallNetwork { bridge: "engine0".into(), subnet: inner.spec().subnet };
+        let networks = rules(&[network("engine0", "172.17.0.0/16")]);
         let firewall = Firewall::new("engine");
         nft("add table inet neighbour");
-        firewall.apply(std::slice::from_ref(&network)).await.unwrap();
-        firewall.apply(std::slice::from_ref(&network)).await.unwrap();
+        firewall.apply(&networks).await.unwrap();
+        firewall.apply(&networks).await.unwrap();
 
         let container = Sandbox::create(&folder.path("container")).await.unwrap();
         let world = Sandbox::create(&folder.path("world")).await.unwrap();
-        Endpoint::attach(&inner, &container, &endpoint_spec(CONTAINER, "172.17.0.2/16")).await.unwrap();
-        Endpoint::attach(&outer, &world, &endpoint_spec(OTHER, "203.0.113.2/24")).await.unwrap();
+        let spec = endpoint_spec("engine0", CONTAINER, "172.17.0.2/16");
+        attach(&container, spec, "172.17.0.1").await.unwrap();
+        attach(&world, endpoint_spec("out0", OTHER, "203.0.113.2/24"), "203.0.113.1").await.unwrap();
 
         let heard = talk(Some(&container), &world, Ipv4Addr::new(203, 0, 113, 2)).unwrap();
         assert_eq!(heard, ("hello".into(), Ipv4Addr::new(203, 0, 113, 1).into()), "masqueraded");
         let refused = talk(Some(&world), &container, Ipv4Addr::new(172, 17, 0, 2));
         assert_eq!(refused.unwrap_err().kind(), std::io::ErrorKind::TimedOut);
 
+        // Somebody flushed everything; saying it again makes it whole.
+        nft("flush ruleset");
+        assert!(talk(Some(&world), &container, Ipv4Addr::new(172, 17, 0, 2)).is_ok());
+        firewall.apply(&networks).await.unwrap();
+        assert!(talk(Some(&world), &container, Ipv4Addr::new(172, 17, 0, 2)).is_err());
+        let mut trusting = networks;
+        trusting.networks[0].trusted = vec!["out0".into()];
+        firewall.apply(&trusting).await.unwrap();
+        let heard = talk(Some(&world), &container, Ipv4Addr::new(172, 17, 0, 2)).unwrap();
+        assert_eq!(heard.1, Ipv4Addr::new(203, 0, 113, 2), "a trusted interface");
+
+        nft("add table inet neighbour");
         firewall.remove().await.unwrap();
         firewall.remove().await.unwrap();
         assert_eq!(nft("list tables").trim(), "table inet neighbour", "other tables stay");
-        let heard = talk(Some(&world), &container, Ipv4Addr::new(172, 17, 0, 2)).unwrap();
-        assert_eq!(heard.1, Ipv4Addr::new(203, 0, 113, 2), "no rule of ours is left");
+    });
+}
+
+#[test]
+fn published_ports_answer_the_world_the_host_and_the_container_itself() {
+    in_namespaces("published_ports_answer_the_world_the_host_and_the_container_itself", || async {
+        let folder = Folder::new();
+        ip(&["link", "set", "lo", "up"]);
+        let mut inner = bridge_spec("engine0", "172.17.0.1/16");
+        inner.addresses.push("fd00:17::1/64".parse().unwrap());
+        Bridge::ensure(&inner).await.unwrap();
+        Bridge::ensure(&bridge_spec("out0", "203.0.113.1/24")).await.unwrap();
+        forwarding::enable().unwrap();
+        forwarding::enable_ipv6().unwrap();
+        forwarding::enable_loopback("engine0").unwrap();
+        let container = Sandbox::create(&folder.path("container")).await.unwrap();
+        let world = Sandbox::create(&folder.path("world")).await.unwrap();
+        let mut spec = endpoint_spec("engine0", CONTAINER, "172.17.0.2/16");
+        spec.addresses.push("fd00:17::2/64".parse().unwrap());
+        attach(&container, spec, "172.17.0.1").await.unwrap();
+        attach(&world, endpoint_spec("out0", OTHER, "203.0.113.2/24"), "203.0.113.1").await.unwrap();
+
+        let listener = inside(&container, || TcpListener::bind("[::]:0").unwrap());
+        let container_port = listener.local_addr().unwrap().port();
+        let port = |host: &str, host_port, container: &str| FirewallPort {
+            protocol: Protocol::Tcp,
+            host: host.parse().unwrap(),
+            host_port,
+            container: container.parse().unwrap(),
+            container_port,
+        };
+        let mut subnets = network("engine0", "172.17.0.0/16");
+        subnets.subnets.push("fd00:17::/64".parse().unwrap());
+        let rules = Rules {
+            networks: vec![subnets],
+            ports: vec![
+                port("0.0.0.0", 8080, "172.17.0.2"),
+                port("127.0.0.1", 8081, "172.17.0.2"),
+                port("::", 8080, "fd00:17::2"),
+            ],
+        };
+        Firewall::new("engine").apply(&rules).await.unwrap();
+        let reach = |address: &str| {
+            let target: SocketAddr = address.parse().unwrap();
+            let mut stream = TcpStream::connect_timeout(&target, Duration::from_secs(1))?;
+            stream.write_all(b"hello")?;
+            let (mut stream, peer) = listener.accept()?;
+            let mut heard = [0; 5];
+            stream.read_exact(&mut heard)?;
+            std::io::Result::Ok(peer.ip().to_canonical().to_string())
+        };
+        assert_eq!(inside(&world, || reach("203.0.113.1:8080")).unwrap(), "203.0.113.2", "the true peer");
+        assert_eq!(reach("127.0.0.1:8080").unwrap(), "172.17.0.1");
+        assert_eq!(reach("127.0.0.1:8081").unwrap(), "172.17.0.1");
+        assert_eq!(reach("203.0.113.1:8080").unwrap(), "203.0.113.1");
+        assert_eq!(inside(&container, || reach("172.17.0.1:8080")).unwrap(), "172.17.0.1", "itself");
+        assert_eq!(reach("[fd00:17::1]:8080").unwrap(), "fd00:17::1");
+        assert!(inside(&world, || reach("203.0.113.1:8081")).is_err(), "only on loopback");
+        // A neighbour that sends packets for our loopback address does not reach what is published there.
+        inside(&world, || {
+            ip(&["link", "set", "lo", "down"]);
+            std::fs::write("/proc/sys/net/ipv4/conf/all/route_localnet", "1").unwrap();
+            ip(&["addr", "del", "127.0.0.1/8", "dev", "lo"]);
+            ip(&["route", "add", "127.0.0.1/32", "via", "203.0.113.1"]);
+        });
+        assert!(inside(&world, || reach("127.0.0.1:8081")).is_err());
+    });
+}
+
+#[test]
+fn internal_networks_are_sealed_and_others_apart() {
+    in_namespaces("internal_networks_are_sealed_and_others_apart", || async {
+        let folder = Folder::new();
+        let mut sandboxes = Vec::new();
+        for (number, name) in ["in0", "a0", "b0"].into_iter().enumerate() {
+            Bridge::ensure(&bridge_spec(name, &format!("10.0.{number}.1/24"))).await.unwrap();
+            let sandbox = Sandbox::create(&folder.path(name)).await.unwrap();
+            let id = format!("{number:012x}");
+            let spec = endpoint_spec(name, &id, &format!("10.0.{number}.2/24"));
+            attach(&sandbox, spec, &format!("10.0.{number}.1")).await.unwrap();
+            sandboxes.push(sandbox);
+        }
+        forwarding::enable().unwrap();
+        let mut networks =
+            [network("in0", "10.0.0.0/24"), network("a0", "10.0.1.0/24"), network("b0", "10.0.2.0/24")];
+        networks[0].internal = true;
+        Firewall::new("engine").apply(&rules(&networks)).await.unwrap();
+        let [sealed, a, b] = &sandboxes[..] else { panic!() };
+        for (from, to, address) in [
+            (a, b, [10, 0, 2, 2]),
+            (b, a, [10, 0, 1, 2]),
+            (a, sealed, [10, 0, 0, 2]),
+            (sealed, a, [10, 0, 1, 2]),
+        ] {
+            assert!(talk(Some(from), to, address.into()).is_err(), "{address:?}");
+        }
+        assert!(talk(None, sealed, [10, 0, 0, 2].into()).is_ok(), "the host itself");
+        networks[1].open = true;
+        Firewall::new("engine").apply(&rules(&networks)).await.unwrap();
+        assert!(talk(Some(b), a, [10, 0, 1, 2].into()).is_ok());
+        assert!(talk(Some(sealed), a, [10, 0, 1, 2].into()).is_err());
     });
 }
 
@@ -277,11 +514,10 @@ fn the_world_sees_the_gateway_and_cannot_start_a_conversation() {
 fn rules_that_nft_refuses_are_reported_with_its_reason() {
     in_namespaces("rules_that_nft_refuses_are_reported_with_its_reason", || async {
         let firewall = Firewall::new("engine");
-        let network =
-            |bridge: &str| FirewallNetwork { bridge: bridge.into(), subnet: "10.0.0.0/8".parse().unwrap() };
-        firewall.apply(&[network("good0")]).await.unwrap();
+        firewall.apply(&rules(&[network("good0", "10.0.0.0/8")])).await.unwrap();
         let before = nft("list ruleset");
-        let error = firewall.apply(&[network("a-name-that-is-far-too-long")]).await.unwrap_err();
+        let overlapping = [network("a0", "10.0.0.0/8"), network("a0", "10.1.0.0/16")];
+        let error = firewall.apply(&rules(&overlapping)).await.unwrap_err();
         assert!(error.to_string().starts_with("cannot write firewall table `engine`: "), "{error}");
         assert_eq!(nft("list ruleset"), before, "all or nothing");
     });
@@ -297,15 +533,15 @@ fn nft(command: &str) -> String {
 fn twenty_containers_at_once_do_not_disturb_each_other() {
     in_namespaces("twenty_containers_at_once_do_not_disturb_each_other", || async {
         let folder = Folder::new();
-        let bridge = Bridge::ensure(&bridge_spec("engine0", "172.17.0.0/16")).await.unwrap();
+        Bridge::ensure(&bridge_spec("engine0", "172.17.0.1/16")).await.unwrap();
         let own = namespace_of(Path::new("/proc/thread-self/ns/net"));
         let attach = |number: u8| {
-            let (bridge, path) = (&bridge, folder.path(&number.to_string()));
+            let path = folder.path(&number.to_string());
             async move {
                 let sandbox = Sandbox::create(&path).await.unwrap();
                 let id = format!("{number:012x}");
-                let spec = endpoint_spec(&id, &format!("172.17.0.{}/16", number + 2));
-                Endpoint::attach(bridge, &sandbox, &spec).await.unwrap();
+                let spec = endpoint_spec("engine0", &id, &format!("172.17.0.{}/16", number + 2));
+                attach(&sandbox, spec, "172.17.0.1").await.unwrap();
                 sandbox
             }
         };

@@ -16,6 +16,7 @@ use ipnet::Ipv4Net;
 
 pub use bridge::BridgeChoice;
 pub use defaults::{ContainerDefaults, NetworkDefaults, Seccomp, Transfers};
+pub use file::AddressPool;
 pub use file::File;
 
 use file::Format;

@@ -10,8 +10,7 @@ use super::request::Call;
 use super::respond::{self, Answer};
 use crate::failure::Failure;
 
-const NOT_A_MANAGER: &str = "This node is not a swarm manager. Use \"docker swarm init\" or \"docker swarm join\" to \
-                             connect this node to swarm and try again.";
+use guest_api::error::NOT_A_SWARM_MANAGER as NOT_A_MANAGER;
 
 /// `/swarm`, `/services`, `/tasks`, `/nodes`, `/secrets`, `/configs`.
 pub async fn swarm(call: Call) -> Answer {

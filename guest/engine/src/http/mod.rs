@@ -174,12 +174,16 @@ async fn route(services: &Arc<Services>, call: Call) -> Answer {
         (method, ["exec", id, "json"]) if method == GET => exec::inspect(services, id),
 
         (method, ["networks"]) if method == GET => networks::list(services, &call),
-        (method, ["networks", "create" | "prune"]) if method == POST => not_yet("networks of your own"),
-        (method, ["networks", _, "connect" | "disconnect"]) if method == POST => {
-            not_yet("networks of your own")
+        (method, ["networks", "create"]) if method == POST => networks::create(services, call).await,
+        (method, ["networks", "prune"]) if method == POST => networks::prune(services, &call).await,
+        (method, ["networks", id, "connect"]) if method == POST => {
+            networks::connect(services, call, id).await
         }
-        (method, ["networks", id]) if method == GET => networks::inspect(services, id),
-        (method, ["networks", id]) if method == DELETE => networks::remove(services, id),
+        (method, ["networks", id, "disconnect"]) if method == POST => {
+            networks::disconnect(services, call, id).await
+        }
+        (method, ["networks", id]) if method == GET => networks::inspect(services, &call, id),
+        (method, ["networks", id]) if method == DELETE => networks::remove(services, id).await,
 
         (method, ["volumes"]) if method == GET => networks::volumes(),
         (method, ["volumes", "create" | "prune"]) if method == POST => not_yet("volumes"),

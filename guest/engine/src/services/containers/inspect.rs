@@ -109,7 +109,7 @@ mod tests {
         assert_eq!((created.status.as_str(), created.started_at.as_str()), ("created", NEVER));
         let started_at = "2026-01-02T03:04:05.6Z".parse().unwrap();
         view.phase = Phase::Paused;
-        view.live = Some(Live { pid: 42, started_at, endpoint: None });
+        view.live = Some(Live { pid: 42, started_at });
         let paused = state(&view);
         assert!(paused.running && paused.paused);
         assert_eq!((paused.pid, paused.exit_code), (42, 0));

@@ -10,7 +10,7 @@ use super::record::{Record, View};
 use super::status::status;
 use super::table::Phase;
 use crate::failure::Failure;
-use crate::services::networks::{Networks, Place};
+use crate::services::networks::Networks;
 
 /// The query of a listing.
 #[derive(Clone, Debug, Default)]
@@ -92,7 +92,6 @@ pub fn select(
         || filters.get("exited").is_some();
     let shown = |view: &View| {
         let record = &view.record;
-        let mode = Place::of(&record.host.network_mode);
         (everything || view.phase.is_live() || view.phase == Phase::Restarting)
             && before.is_none_or(|before| record.created < before)
             && since.is_none_or(|since| record.created > since)
@@ -103,11 +102,6 @@ pub fn select(
                 view.phase == Phase::Exited && code == record.last.exit_code.to_string()
             })
             && filters.allows("ancestor", |image| ancestor(record, image))
-            && filters.allows("network", |name| match mode {
-                Place::Bridge => name == "bridge",
-                Place::Host => name == "host",
-                Place::None => name == "none",
-            })
             && filters.allows("volume", |volume| {
                 record.binds.iter().any(|bind| {
                     bind.destination.as_os_str() == volume || bind.source.as_os_str() == volume

@@ -3,13 +3,12 @@
 //! The record holds intent and history. Whether the container runs is never written down: its shim tells.
 
 use std::collections::BTreeMap;
-use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use guest_api::health::Health;
+use guest_api::network::EndpointSettings;
 use guest_api::{ContainerConfig, HostConfig};
-use ipnet::Ipv4Net;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
@@ -30,6 +29,9 @@ pub struct Record {
     /// Folders of the host's (or guest's) file system mounted into it.
     #[serde(default)]
     pub binds: Vec<Bind>,
+    /// Its networks by name; `None` in records of earlier versions.
+    #[serde(default)]
+    pub networks: Option<BTreeMap<String, EndpointSettings>>,
     #[serde(default)]
     pub last: LastRun,
     /// Somebody stopped or killed it: policies leave it alone.
@@ -72,19 +74,8 @@ pub struct LastRun {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RunRecord {
     pub started_at: Timestamp,
-    pub endpoint: Option<EndpointRecord>,
     #[serde(default)]
     pub stopped_by_user: bool,
-}
-
-/// Where a running container is on the network.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct EndpointRecord {
-    pub network: String,
-    pub id: String,
-    pub address: Ipv4Net,
-    pub gateway: Ipv4Addr,
-    pub mac: String,
 }
 
 /// A run that is going on.
@@ -92,7 +83,6 @@ pub struct EndpointRecord {
 pub struct Live {
     pub pid: i32,
     pub started_at: Timestamp,
-    pub endpoint: Option<EndpointRecord>,
 }
 
 /// What readers see: published by the container's driver, never written by anyone else.
@@ -146,6 +136,7 @@ pub mod tests {
             },
             host: HostConfig::default(),
             binds: Vec::new(),
+            networks: None,
             last: LastRun::default(),
             stopped_by_user: false,
             restarts: 0,

@@ -25,15 +25,15 @@ use tokio::time::timeout;
 use super::capacity::Capacity;
 use super::index::Index;
 use super::peers::{self, Shared};
-use super::record::{EndpointRecord, Live, Record, RunRecord};
+use super::record::{Live, Record, RunRecord};
 use super::shim::{Shim, ShimError, Streams};
 use super::spec::{self, Devices, NetworkNamespace};
-use super::{files, logging, rootfs, user};
+use super::{logging, network, rootfs, user};
 use crate::config::ContainerDefaults;
 use crate::failure::Failure;
 use crate::plan::Undo;
 use crate::services::events::Events;
-use crate::services::networks::{Networks, Place};
+use crate::services::networks::{Attached, Networks};
 use crate::store::{self, Store};
 
 /// Name of the [`RunRecord`] in a run folder.
@@ -86,7 +86,7 @@ impl Context {
     }
 
     /// What `host-gateway` stands for.
-    fn host_gateway(&self) -> std::net::Ipv4Addr {
+    pub(super) fn host_gateway(&self) -> std::net::Ipv4Addr {
         if self.native { self.networks.gateway() } else { MACHINE_HOST }
     }
 
@@ -151,34 +151,26 @@ async fn start_steps(
     peers::mount_shm(context, record)?;
 
     // The two slow ones at once. Both reverses are recorded before a failure of either is looked at.
-    let place = Place::of(&record.host.network_mode);
-    let mac = record.config.mac_address.parse().ok();
-    let (mounted, attached) = tokio::join!(
-        mount_rootfs(context, &record.id),
-        context.networks.attach(&record.id, &record.name, place, mac)
-    );
+    let (mounted, attached) =
+        tokio::join!(mount_rootfs(context, &record.id), context.networks.attach(record));
     if mounted.is_ok() {
         undo.push("unmount the root file system", {
             let (context, id) = (context.clone(), record.id.clone());
             move || async move { Ok(unmount_rootfs(&context, &id).await?) }
         });
     }
-    if let Ok(endpoint) = &attached
-        && place != Place::Host
-    {
+    if attached.is_ok() {
         undo.push("remove the network", {
-            let (context, id, endpoint) = (context.clone(), record.id.clone(), endpoint.clone());
-            move || async move { Ok(context.networks.detach(&id, endpoint.as_ref()).await?) }
+            let (context, record) = (context.clone(), record.clone());
+            move || async move { Ok(network::leave(&context, &record).await?) }
         });
     }
     mounted?;
-    let endpoint = attached?;
+    let attached = attached?;
 
     let prepared = {
-        let (context, record, endpoint) = (context.clone(), record.clone(), endpoint.clone());
-        tokio::task::spawn_blocking(move || {
-            prepare_files(&context, &record, place, endpoint.as_ref(), &shared)
-        })
+        let (context, record) = (context.clone(), record.clone());
+        tokio::task::spawn_blocking(move || prepare_files(&context, &record, &attached, &shared))
     };
     prepared.await.map_err(|error| Failure::internal("preparing the container failed", &error))??;
 
@@ -207,10 +199,10 @@ async fn start_steps(
         let _ = client.send(stream);
     }
     let started_at = Timestamp::now();
-    let run_record = RunRecord { started_at, endpoint: endpoint.clone(), stopped_by_user: false };
+    let run_record = RunRecord { started_at, stopped_by_user: false };
     write_run_record(context, record, &run_record)?;
     shim.start(None).await.map_err(create_failure)?;
-    Ok(Started { shim, live: Live { pid, started_at, endpoint }, child: take(&child) })
+    Ok(Started { shim, live: Live { pid, started_at }, child: take(&child) })
 }
 
 fn take(child: &Mutex<Option<Child>>) -> Option<Child> {
@@ -248,8 +240,7 @@ pub async fn blocking<T: Send + 'static>(
 fn prepare_files(
     context: &Context,
     record: &Record,
-    place: Place,
-    endpoint: Option<&EndpointRecord>,
+    attached: &Attached,
     shared: &Shared,
 ) -> Result<(), Failure> {
     let rootfs = context.rootfs(&record.id);
@@ -281,19 +272,8 @@ fn prepare_files(
     }
 
     std::fs::create_dir_all(&data).map_err(io("cannot make the container's folder"))?;
-    let uses_host = place == Place::Host;
-    let hostname = if record.config.hostname.is_empty() {
-        rustix::system::uname().nodename().to_string_lossy().into_owned()
-    } else {
-        record.config.hostname.clone()
-    };
-    let own = endpoint.map(|endpoint| endpoint.address.addr());
-    let extra = record.host.extra_hosts.as_deref().unwrap_or_default();
-    let hosts = files::hosts(&hostname, &record.config.domainname, own, extra, context.host_gateway())?;
-    let resolv = files::resolv_conf(&host_resolv_conf(), &record.host, uses_host);
-    for (name, text) in [("hosts", hosts), ("hostname", format!("{hostname}\n")), ("resolv.conf", resolv)] {
-        std::fs::write(data.join(name), text).map_err(io("cannot write the container's files"))?;
-    }
+    let record = &network::named(record, attached);
+    let files = network::write_files(context, record, attached)?;
 
     let devices = Devices::look_up(&record.host)?;
     let mut tmpfs_modes = BTreeMap::new();
@@ -301,16 +281,12 @@ fn prepare_files(
         let mode = rootfs::folder_mode(&rootfs, destination).map_err(io("cannot look at a mount point"))?;
         tmpfs_modes.extend(mode.map(|mode| (destination.clone(), mode)));
     }
-    let network = if uses_host {
-        NetworkNamespace::Host
-    } else {
-        NetworkNamespace::Path(context.networks.sandbox_path(&record.id))
-    };
+    let network = attached.namespace.clone().map_or(NetworkNamespace::Host, NetworkNamespace::Path);
     let spec = spec::build(&spec::Input {
         record,
         user: &user,
         rootfs: &rootfs,
-        files: &data,
+        files: &files,
         network: &network,
         grantable: &context.capacity.grantable,
         defaults: &context.defaults,
@@ -348,17 +324,6 @@ pub fn missing_bind(source: &Path) -> Failure {
          machine; folders of the host are not shared with it)",
         source.display()
     ))
-}
-
-/// The host's resolver configuration; the one behind systemd's local stub where that is used.
-fn host_resolv_conf() -> String {
-    let text = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
-    if text.lines().any(|line| line.trim() == "nameserver 127.0.0.53")
-        && let Ok(behind) = std::fs::read_to_string("/run/systemd/resolve/resolv.conf")
-    {
-        return behind;
-    }
-    text
 }
 
 fn write_json<T: serde::Serialize>(path: &Path, value: &T) -> Result<(), Failure> {
@@ -401,7 +366,6 @@ pub async fn tear_down(
     context: &Arc<Context>,
     record: &Record,
     shim: Option<(&Shim, Option<Child>)>,
-    endpoint: Option<&EndpointRecord>,
 ) -> Option<Exit> {
     let warn = |what: &str, error: &dyn std::fmt::Display| {
         tracing::warn!(container = record.short_id(), %error, "{what}");
@@ -432,7 +396,7 @@ pub async fn tear_down(
         }
         exit
     };
-    let (exit, detached) = tokio::join!(end_shim, context.networks.detach(&record.id, endpoint));
+    let (exit, detached) = tokio::join!(end_shim, context.networks.detach(&record.id));
     if let Err(error) = detached {
         warn("the network stays behind", &error);
     }

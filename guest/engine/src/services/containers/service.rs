@@ -23,6 +23,7 @@ use super::driver::{Attachment, Command, Driver};
 use super::index::{Handle, Index};
 use super::list::{self, ListQuery};
 use super::log::{LogQuery, LogReader};
+use super::network::NetworkChange;
 use super::record::{LastRun, Record, View};
 use super::run::{self, Context};
 use super::shim::Streams;
@@ -165,6 +166,7 @@ impl Containers {
         let id = self.index.new_id();
         let image_config: ContainerConfig = crate::services::images::container_config(&image);
         let resolved = create::resolve(create, &image_config, &id, capacity)?;
+        self.context.networks.check(&resolved.networks)?;
         if !self.context.native
             && let Some(bind) =
                 resolved.binds.iter().find(|bind| std::fs::symlink_metadata(&bind.source).is_err())
@@ -180,6 +182,7 @@ impl Containers {
             config: resolved.config,
             host: resolved.host,
             binds: resolved.binds,
+            networks: Some(resolved.networks),
             last: LastRun::default(),
             stopped_by_user: false,
             restarts: 0,
@@ -318,6 +321,11 @@ impl Containers {
         result
     }
 
+    /// Joins a network, or leaves one.
+    pub async fn change_network(&self, wanted: &str, change: NetworkChange) -> Result<(), Failure> {
+        self.ask(wanted, |reply| Command::Network { change, reply }).await
+    }
+
     pub async fn attach(&self, wanted: &str, streams: Streams) -> Result<Attachment, Failure> {
         self.ask(wanted, |reply| Command::Attach { streams, reply }).await
     }
@@ -362,7 +370,11 @@ impl Containers {
         ancestor: impl Fn(&Record, &str) -> bool,
     ) -> Result<Vec<ContainerSummary>, Failure> {
         let now = Timestamp::now();
-        let chosen = list::select(self.views(), query, ancestor)?;
+        let mut views = self.views();
+        if let Some(names) = query.filters.get("network") {
+            views.retain(|view| self.context.networks.is_on_any(view, names));
+        }
+        let chosen = list::select(views, query, ancestor)?;
         Ok(chosen.iter().map(|view| list::summary(view, &self.context.networks, now)).collect())
     }
 

@@ -65,7 +65,7 @@ mod tests {
         let mut record = record();
         record.last.exit_code = 7;
         record.last.finished_at = Some(at(1_000_000));
-        let live = phase.is_live().then(|| Live { pid: 1, started_at: at(1_000_000), endpoint: None });
+        let live = phase.is_live().then(|| Live { pid: 1, started_at: at(1_000_000) });
         View { record: Arc::new(record), phase, live, runs_ended: 0, removed: false }
     }
 

@@ -1,6 +1,25 @@
-//! The networks containers can be on: the default bridge, the host's own, and none.
+//! The networks containers can be on.
+//!
+//! The service owns them ([`record`], stored) and which running container is where ([`state`], with a file each so
+//! that an engine that is started again knows). `create` and `options` read what clients ask, purely; `attach` puts
+//! containers onto networks and takes them off; `firewall` is the one writer of the rules; `show` is what clients see.
+//!
+//! On a host the default bridge and the firewall are made when the first container needs them, so that an engine whose
+//! containers use no network touches nothing; in the machine they are made at once, beside everything else.
 
+mod attach;
+mod create;
+mod firewall;
+mod options;
+mod pools;
+mod ports;
+mod raise;
+mod record;
 mod routes;
 mod service;
+mod show;
+mod state;
 
-pub use service::{Networks, Place};
+pub use attach::{Attached, lookup_key};
+pub use record::is_predefined;
+pub use service::Networks;

@@ -1,32 +1,57 @@
-//! Choosing a subnet that clashes with nothing the host already reaches.
+//! What the host reaches directly, so that no network of ours is put over it.
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::Path;
 
-use ipnet::Ipv4Net;
+use ipnet::{IpNet, Ipv4Net};
 
-/// The destinations in `/proc/net/route`, without the default route and without those through `own` interface.
-pub fn destinations(table: &str, own: &str) -> Vec<Ipv4Net> {
+/// A route with a shorter prefix is half the world, not a neighbourhood (tunnels that replace the default route).
+const PREFIX_MIN: u8 = 8;
+
+/// A directly connected subnet of the host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Route {
+    pub interface: String,
+    pub subnet: IpNet,
+}
+
+/// The host's directly connected subnets, but those of the interfaces that `own` names, and its name servers. What is
+/// behind a router may be anything from a desk to a continent; only its own neighbourhood is known to be taken.
+pub fn reserved(own: impl Fn(&str) -> bool) -> Vec<Route> {
+    let read = |path: &str| std::fs::read_to_string(Path::new(path)).unwrap_or_default();
+    let mut routes = connected(&read("/proc/net/route"), own);
+    routes.extend(name_servers(&read("/etc/resolv.conf")));
+    routes
+}
+
+/// The directly connected subnets in `/proc/net/route`.
+fn connected(table: &str, own: impl Fn(&str) -> bool) -> Vec<Route> {
     table
         .lines()
         .skip(1)
         .filter_map(|line| {
-            let mut fields = line.split_whitespace();
-            let (interface, destination) = (fields.next()?, fields.next()?);
-            let mask = fields.nth(5)?;
+            let fields: Vec<&str> = line.split_whitespace().collect();
             // The kernel prints the words of network byte order as native numbers.
             let address = |text: &str| {
                 u32::from_str_radix(text, 16).ok().map(|word| Ipv4Addr::from(word.to_ne_bytes()))
             };
-            let network = Ipv4Net::with_netmask(address(destination)?, address(mask)?).ok()?;
-            (interface != own && network.prefix_len() > 0).then_some(network)
+            let interface = *fields.first()?;
+            let (destination, gateway) = (address(fields.get(1)?)?, address(fields.get(2)?)?);
+            let subnet = Ipv4Net::with_netmask(destination, address(fields.get(7)?)?).ok()?;
+            let taken = gateway.is_unspecified() && subnet.prefix_len() >= PREFIX_MIN && !own(interface);
+            taken.then(|| Route { interface: interface.to_owned(), subnet: subnet.into() })
         })
         .collect()
 }
 
-/// The first candidate that overlaps none of the routes.
-pub fn choose(candidates: &[Ipv4Net], routes: &[Ipv4Net]) -> Option<Ipv4Net> {
-    let overlaps = |a: &Ipv4Net, b: &Ipv4Net| a.contains(&b.network()) || b.contains(&a.network());
-    candidates.iter().find(|candidate| !routes.iter().any(|route| overlaps(candidate, route))).copied()
+fn name_servers(resolv_conf: &str) -> Vec<Route> {
+    resolv_conf
+        .lines()
+        .filter_map(|line| {
+            let address: IpAddr = line.trim().strip_prefix("nameserver")?.trim().parse().ok()?;
+            Some(Route { interface: "/etc/resolv.conf".to_owned(), subnet: address.into() })
+        })
+        .collect()
 }
 
 #[cfg(test)]
@@ -38,24 +63,26 @@ mod tests {
     const TABLE: &str = "Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask\t\tMTU\tWindow\tIRTT\n\
         eth0\t00000000\t0101A8C0\t0003\t0\t0\t0\t00000000\t0\t0\t0\n\
         eth0\t0001A8C0\t00000000\t0001\t0\t0\t0\t00FFFFFF\t0\t0\t0\n\
+        eth0\t0000000A\t0101A8C0\t0003\t0\t0\t0\t000000FF\t0\t0\t0\n\
+        tun0\t00000000\t00000000\t0001\t0\t0\t0\t00000080\t0\t0\t0\n\
         docker0\t000011AC\t00000000\t0001\t0\t0\t0\t0000FFFF\t0\t0\t0\n\
         eng-1\t000012AC\t00000000\t0001\t0\t0\t0\t0000FFFF\t0\t0\t0\n";
 
     #[test]
     #[cfg(target_endian = "little")]
-    fn routes_are_read_without_the_default_and_our_own() {
-        let found = destinations(TABLE, "eng-1");
-        assert_eq!(found, ["192.168.1.0/24".parse().unwrap(), "172.17.0.0/16".parse::<Ipv4Net>().unwrap()]);
-        assert!(destinations("", "x").is_empty());
-        assert!(destinations("head\nbroken line\n", "x").is_empty());
+    fn only_the_neighbourhood_counts_and_not_our_own() {
+        let found = connected(TABLE, |name| name == "eng-1");
+        let subnets: Vec<String> = found.iter().map(|route| route.subnet.to_string()).collect();
+        assert_eq!(subnets, ["192.168.1.0/24", "172.17.0.0/16"]);
+        assert!(connected("", |_| false).is_empty());
+        assert!(connected("head\nbroken line\n", |_| false).is_empty());
     }
 
     #[test]
-    fn the_first_free_candidate_is_taken() {
-        let net = |text: &str| text.parse::<Ipv4Net>().unwrap();
-        let candidates = [net("172.17.0.1/16"), net("192.168.0.1/20"), net("10.1.0.1/16")];
-        assert_eq!(choose(&candidates, &[net("172.17.3.0/24"), net("192.168.0.0/16")]), Some(candidates[2]));
-        assert_eq!(choose(&candidates, &[]), Some(candidates[0]));
-        assert_eq!(choose(&candidates[..1], &[net("172.16.0.0/12")]), None);
+    fn name_servers_are_taken() {
+        let found =
+            name_servers("# by hand\nnameserver 172.17.0.9\nsearch x\nnameserver fd00::53\nnameserver x\n");
+        let subnets: Vec<String> = found.iter().map(|route| route.subnet.to_string()).collect();
+        assert_eq!(subnets, ["172.17.0.9/32", "fd00::53/128"]);
     }
 }

@@ -1,401 +1,490 @@
-//! The network service: owns the default bridge, its addresses, and which container has which.
-//!
-//! On a host the bridge and the firewall are made when the first container needs them, so that an engine whose
-//! containers use no network touches nothing; in the machine they are made at once, beside everything else.
+//! The network service: makes, finds, lists and removes networks.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use guest_api::Filters;
-use guest_api::network::{
-    EndpointSettings, Ipam as ApiIpam, IpamPool, Network, NetworkContainer, NetworkSettings,
-};
-use guest_network::{Bridge, BridgeSpec, Endpoint, EndpointSpec, Firewall, FirewallNetwork, Ipam, Sandbox};
-use ipnet::Ipv4Net;
+use guest_api::network::{IpamPool, Network, NetworkCreate};
+use guest_api::{ErrorKind, Filters};
+use ipnet::IpNet;
 use jiff::Timestamp;
 use sha2::{Digest, Sha256};
-use tokio::sync::OnceCell;
 
-use super::routes;
-use crate::config::BridgeChoice;
+use super::create::{self, Draft};
+use super::firewall::FirewallWriter;
+use super::pools;
+use super::record::{Driver, NetworkRecord, PoolRecord, is_predefined};
+use super::routes::{self, Route};
+use super::state::{Net, Phase, State};
+use super::{options, show};
+use crate::config::{AddressPool, BridgeChoice, NetworkDefaults};
 use crate::failure::Failure;
-use crate::services::containers::{EndpointRecord, View};
-
-/// Interface of a container on the default bridge.
-const INTERFACE: &str = "eth0";
-
-/// Where a container is to be put.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Place {
-    Bridge,
-    Host,
-    /// Only loopback.
-    None,
-}
-
-impl Place {
-    /// The place a network mode names; create has refused all others.
-    pub fn of(network_mode: &str) -> Self {
-        match network_mode {
-            "host" => Place::Host,
-            "none" => Place::None,
-            _ => Place::Bridge,
-        }
-    }
-
-    fn network(self) -> &'static str {
-        match self {
-            Place::Bridge => "bridge",
-            Place::Host => "host",
-            Place::None => "none",
-        }
-    }
-}
+use crate::services::events::Events;
+use crate::store::{self, Store};
 
 /// The network service.
 pub struct Networks {
-    choice: BridgeChoice,
-    address: Ipv4Net,
-    bridge: OnceCell<Bridge>,
-    state: Mutex<State>,
-    sandboxes: PathBuf,
-    /// Makes the ids of the networks differ between engines.
-    engine_id: String,
-    created: Timestamp,
-}
-
-struct State {
-    ipam: Ipam,
-    endpoints: BTreeMap<String, (String, EndpointRecord)>,
+    pub(super) choice: BridgeChoice,
+    defaults: NetworkDefaults,
+    pub(super) state: Arc<Mutex<State>>,
+    pub(super) firewall: FirewallWriter,
+    pub(super) events: Events,
+    /// Folder of network namespaces.
+    pub(super) sandboxes: PathBuf,
+    /// Folder of what is kept of running containers.
+    pub(super) members: PathBuf,
+    store: Store,
+    pools: Vec<AddressPool>,
 }
 
 impl Networks {
-    /// Chooses the bridge's subnet; touches nothing yet. `sandboxes` is the folder for network namespaces.
-    pub fn new(choice: BridgeChoice, sandboxes: &Path, engine_id: &str) -> anyhow::Result<Self> {
-        let table = std::fs::read_to_string("/proc/net/route").unwrap_or_default();
-        let routes = routes::destinations(&table, &choice.name);
-        let address = if choice.fixed {
-            choice.candidates.first().copied()
-        } else {
-            routes::choose(&choice.candidates, &routes)
+    /// Reads the stored networks and chooses the default bridge's subnet; touches nothing yet. `run` is the folder for
+    /// what ends with a reboot.
+    pub fn open(
+        choice: BridgeChoice,
+        defaults: NetworkDefaults,
+        run: &Path,
+        engine_id: &str,
+        store: Store,
+        events: Events,
+    ) -> anyhow::Result<Self> {
+        let stored: Vec<NetworkRecord> =
+            store.all(store::NETWORKS)?.into_iter().map(|(_, record)| record).collect();
+        let routes = routes::reserved(|name| {
+            name == choice.name || stored.iter().any(|record| record.interface == name)
+        });
+        let mut taken: Vec<IpNet> = routes.iter().map(|route| route.subnet).collect();
+        taken.extend(stored.iter().flat_map(|record| record.pools.iter().map(|pool| pool.subnet)));
+        let free = |address: &&ipnet::Ipv4Net| {
+            let subnet = IpNet::from(address.trunc());
+            choice.fixed || !taken.iter().any(|other| pools::overlap(&subnet, other))
         };
-        let address = address.ok_or_else(|| {
+        let address = choice.candidates.iter().find(free).copied().ok_or_else(|| {
             anyhow::anyhow!(
-                "every address range for the bridge `{}` overlaps a route of this computer; choose one with --bip",
+                "every address range for the bridge `{}` overlaps a network of this computer; choose one with --bip",
                 choice.name
             )
         })?;
-        let ipam = Ipam::new(address.trunc(), Some(address.addr()))?;
+        let mut pools = defaults.pools.clone();
+        if pools.is_empty() {
+            pools = pools::defaults();
+        }
+        if !pools.iter().any(|pool| pool.base.addr().is_ipv6()) {
+            pools.push(pools::unique_local(engine_id));
+        }
+        let mut state = State::default();
+        for record in predefined(&choice, &defaults, address, engine_id).into_iter().chain(stored) {
+            state.networks.insert(record.id.clone(), Net::new(record, Phase::Ready));
+        }
+        let state = Arc::new(Mutex::new(state));
         Ok(Self {
+            firewall: FirewallWriter::start(&choice.firewall_table, state.clone()),
             choice,
-            address,
-            bridge: OnceCell::new(),
-            state: Mutex::new(State { ipam, endpoints: BTreeMap::new() }),
-            sandboxes: sandboxes.to_owned(),
-            engine_id: engine_id.to_owned(),
-            created: Timestamp::now(),
+            defaults,
+            state,
+            events,
+            sandboxes: run.join("netns"),
+            members: run.join("network"),
+            store,
+            pools,
         })
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    pub(super) fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The bridge's own address.
-    pub fn gateway(&self) -> std::net::Ipv4Addr {
-        self.address.addr()
-    }
-
-    /// The network namespace file of a container.
-    pub fn sandbox_path(&self, container: &str) -> PathBuf {
-        self.sandboxes.join(&container[..12])
-    }
-
-    /// Whether to make the bridge before the first container needs it: in the machine, which has nothing else to do;
-    /// on a host only when it is there from before.
-    pub fn is_wanted_early(&self) -> bool {
-        self.choice.early || Path::new("/sys/class/net").join(&self.choice.name).exists()
-    }
-
-    /// Makes the bridge and the firewall, once.
-    pub async fn bridge(&self) -> Result<&Bridge, Failure> {
-        self.bridge
-            .get_or_try_init(|| async {
-                let spec = BridgeSpec {
-                    name: self.choice.name.clone(),
-                    subnet: self.address.trunc(),
-                    gateway: self.address.addr(),
-                    mtu: self.choice.mtu,
-                };
-                let failed = |error: &(dyn std::error::Error + 'static)| {
-                    Failure::internal("cannot set up the default bridge network", error)
-                };
-                let bridge = Bridge::ensure(&spec).await.map_err(|error| failed(&error))?;
-                guest_network::forwarding::enable().map_err(|error| failed(&error))?;
-                let rules = [FirewallNetwork { bridge: spec.name, subnet: spec.subnet }];
-                Firewall::new(&self.choice.firewall_table)
-                    .apply(&rules)
-                    .await
-                    .map_err(|error| failed(&error))?;
-                Ok(bridge)
-            })
-            .await
-    }
-
-    /// Makes a network namespace for a container and, on the bridge, an interface with an address.
-    /// On failure nothing is left.
-    pub async fn attach(
-        &self,
-        container: &str,
-        name: &str,
-        place: Place,
-        mac: Option<guest_network::Mac>,
-    ) -> Result<Option<EndpointRecord>, Failure> {
-        if place == Place::Host {
-            return Ok(None);
+    /// Makes a network; its id.
+    pub async fn create(&self, mut create: NetworkCreate) -> Result<String, Failure> {
+        let driver = if create.driver.is_empty() { "bridge" } else { &create.driver };
+        if let Some(defaults) = self.defaults.options.get(driver).filter(|_| create.config_from.is_none()) {
+            for (name, value) in defaults {
+                create.options.entry(name.clone()).or_insert_with(|| value.clone());
+            }
         }
-        let failed = |error: &(dyn std::error::Error + 'static)| {
-            Failure::internal(
-                format!("failed to set up container networking for {}", &container[..12]),
-                error,
-            )
+        let id = new_id(&self.state());
+        let mut draft = create::read(create, &id, Timestamp::now())?;
+        if !draft.record.config_from.is_empty() {
+            draft = self.copy_settings(draft)?;
+        }
+        let routes = {
+            let state = self.state();
+            routes::reserved(|name| state.networks.values().any(|net| net.record.interface == name))
         };
-        let path = self.sandbox_path(container);
-        if path.exists() {
-            // An engine that was killed left it.
-            self.delete_sandbox(container).await?;
-        }
-        if place == Place::None {
-            Sandbox::create(&path).await.map_err(|error| failed(&error))?;
-            return Ok(None);
-        }
-        let (bridge, sandbox) = tokio::join!(self.bridge(), Sandbox::create(&path));
-        let sandbox = sandbox.map_err(|error| failed(&error))?;
-        let attached = async {
-            let bridge = bridge?;
-            let address = self.state().ipam.allocate().map_err(|error| failed(&error))?;
-            let spec = EndpointSpec {
-                container: container.to_owned(),
-                interface: INTERFACE.to_owned(),
-                address,
-                mac,
-            };
-            Endpoint::attach(bridge, &sandbox, &spec).await.map_err(|error| {
-                self.state().ipam.release(address.addr());
-                failed(&error)
-            })
-        };
-        match attached.await {
-            Ok(endpoint) => {
-                let record = EndpointRecord {
-                    network: "bridge".to_owned(),
-                    id: hex::encode(Sha256::digest(format!("endpoint {container} {}", endpoint.address))),
-                    address: endpoint.address,
-                    gateway: endpoint.gateway,
-                    mac: endpoint.mac.to_string(),
-                };
-                self.state().endpoints.insert(container.to_owned(), (name.to_owned(), record.clone()));
-                Ok(Some(record))
+        let record = self.reserve(draft, &routes)?;
+        match self.make(&record).await {
+            Ok(record) => {
+                self.events.publish("network", "create", &id, event_attributes(&record));
+                Ok(id)
             }
             Err(failure) => {
-                if let Err(also) = self.delete_sandbox(container).await {
-                    tracing::warn!(container = &container[..12], error = %also, "a network namespace stays behind");
-                }
+                self.unmake(&record).await;
                 Err(failure)
             }
         }
     }
 
-    /// Takes everything of a container's network away. What is not there is fine.
-    pub async fn detach(&self, container: &str, endpoint: Option<&EndpointRecord>) -> Result<(), Failure> {
-        // The namespace takes the interface with it, in the kernel's own time; the name is free for the next start,
-        // which replaces what it finds.
-        let sandbox = self.delete_sandbox(container).await;
-        let interface = match endpoint {
-            Some(_) => Endpoint::cleanup(container).await.map(drop).map_err(|error| {
-                Failure::internal(format!("cannot remove the interface of {}", &container[..12]), &error)
-            }),
-            None => Ok(()),
-        };
-        if let Some(endpoint) = endpoint {
-            let mut state = self.state();
-            state.endpoints.remove(container);
-            state.ipam.release(endpoint.address.addr());
+    /// The settings of the network that `--config-from` names, under the new one's name.
+    fn copy_settings(&self, draft: Draft) -> Result<Draft, Failure> {
+        let state = self.state();
+        let from = &draft.record.config_from;
+        let missing = || Failure::not_found(format!("configuration network \"{from}\" does not exist"));
+        let source = state.find_ready(from).map_err(|_| missing())?;
+        if !source.record.config_only {
+            return Err(missing());
         }
-        sandbox.and(interface)
+        let source = &source.record;
+        let mut record = draft.record.clone();
+        (record.ipv4, record.ipv6) = (source.ipv4, source.ipv6);
+        record.options = source.options.clone();
+        record.labels = source.labels.clone();
+        record.ipam_options = source.ipam_options.clone();
+        let given = source
+            .pools
+            .iter()
+            .map(|pool| create::Given {
+                subnet: pool.subnet,
+                range: pool.range,
+                gateway: pool.gateway,
+                auxiliary: pool.auxiliary.clone(),
+                words: pool.given.clone().unwrap_or_default(),
+            })
+            .collect();
+        create::finish(record, given)
     }
 
-    async fn delete_sandbox(&self, container: &str) -> Result<(), Failure> {
-        let path = self.sandbox_path(container);
-        let failed = |error: &(dyn std::error::Error + 'static)| {
-            Failure::internal(format!("cannot remove the network namespace of {}", &container[..12]), error)
-        };
-        let folder = Sandbox::list(&self.sandboxes).map_err(|error| failed(&error))?;
-        match folder.into_iter().find(|sandbox| sandbox.path() == path) {
-            Some(sandbox) => sandbox.delete().await.map_err(|error| failed(&error)),
-            None => Ok(()),
-        }
-    }
-
-    /// Takes over the address of a container that runs already.
-    pub fn restore(&self, container: &str, name: &str, endpoint: &EndpointRecord) {
+    /// Takes name, interface and addresses for a network that is about to be made.
+    fn reserve(&self, draft: Draft, routes: &[Route]) -> Result<NetworkRecord, Failure> {
+        let forbidden = |text: String| Failure::new(ErrorKind::Forbidden, text);
+        let Draft { mut record, wanted } = draft;
+        let settings = options::Settings::read(record.driver, &record.options, record.internal)?;
         let mut state = self.state();
-        if let Err(error) = state.ipam.reserve(endpoint.address.addr()) {
-            tracing::warn!(container = &container[..12], %error, "the address of a running container cannot be kept");
+        if state.networks.values().any(|net| net.record.name == record.name) {
+            return Err(Failure::conflict(format!("network with name {} already exists", record.name)));
         }
-        state.endpoints.insert(container.to_owned(), (name.to_owned(), endpoint.clone()));
-    }
-
-    /// Removes the network of every container not in `live`: what an engine that was killed left.
-    pub async fn sweep(&self, live: &[String]) -> Vec<Failure> {
-        let mut failures = Vec::new();
-        let folder = match Sandbox::list(&self.sandboxes) {
-            Ok(folder) => folder,
-            Err(error) => return vec![Failure::internal("cannot list network namespaces", &error)],
+        record.interface = match &settings.kind {
+            options::Kind::Bridge(bridge) => {
+                bridge.name.clone().unwrap_or_else(|| format!("br-{}", &record.id[..12]))
+            }
+            options::Kind::Macvlan { parent, .. } => {
+                parent.clone().unwrap_or_else(|| format!("dm-{}", &record.id[..12]))
+            }
+            options::Kind::Ipvlan { parent, .. } => {
+                parent.clone().unwrap_or_else(|| format!("di-{}", &record.id[..12]))
+            }
+            options::Kind::None => String::new(),
         };
-        let keep: Vec<PathBuf> = live.iter().map(|id| self.sandbox_path(id)).collect();
-        for sandbox in folder.into_iter().filter(|sandbox| !keep.contains(&sandbox.path().to_owned())) {
-            let container = sandbox.path().file_name().map(|name| name.to_string_lossy().into_owned());
-            if let Err(error) = sandbox.delete().await {
-                failures.push(Failure::internal("cannot remove a network namespace", &error));
+        if record.driver == Driver::Bridge
+            && let Some(other) = state.networks.values().find(|net| net.record.interface == record.interface)
+        {
+            return Err(forbidden(format!(
+                "cannot create network {} ({}): conflicts with network {} ({}): networks have same bridge name",
+                record.id, record.interface, other.record.id, other.record.interface
+            )));
+        }
+        let mut taken = state.subnets();
+        for wanted in wanted {
+            let pool = match wanted.given {
+                Some(given) => {
+                    if record.driver != Driver::Null {
+                        check_free(&given.subnet, &taken, routes, record.driver)?;
+                    }
+                    PoolRecord {
+                        subnet: given.subnet,
+                        range: given.range,
+                        gateway: given.gateway,
+                        auxiliary: given.auxiliary,
+                        given: Some(given.words),
+                    }
+                }
+                None => {
+                    let mut avoid = taken.clone();
+                    avoid.extend(routes.iter().map(|route| route.subnet));
+                    let subnet = pools::choose(&self.pools, wanted.six, &avoid).ok_or_else(|| {
+                        Failure::invalid("all predefined address pools have been fully subnetted")
+                    })?;
+                    PoolRecord { subnet, range: None, gateway: None, auxiliary: BTreeMap::new(), given: None }
+                }
+            };
+            taken.push(pool.subnet);
+            record.pools.push(with_gateway(pool, wanted.needs_gateway)?);
+        }
+        state.networks.insert(record.id.clone(), Net::new(record.clone(), Phase::Making));
+        Ok(record)
+    }
+
+    /// Makes what was reserved: interface, rules, record.
+    async fn make(&self, record: &NetworkRecord) -> Result<Arc<NetworkRecord>, Failure> {
+        self.raise(&record.id).await?;
+        let record = match self.state().networks.get(&record.id) {
+            Some(net) => net.record.clone(),
+            None => return Err(Failure::broken("a network that was being made is gone")),
+        };
+        self.store
+            .put(store::NETWORKS, &record.id, record.as_ref())
+            .await
+            .map_err(|error| Failure::internal("cannot keep the network's record", &error))?;
+        if let Some(net) = self.state().networks.get_mut(&record.id) {
+            net.phase = Phase::Ready;
+        }
+        Ok(record)
+    }
+
+    /// Takes back what there is of a network that could not be made.
+    async fn unmake(&self, record: &NetworkRecord) {
+        if let Err(error) = self.lower(&record.id).await {
+            tracing::warn!(network = record.name, %error, "a failed network leaves something behind");
+        }
+        self.state().networks.remove(&record.id);
+    }
+
+    /// Removes a network, by id, name, or the start of its id.
+    pub async fn remove(&self, wanted: &str) -> Result<(), Failure> {
+        let record = {
+            let mut state = self.state();
+            let record = state.find_ready(wanted)?.record.clone();
+            let forbidden = |text: String| Err(Failure::new(ErrorKind::Forbidden, text));
+            if is_predefined(&record.name) {
+                return forbidden(format!("{} is a pre-defined network and cannot be removed", record.name));
             }
-            if let Some(container) = container
-                && let Err(error) = Endpoint::cleanup(&container).await
+            if record.config_only && state.networks.values().any(|net| net.record.config_from == record.name)
             {
-                failures.push(Failure::internal("cannot remove an interface", &error));
+                return forbidden(format!(
+                    "error while removing network: configuration network \"{}\" is in use",
+                    record.name
+                ));
+            }
+            let active: Vec<String> = state
+                .endpoints_of(&record.id)
+                .map(|(member, endpoint)| {
+                    format!("name:\"{}\" id:\"{}\"", member.record.name, &endpoint.id[..12])
+                })
+                .collect();
+            if !active.is_empty() {
+                return forbidden(format!(
+                    "error while removing network: network {} has active endpoints ({})",
+                    record.name,
+                    active.join(", ")
+                ));
+            }
+            if let Some(net) = state.networks.get_mut(&record.id) {
+                net.phase = Phase::Removing;
+            }
+            record
+        };
+        // The record first: an interface without a record is removed at the next start, the other way round the
+        // network would come back.
+        let removed = async {
+            let removed = self.store.remove(store::NETWORKS, &record.id).await;
+            removed.map_err(|error| Failure::internal("cannot remove the network's record", &error))?;
+            self.lower(&record.id).await
+        };
+        if let Err(failure) = removed.await {
+            if let Some(net) = self.state().networks.get_mut(&record.id) {
+                net.phase = Phase::Ready;
+            }
+            return Err(failure);
+        }
+        self.state().networks.remove(&record.id);
+        self.events.publish("network", "destroy", &record.id, event_attributes(&record));
+        Ok(())
+    }
+
+    /// Removes the networks without containers that the filters let through; their names.
+    pub async fn prune(&self, filters: &Filters, until: Option<Timestamp>) -> Vec<String> {
+        let unused: Vec<Arc<NetworkRecord>> = {
+            let state = self.state();
+            let wanted = |net: &&Net| {
+                let record = &net.record;
+                !is_predefined(&record.name)
+                    && !record.config_only
+                    && net.phase == Phase::Ready
+                    && until.is_none_or(|until| record.created <= until)
+                    && show::matches_prune_labels(filters, &record.labels)
+                    && state.endpoints_of(&record.id).next().is_none()
+            };
+            state.networks.values().filter(wanted).map(|net| net.record.clone()).collect()
+        };
+        let mut removed = Vec::new();
+        for record in unused {
+            match self.remove(&record.id).await {
+                Ok(()) => removed.push(record.name.clone()),
+                // Somebody came in, or removed it first.
+                Err(error) => tracing::debug!(network = record.name, %error, "not pruned"),
             }
         }
-        failures
-    }
-
-    /// Keeps a container's new name.
-    pub fn renamed(&self, container: &str, name: &str) {
-        if let Some((known, _)) = self.state().endpoints.get_mut(container) {
-            name.clone_into(known);
-        }
-    }
-
-    /// The id of one of our networks.
-    pub fn network_id(&self, name: &str) -> String {
-        hex::encode(Sha256::digest(format!("network {name} of {}", self.engine_id)))
+        let attributes = [("reclaimed".to_owned(), "0".to_owned())].into();
+        self.events.publish("network", "prune", "", attributes);
+        removed
     }
 
     /// Our networks that the filters let through.
-    pub fn list(&self, filters: &Filters) -> Vec<Network> {
-        [Place::Bridge, Place::Host, Place::None]
-            .into_iter()
-            .map(|place| self.network(place))
-            .filter(|network| {
-                filters.allows("name", |name| network.name.contains(name))
-                    && filters.allows("id", |id| network.id.starts_with(id))
-                    && filters.allows("driver", |driver| network.driver == driver)
-                    && filters.allows("type", |kind| kind == "builtin")
-                    && filters.allows("scope", |scope| scope == "local")
-                    && filters.allows("dangling", |dangling| !matches!(dangling, "1" | "true"))
-                    && filters.allows_labels(&network.labels)
-            })
-            .collect()
+    pub fn list(&self, filters: &Filters, detailed: bool) -> Result<Vec<Network>, Failure> {
+        let state = self.state();
+        let ready = state.networks.values().filter(|net| net.phase != Phase::Making);
+        let mut nets: Vec<&Net> = ready.collect();
+        nets.sort_by(|a, b| (a.record.created, &a.record.name).cmp(&(b.record.created, &b.record.name)));
+        let networks = nets.into_iter().map(|net| (net, show::network(&state, net, detailed))).collect();
+        show::select(&state, networks, filters)
     }
 
-    /// One network by name, id or the start of its id.
-    pub fn inspect(&self, name: &str) -> Result<Network, Failure> {
-        let all = self.list(&Filters::default());
-        let exact = all.iter().find(|network| network.name == name || network.id == name);
-        let prefix = || all.iter().find(|network| !name.is_empty() && network.id.starts_with(name));
-        exact
-            .or_else(prefix)
-            .cloned()
-            .ok_or_else(|| Failure::not_found(guest_api::error::no_such_network(name)))
-    }
-
-    fn network(&self, place: Place) -> Network {
-        let mut network = Network {
-            name: place.network().to_owned(),
-            id: self.network_id(place.network()),
-            created: self.created.to_string(),
-            scope: "local".to_owned(),
-            driver: if place == Place::None { "null" } else { place.network() }.to_owned(),
-            enable_ipv4: true,
-            ipam: ApiIpam { driver: "default".to_owned(), options: None, config: None },
-            ..Network::default()
-        };
-        if place == Place::Bridge {
-            network.ipam.config = Some(vec![IpamPool {
-                subnet: self.address.trunc().to_string(),
-                gateway: self.address.addr().to_string(),
-                ..IpamPool::default()
-            }]);
-            network.containers = self
-                .state()
-                .endpoints
-                .iter()
-                .map(|(id, (name, endpoint))| {
-                    let entry = NetworkContainer {
-                        name: name.clone(),
-                        endpoint_id: endpoint.id.clone(),
-                        mac_address: endpoint.mac.clone(),
-                        ipv4_address: endpoint.address.to_string(),
-                        ipv6_address: String::new(),
-                    };
-                    (id.clone(), entry)
-                })
-                .collect();
-            network.options = [
-                ("com.docker.network.bridge.default_bridge", "true".to_owned()),
-                ("com.docker.network.bridge.enable_ip_masquerade", "true".to_owned()),
-                ("com.docker.network.bridge.name", self.choice.name.clone()),
-                ("com.docker.network.driver.mtu", self.choice.mtu.to_string()),
-            ]
-            .map(|(key, value)| (key.to_owned(), value))
-            .into();
+    /// One network by name, id or the start of its id; of a scope, if one is named.
+    pub fn inspect(&self, wanted: &str, scope: &str) -> Result<Network, Failure> {
+        let state = self.state();
+        let net = state.find_ready(wanted)?;
+        if !matches!(scope, "" | "local") {
+            return Err(Failure::not_found(guest_api::error::no_such_network(wanted)));
         }
-        network
+        Ok(show::network(&state, net, true))
     }
 
-    /// `NetworkSettings` of a container.
-    pub fn settings(&self, view: &View) -> NetworkSettings {
-        let mut settings = NetworkSettings {
-            networks: self.endpoints(view),
-            ports: if view.live.is_some() {
-                view.record
-                    .config
-                    .exposed_ports
-                    .iter()
-                    .flatten()
-                    .map(|(port, _)| (port.clone(), None))
-                    .collect()
+    /// The id and name of a network, if it is there.
+    pub fn id_and_name(&self, wanted: &str) -> Option<(String, String)> {
+        let state = self.state();
+        let net = state.find_ready(wanted).ok()?;
+        Some((net.record.id.clone(), net.record.name.clone()))
+    }
+
+    /// The default bridge's own address.
+    pub fn gateway(&self) -> std::net::Ipv4Addr {
+        match self.state().find("bridge").ok().and_then(|net| net.gateway(false)) {
+            Some(std::net::IpAddr::V4(address)) => address,
+            _ => std::net::Ipv4Addr::LOCALHOST,
+        }
+    }
+}
+
+/// What a network's events carry.
+pub fn event_attributes(record: &NetworkRecord) -> BTreeMap<String, String> {
+    [("name".to_owned(), record.name.clone()), ("type".to_owned(), record.driver.name().to_owned())].into()
+}
+
+/// Whether a subnet that the user named is free.
+fn check_free(subnet: &IpNet, taken: &[IpNet], routes: &[Route], driver: Driver) -> Result<(), Failure> {
+    let forbidden = |text: String| Err(Failure::new(ErrorKind::Forbidden, text));
+    if taken.iter().any(|other| pools::overlap(subnet, other)) {
+        return forbidden(
+            "invalid pool request: Pool overlaps with other one on this address space".to_owned(),
+        );
+    }
+    // Children of the host's own interface are in the host's own subnet.
+    let clash = routes.iter().find(|route| {
+        driver == Driver::Bridge
+            && route.subnet.prefix_len() < route.subnet.max_prefix_len()
+            && pools::overlap(subnet, &route.subnet)
+    });
+    match clash {
+        Some(route) => forbidden(format!(
+            "invalid pool request: subnet {subnet} overlaps {}, which this computer reaches through interface `{}`; \
+             choose another one",
+            route.subnet, route.interface
+        )),
+        None => Ok(()),
+    }
+}
+
+/// Settles a pool's gateway: the one named, or the first address there is.
+fn with_gateway(mut pool: PoolRecord, needed: bool) -> Result<PoolRecord, Failure> {
+    let mut ipam = guest_network::Ipam::new(pool.subnet, pool.range);
+    let refused = |what: String| {
+        move |error: guest_network::IpamError| {
+            let kind = if matches!(error, guest_network::IpamError::Taken { .. }) {
+                ErrorKind::Forbidden
             } else {
-                BTreeMap::new()
-            },
-            ..NetworkSettings::default()
-        };
-        if view.live.is_some() && Place::of(&view.record.host.network_mode) != Place::Host {
-            settings.sandbox_key = self.sandbox_path(&view.record.id).display().to_string();
-            settings.sandbox_id = hex::encode(Sha256::digest(&settings.sandbox_key));
+                ErrorKind::Invalid
+            };
+            Failure::new(kind, format!("{what}: {error}"))
         }
-        if let Some(endpoint) = settings.networks.get("bridge") {
-            settings.endpoint_id.clone_from(&endpoint.endpoint_id);
-            settings.gateway.clone_from(&endpoint.gateway);
-            settings.ip_address.clone_from(&endpoint.ip_address);
-            settings.ip_prefix_len = endpoint.ip_prefix_len;
-            settings.mac_address.clone_from(&endpoint.mac_address);
+    };
+    match pool.gateway {
+        Some(gateway) => {
+            ipam.reserve(gateway).map_err(refused(format!("failed to allocate gateway ({gateway})")))?;
         }
-        settings
+        None if needed => {
+            for address in pool.auxiliary.values() {
+                // Reserved again below, where a refusal is told.
+                let _ = ipam.reserve(*address);
+            }
+            let gateway = ipam.allocate().map_err(refused("failed to allocate gateway ()".to_owned()))?;
+            pool.gateway = Some(gateway.addr());
+        }
+        None => {}
     }
+    let mut ipam = guest_network::Ipam::new(pool.subnet, pool.range);
+    for address in pool.gateway.iter() {
+        let _ = ipam.reserve(*address);
+    }
+    for (name, address) in &pool.auxiliary {
+        let what = format!("failed to allocate secondary ip address ({name}:{address})");
+        ipam.reserve(*address).map_err(refused(what))?;
+    }
+    Ok(pool)
+}
 
-    /// The networks of a container, by name.
-    pub fn endpoints(&self, view: &View) -> BTreeMap<String, EndpointSettings> {
-        let name = Place::of(&view.record.host.network_mode).network();
-        let mut settings =
-            EndpointSettings { network_id: self.network_id(name), ..EndpointSettings::default() };
-        if let Some(endpoint) = view.live.as_ref().and_then(|live| live.endpoint.as_ref()) {
-            settings.endpoint_id.clone_from(&endpoint.id);
-            settings.gateway = endpoint.gateway.to_string();
-            settings.ip_address = endpoint.address.addr().to_string();
-            settings.ip_prefix_len = endpoint.address.prefix_len();
-            settings.mac_address.clone_from(&endpoint.mac);
+/// A random id whose first digits no other network has: interfaces are named after them.
+fn new_id(state: &State) -> String {
+    loop {
+        let id = hex::encode(rand::random::<[u8; 32]>());
+        // A short id of digits alone could be taken for a number.
+        let unusable = id[..12].bytes().all(|byte| byte.is_ascii_digit())
+            || state.networks.keys().any(|other| other[..12] == id[..12]);
+        if !unusable {
+            return id;
         }
-        [(name.to_owned(), settings)].into()
     }
+}
+
+/// The networks that are always there.
+fn predefined(
+    choice: &BridgeChoice,
+    defaults: &NetworkDefaults,
+    address: ipnet::Ipv4Net,
+    engine_id: &str,
+) -> Vec<NetworkRecord> {
+    let record = |name: &str, driver| NetworkRecord {
+        id: hex::encode(Sha256::digest(format!("network {name} of {engine_id}"))),
+        name: name.to_owned(),
+        created: Timestamp::now(),
+        driver,
+        ipv4: true,
+        ipv6: false,
+        pools: Vec::new(),
+        ipam_driver: "default".to_owned(),
+        ipam_options: None,
+        internal: false,
+        attachable: false,
+        ingress: false,
+        config_only: false,
+        config_from: String::new(),
+        options: BTreeMap::new(),
+        labels: BTreeMap::new(),
+        interface: String::new(),
+        owns_interface: false,
+    };
+    let mut bridge = record("bridge", Driver::Bridge);
+    bridge.interface.clone_from(&choice.name);
+    bridge.owns_interface = true;
+    bridge.pools = vec![PoolRecord {
+        subnet: address.trunc().into(),
+        range: defaults.fixed_range.map(Into::into),
+        gateway: Some(address.addr().into()),
+        auxiliary: BTreeMap::new(),
+        given: Some(IpamPool {
+            subnet: address.trunc().to_string(),
+            gateway: address.addr().to_string(),
+            ip_range: defaults.fixed_range.map(|range| range.to_string()).unwrap_or_default(),
+            ..IpamPool::default()
+        }),
+    }];
+    bridge.options = [
+        (options::DEFAULT_BRIDGE, "true".to_owned()),
+        (options::ICC, defaults.between_containers.to_string()),
+        (options::MASQUERADE, defaults.masquerade.to_string()),
+        (options::HOST_BINDING, defaults.publish_on.to_string()),
+        (options::BRIDGE_NAME, choice.name.clone()),
+        (options::MTU, choice.mtu.to_string()),
+    ]
+    .map(|(key, value)| (key.to_owned(), value))
+    .into();
+    vec![bridge, record("host", Driver::Host), record("none", Driver::Null)]
 }

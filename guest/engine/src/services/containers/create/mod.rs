@@ -17,6 +17,9 @@ mod platform;
 mod tests;
 mod version;
 
+use std::collections::BTreeMap;
+
+use guest_api::network::EndpointSettings;
 use guest_api::{ContainerConfig, ContainerCreate, HostConfig};
 
 pub use self::defaults::fill_settings;
@@ -32,6 +35,7 @@ pub struct Resolved {
     pub config: ContainerConfig,
     pub host: HostConfig,
     pub binds: Vec<Bind>,
+    pub networks: BTreeMap<String, EndpointSettings>,
 }
 
 /// Judges what the user asked for, before anybody looks for the image. What cannot be enforced is taken out; the words
@@ -42,7 +46,7 @@ pub fn check(create: &mut ContainerCreate, capacity: &Capacity) -> Result<Vec<St
     let warnings = host::check(config, host_config, capacity)?;
     // The user's own settings: an image's volumes and health check are kept, not yet followed.
     mounts::refuse_unsupported(config, host_config)?;
-    network::check(host_config)?;
+    network::check(config, host_config)?;
     life::check(config, host_config)?;
     Ok(warnings)
 }
@@ -69,14 +73,14 @@ pub fn resolve(
     if config.entrypoint.as_ref().is_none_or(Vec::is_empty) && config.cmd.as_ref().is_none_or(Vec::is_empty) {
         return Err(Failure::invalid("no command specified"));
     }
-    network::resolve(&mut config, &mut host_config, &networking_config.endpoints_config)?;
-    if config.hostname.is_empty() {
+    let networks = network::resolve(&mut config, &mut host_config, networking_config.endpoints_config)?;
+    if config.hostname.is_empty() && !host_config.network_mode.starts_with("container:") {
         config.hostname =
             if host_config.network_mode == "host" { capacity.host_name.clone() } else { id[..12].to_owned() };
     }
     let binds = mounts::resolve(&host_config)?;
     host::fill_defaults(&mut host_config, capacity);
-    Ok(Resolved { config, host: host_config, binds })
+    Ok(Resolved { config, host: host_config, binds, networks })
 }
 
 fn unsupported(what: &str) -> Failure {

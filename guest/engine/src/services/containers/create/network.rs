@@ -5,16 +5,16 @@ use std::collections::BTreeMap;
 use guest_api::network::EndpointSettings;
 use guest_api::{ContainerConfig, HostConfig};
 
-use super::super::files::extra_host;
+use super::super::network::extra_host;
 use super::unsupported;
 use crate::failure::Failure;
 
-/// Which network, and refusing what its endpoint settings ask beyond it.
+/// Which networks, by name.
 pub fn resolve(
     config: &mut ContainerConfig,
     host: &mut HostConfig,
-    endpoints: &BTreeMap<String, EndpointSettings>,
-) -> Result<(), Failure> {
+    endpoints: BTreeMap<String, EndpointSettings>,
+) -> Result<BTreeMap<String, EndpointSettings>, Failure> {
     if host.network_mode.is_empty() {
         host.network_mode = "default".to_owned();
     }
@@ -25,44 +25,61 @@ pub fn resolve(
         // What the stock client sends, and what dockerd stores, is "bridge" since API 1.44.
         host.network_mode = "bridge".to_owned();
     }
-    match host.network_mode.as_str() {
-        "bridge" | "none" | "host" => {}
-        mode if mode.starts_with("container:") => {
-            return Err(unsupported(&format!("sharing a container's network (NetworkMode {mode})")));
-        }
-        mode => return Err(Failure::not_found(guest_api::error::no_such_network(mode))),
-    }
-    for (name, endpoint) in endpoints {
-        if name != "default" && *name != host.network_mode {
-            return Err(match name.as_str() {
-                "bridge" | "host" | "none" => unsupported("more than one network (NetworkingConfig)"),
-                _ => Failure::not_found(guest_api::error::no_such_network(name)),
-            });
-        }
-        let addresses = endpoint.ipam_config.as_ref();
-        if addresses.is_some_and(|ipam| !ipam.ipv4_address.is_empty() || !ipam.ipv6_address.is_empty()) {
-            return Err(Failure::invalid(
-                "user specified IP address is supported on user defined networks only",
-            ));
-        }
-        if endpoint.links.as_ref().is_some_and(|links| !links.is_empty()) {
-            return Err(unsupported("links"));
-        }
-        if !endpoint.mac_address.is_empty() {
-            config.mac_address.clone_from(&endpoint.mac_address);
-        }
+    if host.network_mode == "host" && host.links.as_ref().is_some_and(|links| !links.is_empty()) {
+        return Err(Failure::invalid(
+            "conflicting options: host type networking can't be used with links. This would result in undefined \
+             behavior",
+        ));
     }
     if !config.mac_address.is_empty() {
+        if matches!(host.network_mode.as_str(), "host" | "none")
+            || host.network_mode.starts_with("container:")
+        {
+            return Err(Failure::invalid("conflicting options: mac-address and the network mode"));
+        }
         config
             .mac_address
             .parse::<guest_network::Mac>()
             .map_err(|_| Failure::invalid(format!("invalid MAC address: {}", config.mac_address)))?;
     }
-    Ok(())
+    let networks = super::super::network::resolve(&host.network_mode, &config.mac_address, endpoints)?;
+    // Where clients of earlier versions look for it.
+    if let Some(main) = networks.get(&host.network_mode) {
+        config.mac_address.clone_from(&main.mac_address);
+    }
+    Ok(networks)
+}
+
+/// What makes no sense for one that uses another's network.
+fn check_shared(other: &str, config: &ContainerConfig, host: &HostConfig) -> Result<(), Failure> {
+    let some = |list: &Option<Vec<String>>| list.as_ref().is_some_and(|list| !list.is_empty());
+    let refusal = match () {
+        () if other.is_empty() => "invalid network mode: invalid container format container:<name|id>",
+        () if !config.hostname.is_empty() => "conflicting options: hostname and the network mode",
+        () if some(&host.links) => {
+            "conflicting options: container type network can't be used with links. This would result in undefined \
+             behavior"
+        }
+        () if some(&host.dns) => "conflicting options: dns and the network mode",
+        () if some(&host.extra_hosts) => {
+            "conflicting options: custom host-to-IP mapping and the network mode"
+        }
+        () if !host.port_bindings.is_empty() || host.publish_all_ports => {
+            "conflicting options: port publishing and the container type network mode"
+        }
+        () if config.exposed_ports.as_ref().is_some_and(|ports| !ports.is_empty()) => {
+            "conflicting options: port exposing and the container type network mode"
+        }
+        () => return Ok(()),
+    };
+    Err(Failure::invalid(refusal))
 }
 
 /// Refuses what is not offered yet, and names and addresses that are none.
-pub fn check(host: &HostConfig) -> Result<(), Failure> {
+pub fn check(config: &ContainerConfig, host: &HostConfig) -> Result<(), Failure> {
+    if let Some(other) = host.network_mode.strip_prefix("container:") {
+        check_shared(other, config, host)?;
+    }
     if host.port_bindings.values().flatten().any(|list| !list.is_empty()) {
         return Err(unsupported("published ports (PortBindings)"));
     }

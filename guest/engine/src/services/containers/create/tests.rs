@@ -80,7 +80,6 @@ fn what_cannot_be_honoured_is_refused_by_name() {
         (json!({"Volumes": {"/data": {}}}), "anonymous volumes"),
         (json!({"HostConfig": {"VolumesFrom": ["x"]}}), "VolumesFrom"),
         (json!({"HostConfig": {"DeviceRequests": [{"Driver": "nvidia"}]}}), "DeviceRequests"),
-        (json!({"HostConfig": {"NetworkMode": "container:x"}}), "NetworkMode"),
         (json!({"HostConfig": {"LogConfig": {"Type": "gelf"}}}), "no log driver named 'gelf'"),
         (json!({"Healthcheck": {"Test": ["CMD", "true"], "Interval": 1}}), "Healthcheck"),
     ];
@@ -107,15 +106,42 @@ fn harmless_settings_are_kept() {
 }
 
 #[test]
-fn networks_beyond_ours_are_not_found() {
-    let failure = try_resolve(json!({"HostConfig": {"NetworkMode": "front"}})).unwrap_err();
-    assert_eq!((failure.kind, failure.message.as_str()), (ErrorKind::NotFound, "network front not found"));
-    assert!(
-        refusal(json!({"NetworkingConfig": {"EndpointsConfig": {"bridge": {"IPAMConfig": {"IPv4Address": "1.2.3.4"}}}}}))
-            .contains("user defined networks only")
-    );
-    assert_eq!(ok(json!({"HostConfig": {"NetworkMode": "host"}})).config.hostname, "machine");
+fn networks_are_kept_by_name_and_looked_at_when_it_starts() {
+    let front = ok(json!({"HostConfig": {"NetworkMode": "front"}}));
+    assert_eq!(front.networks.keys().collect::<Vec<_>>(), ["front"]);
+    assert_eq!(ok(json!({})).networks.keys().collect::<Vec<_>>(), ["bridge"]);
     assert_eq!(ok(json!({"NetworkDisabled": true})).host.network_mode, "none");
+    let mac = json!({"MacAddress": "02:42:ac:11:00:0a", "HostConfig": {"NetworkMode": "bridge"}});
+    assert_eq!(ok(mac).networks["bridge"].mac_address, "02:42:ac:11:00:0a");
+    assert_eq!(
+        refusal(json!({"MacAddress": "02:42:ac:11:00:0a", "HostConfig": {"NetworkMode": "host"}})),
+        "conflicting options: mac-address and the network mode"
+    );
+}
+
+#[test]
+fn one_that_uses_anothers_network_has_nothing_of_its_own() {
+    let shared = |more: serde_json::Value| {
+        let mut body = json!({"HostConfig": {"NetworkMode": "container:web"}});
+        for (key, value) in more.as_object().unwrap() {
+            if key == "Hostname" || key == "ExposedPorts" {
+                body[key] = value.clone();
+            } else {
+                body["HostConfig"][key] = value.clone();
+            }
+        }
+        body
+    };
+    assert_eq!(
+        refusal(shared(json!({"Hostname": "me"}))),
+        "conflicting options: hostname and the network mode"
+    );
+    assert_eq!(refusal(shared(json!({"Dns": ["1.1.1.1"]}))), "conflicting options: dns and the network mode");
+    assert!(refusal(shared(json!({"PublishAllPorts": true}))).contains("port"));
+    assert_eq!(
+        refusal(json!({"HostConfig": {"NetworkMode": "container:"}})),
+        "invalid network mode: invalid container format container:<name|id>"
+    );
 }
 
 #[test]

@@ -27,6 +27,7 @@ use tokio_util::task::AbortOnDropHandle;
 use crate::failure::Failure;
 use crate::services::containers::health::{self, Check, Monitor};
 use crate::services::containers::index::Index;
+use crate::services::containers::network::{self, NetworkChange};
 use crate::services::containers::record::{Live, Record, View};
 use crate::services::containers::run::{self, Context};
 use crate::services::containers::shim::{Shim, Streams};
@@ -83,6 +84,10 @@ pub enum Command {
     /// Limits and restart policy.
     Update {
         changes: Box<HostConfig>,
+        reply: Reply,
+    },
+    Network {
+        change: NetworkChange,
         reply: Reply,
     },
     Remove {
@@ -295,6 +300,10 @@ impl Driver {
                 };
                 answer(reply, result);
             }
+            Command::Network { change, reply } => {
+                let result = self.change_network(change).await;
+                answer(reply, result);
+            }
             Command::Remove { force, reply } => match self.admit(Request::Remove { force }) {
                 Verdict::Go | Verdict::Nothing => {
                     let result = self.remove().await;
@@ -333,6 +342,7 @@ impl Driver {
             Ok(started) => {
                 self.record.last.started_at = Some(started.live.started_at);
                 self.record.last.error.clear();
+                network::settle(&self.context, &mut self.record);
                 self.adopt(started.shim, started.live, started.child);
                 self.change(Change::Started);
                 self.record.last.health = Check::of(&self.record.config).map(|_| {
@@ -341,9 +351,6 @@ impl Driver {
                 });
                 self.watch_health(true);
                 self.publish();
-                if let Some(endpoint) = self.run.as_ref().and_then(|run| run.live.endpoint.clone()) {
-                    self.network_event("connect", &endpoint.network);
-                }
                 self.event("start", &[]);
                 // Whether it runs, its shim tells; this is only history, so nobody waits for it.
                 self.context.save_later(&self.record).await
@@ -367,13 +374,6 @@ impl Driver {
                 Err(failure)
             }
         }
-    }
-
-    fn network_event(&self, action: &str, network: &str) {
-        let attributes = [("container", self.record.id.as_str()), ("name", network), ("type", network)]
-            .map(|(key, value)| (key.to_owned(), value.to_owned()));
-        let id = self.context.networks.network_id(network);
-        self.context.events.publish("network", action, &id, attributes.into());
     }
 
     fn adopt(&mut self, shim: Shim, live: Live, child: Option<Child>) {
@@ -471,13 +471,25 @@ impl Driver {
         Ok(())
     }
 
+    async fn change_network(&mut self, change: NetworkChange) -> Result<(), Failure> {
+        if matches!(self.phase, Phase::Removing | Phase::Dead) {
+            return Err(Failure::broken(format!(
+                "Container {} is marked for removal and cannot be connected or disconnected to the network",
+                self.record.id
+            )));
+        }
+        network::change(&self.context, &mut self.record, self.run.is_some(), change).await?;
+        self.publish();
+        self.save().await
+    }
+
     async fn rename(&mut self, name: String) -> Result<(), Failure> {
         let old = std::mem::replace(&mut self.record.name, name);
         if let Err(failure) = self.save().await {
             self.record.name = old;
             return Err(failure);
         }
-        self.context.networks.renamed(&self.record.id, &self.record.name);
+        self.context.networks.renamed(&self.record);
         self.publish();
         self.event("rename", &[("oldName", format!("/{old}"))]);
         Ok(())
@@ -514,13 +526,8 @@ impl Driver {
     /// The container's process has ended: everything of the run goes, then policies have their say.
     async fn process_ended(&mut self, exit: Option<Exit>) {
         let Some(run) = self.run.take() else { return };
-        let told = run::tear_down(
-            &self.context,
-            &self.record,
-            Some((&run.shim, run.child)),
-            run.live.endpoint.as_ref(),
-        )
-        .await;
+        let places = self.context.networks.places(&self.record.id);
+        let told = run::tear_down(&self.context, &self.record, Some((&run.shim, run.child))).await;
         self.note_end(exit.or(told));
         self.unwatched();
         self.runs_ended += 1;
@@ -533,9 +540,7 @@ impl Driver {
             self.event("oom", &[]);
         }
         self.event("die", &attributes);
-        if let Some(endpoint) = &run.live.endpoint {
-            self.network_event("disconnect", &endpoint.network);
-        }
+        self.context.networks.tell_disconnected(&self.record, &places);
 
         let again = self.stopping.is_none() && self.policy_says_again();
         self.change(Change::Ended { again });

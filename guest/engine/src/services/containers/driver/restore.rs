@@ -40,10 +40,8 @@ impl Driver {
             // The engine died between making and starting it.
             Status::Empty | Status::Created => return Err(()),
         };
-        let live = Live { pid, started_at: run_record.started_at, endpoint: run_record.endpoint.clone() };
-        if let Some(endpoint) = &live.endpoint {
-            self.context.networks.restore(&self.record.id, &self.record.name, endpoint);
-        }
+        let live = Live { pid, started_at: run_record.started_at };
+        self.context.networks.restore(&self.record);
         self.record.last.started_at = Some(live.started_at);
         self.record.stopped_by_user = run_record.stopped_by_user;
         self.record.last.health = Check::of(&self.record.config)
@@ -60,8 +58,7 @@ impl Driver {
     /// Cleans up after a run whose shim is gone, and takes over its exit status, if there is one. `lost`: it ran, and
     /// nothing of the run is left to ask. For the start of the engine, before anybody else knows the driver.
     pub async fn clean_up(&mut self, run_record: Option<RunRecord>, lost: bool) {
-        let endpoint = run_record.as_ref().and_then(|run| run.endpoint.clone());
-        let exit = run::tear_down(&self.context, &self.record, None, endpoint.as_ref()).await;
+        let exit = run::tear_down(&self.context, &self.record, None).await;
         if let Err(error) = run::remove_run_folder(&self.context, &self.record.id).await {
             tracing::warn!(container = self.record.short_id(), %error, "a run folder stays behind");
         }

@@ -113,11 +113,7 @@ impl Driver {
             && let Err(error) = run::write_run_record(
                 &self.context,
                 &self.record,
-                &RunRecord {
-                    started_at: run.live.started_at,
-                    endpoint: run.live.endpoint.clone(),
-                    stopped_by_user: true,
-                },
+                &RunRecord { started_at: run.live.started_at, stopped_by_user: true },
             )
         {
             tracing::warn!(container = self.record.short_id(), %error, "cannot note that it is to stop");

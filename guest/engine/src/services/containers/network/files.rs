@@ -6,11 +6,11 @@ use guest_api::HostConfig;
 
 use crate::failure::Failure;
 
-/// /etc/hosts. `own` is the container's address, `host_gateway` what `host-gateway` stands for.
+/// /etc/hosts. `own` are the container's addresses, `host_gateway` what `host-gateway` stands for.
 pub fn hosts(
     hostname: &str,
     domainname: &str,
-    own: Option<Ipv4Addr>,
+    own: &[IpAddr],
     extra: &[String],
     host_gateway: Ipv4Addr,
 ) -> Result<String, Failure> {
@@ -23,7 +23,7 @@ pub fn hosts(
         let address = address.map_or_else(|| host_gateway.to_string(), |address| address.to_string());
         text.push_str(&format!("{address}\t{name}\n"));
     }
-    if let Some(own) = own {
+    for own in own {
         let full = if domainname.is_empty() { String::new() } else { format!("{hostname}.{domainname} ") };
         text.push_str(&format!("{own}\t{full}{hostname}\n"));
     }
@@ -82,6 +82,17 @@ pub fn resolv_conf(host_file: &str, settings: &HostConfig, uses_host_network: bo
     text
 }
 
+/// The host's resolver configuration; the one behind systemd's local stub where that is used.
+pub fn host_resolv_conf() -> String {
+    let text = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
+    if text.lines().any(|line| line.trim() == "nameserver 127.0.0.53")
+        && let Ok(behind) = std::fs::read_to_string("/run/systemd/resolve/resolv.conf")
+    {
+        return behind;
+    }
+    text
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -90,15 +101,15 @@ mod tests {
 
     #[test]
     fn hosts_has_the_own_address_last() {
-        let own = Some(Ipv4Addr::new(172, 17, 0, 2));
+        let own = [[172, 17, 0, 2].into()];
         let extra = ["db:10.0.0.9".to_owned(), "up:host-gateway".to_owned(), "six=[::1]".to_owned()];
-        let text = hosts("web", "example.org", own, &extra, GATEWAY).unwrap();
+        let text = hosts("web", "example.org", &own, &extra, GATEWAY).unwrap();
         assert!(text.starts_with("127.0.0.1\tlocalhost\n"));
         assert!(
             text.ends_with("10.0.0.9\tdb\n172.17.0.1\tup\n::1\tsix\n172.17.0.2\tweb.example.org web\n"),
             "{text}"
         );
-        assert!(!hosts("web", "", None, &[], GATEWAY).unwrap().contains("web"));
+        assert!(!hosts("web", "", &[], &[], GATEWAY).unwrap().contains("web"));
     }
 
     #[test]

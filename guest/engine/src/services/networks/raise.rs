@@ -1,0 +1,121 @@
+//! The kernel's side of a network: its interface and its rules, made and taken away.
+
+use guest_network::{Bridge, BridgeSpec, forwarding};
+use ipnet::IpNet;
+
+use super::options::Kind;
+use super::record::{Driver, NetworkRecord};
+use super::service::Networks;
+use crate::failure::Failure;
+
+/// Largest packet where nobody says otherwise.
+const MTU_DEFAULT: u32 = 1500;
+
+impl Networks {
+    /// Makes sure that a network's interface is there and guarded, once.
+    pub(super) async fn raise(&self, id: &str) -> Result<(), Failure> {
+        let (raised, record) = {
+            let state = self.state();
+            let Some(net) = state.networks.get(id) else {
+                return Err(Failure::not_found(guest_api::error::no_such_network(id)));
+            };
+            (net.raised.clone(), net.record.clone())
+        };
+        raised.get_or_try_init(|| self.raise_now(&record)).await.copied()
+    }
+
+    async fn raise_now(&self, record: &NetworkRecord) -> Result<(), Failure> {
+        match record.driver {
+            Driver::Bridge => self.raise_bridge(record).await,
+            Driver::Macvlan | Driver::Ipvlan => Ok(()),
+            Driver::Host | Driver::Null => Ok(()),
+        }
+    }
+
+    async fn raise_bridge(&self, record: &NetworkRecord) -> Result<(), Failure> {
+        let settings = super::options::Settings::of(record);
+        let inhibit = settings.bridge().is_some_and(|bridge| bridge.inhibit_ipv4);
+        let addresses: Vec<IpNet> = record
+            .pools
+            .iter()
+            .filter(|pool| !(inhibit && pool.subnet.addr().is_ipv4()))
+            .filter_map(|pool| Some(IpNet::new_assert(pool.gateway?, pool.subnet.prefix_len())))
+            .collect();
+        let failed = |error: &(dyn std::error::Error + 'static)| {
+            Failure::internal(format!("cannot set up network {}", record.name), error)
+        };
+        let spec = BridgeSpec {
+            name: record.interface.clone(),
+            addresses,
+            mtu: settings.mtu.unwrap_or(MTU_DEFAULT),
+            owned: record.owns_interface && self.is_ours(record),
+        };
+        let bridge = Bridge::ensure(&spec).await.map_err(|error| failed(&error))?;
+        {
+            let mut state = self.state();
+            if let Some(net) = state.networks.get_mut(&record.id) {
+                net.guarded = true;
+                // One that was there before somebody named it is not ours to remove.
+                if net.phase == super::state::Phase::Making && !bridge.was_made() {
+                    let mut record = NetworkRecord::clone(&net.record);
+                    record.owns_interface = false;
+                    net.record = record.into();
+                }
+            }
+        }
+        forwarding::enable().map_err(|error| failed(&error))?;
+        if record.ipv6 {
+            forwarding::enable_ipv6().map_err(|error| failed(&error))?;
+        }
+        self.firewall.refresh().await
+    }
+
+    /// Whether a bridge of this name can only have been made by us: it is named after the network's id, or it is the
+    /// default one.
+    fn is_ours(&self, record: &NetworkRecord) -> bool {
+        record.interface == self.choice.name || record.interface == format!("br-{}", &record.id[..12])
+    }
+
+    /// Takes a network's rules and interface away. What is not there is fine.
+    pub(super) async fn lower(&self, id: &str) -> Result<(), Failure> {
+        let record = {
+            let mut state = self.state();
+            let Some(net) = state.networks.get_mut(id) else { return Ok(()) };
+            let was_guarded = std::mem::take(&mut net.guarded);
+            net.raised = std::sync::Arc::default();
+            if !was_guarded {
+                return Ok(());
+            }
+            net.record.clone()
+        };
+        if record.driver == Driver::Bridge && record.owns_interface {
+            Bridge::remove(&record.interface).await.map_err(|error| {
+                Failure::internal(format!("cannot remove the interface of network {}", record.name), &error)
+            })?;
+        }
+        self.firewall.refresh().await
+    }
+
+    /// Makes the networks that are to be there from the start: those of the user, and the default one in the machine,
+    /// or where it is there from before.
+    pub async fn raise_early(&self) {
+        let wanted: Vec<(String, String)> = {
+            let state = self.state();
+            let early = |record: &NetworkRecord| {
+                !record.is_predefined()
+                    || (record.driver == Driver::Bridge
+                        && (self.choice.early
+                            || std::path::Path::new("/sys/class/net").join(&record.interface).exists()))
+            };
+            let nets = state.networks.values().filter(|net| !matches!(net.settings.kind, Kind::None));
+            nets.filter(|net| early(&net.record))
+                .map(|net| (net.record.id.clone(), net.record.name.clone()))
+                .collect()
+        };
+        for (id, name) in wanted {
+            if let Err(error) = self.raise(&id).await {
+                tracing::warn!(network = name, %error, "the network is not there yet; the first container tries again");
+            }
+        }
+    }
+}
