@@ -204,6 +204,42 @@ pub struct History {
     pub empty_layer: bool,
 }
 
+/// A configuration as it is stored: members that say nothing are left out, as other tools do.
+pub(crate) fn encode_config(config: &ImageConfig) -> crate::Result<Vec<u8>> {
+    fn says_something(value: &serde_json::Value) -> bool {
+        match value {
+            serde_json::Value::Null | serde_json::Value::Bool(false) => false,
+            serde_json::Value::String(text) => !text.is_empty(),
+            serde_json::Value::Array(items) => !items.is_empty(),
+            serde_json::Value::Object(members) => !members.is_empty(),
+            serde_json::Value::Number(number) => number.as_i64() != Some(0),
+            serde_json::Value::Bool(true) => true,
+        }
+    }
+    let failed =
+        |source| crate::Error::because(crate::Kind::Internal, "a configuration could not be encoded", source);
+    let mut value = serde_json::to_value(config).map_err(failed)?;
+    // Not deeper: a label's value may well be empty.
+    let tidy = |value: &mut serde_json::Value| {
+        if let Some(members) = value.as_object_mut() {
+            members.retain(|_, member| says_something(member));
+        }
+    };
+    if let Some(check) = value.pointer_mut("/config/Healthcheck") {
+        tidy(check);
+    }
+    if let Some(config) = value.get_mut("config") {
+        tidy(config);
+    }
+    for step in value.get_mut("history").and_then(serde_json::Value::as_array_mut).into_iter().flatten() {
+        tidy(step);
+    }
+    if let Some(members) = value.as_object_mut() {
+        members.retain(|name, member| name == "config" || name == "rootfs" || says_something(member));
+    }
+    serde_json::to_vec(&value).map_err(failed)
+}
+
 /// Reads `null` as the default.
 pub(crate) fn nullable<'de, D, T>(deserializer: D) -> Result<T, D::Error>
 where

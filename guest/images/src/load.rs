@@ -222,26 +222,10 @@ impl Images {
                 .open_blob(&digest)?
                 .read(&mut start)
                 .map_err(|source| Error::io("read", &self.0.content.path(&digest), source))?;
-            let suffix = match Compression::detect(&start[..length]) {
-                Compression::None => "",
-                Compression::Gzip => "+gzip",
-                Compression::Zstd => "+zstd",
-            };
-            layers.push(Descriptor {
-                media_type: format!("{}{suffix}", manifest::OCI_LAYER),
-                digest,
-                size,
-                platform: None,
-                annotations: Default::default(),
-            });
+            let media_type = manifest::packed_layer_type(Compression::detect(&start[..length]));
+            layers.push(Descriptor::new(&media_type, digest, size));
         }
-        let config = Descriptor {
-            media_type: manifest::OCI_CONFIG.to_owned(),
-            digest: config,
-            size,
-            platform: None,
-            annotations: Default::default(),
-        };
+        let config = Descriptor::new(manifest::OCI_CONFIG, config, size);
         let manifest =
             Manifest { schema_version: 2, media_type: manifest::OCI_MANIFEST.to_owned(), config, layers };
         let bytes = crate::database::encode(&manifest)?;
@@ -259,6 +243,7 @@ impl Images {
             config: parsed,
             source: None,
             names: names.collect::<Result<_>>()?,
+            parent: None,
         })
     }
 
@@ -325,6 +310,7 @@ impl Images {
             config,
             source: None,
             names: name.map(Reference::with_default_tag).into_iter().collect(),
+            parent: None,
         })
     }
 }

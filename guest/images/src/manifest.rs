@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Digest, Error, ImageConfig, Platform, Result, image::nullable};
+use crate::{Digest, Error, ImageConfig, Platform, Result, compression::Compression, image::nullable};
 
 /// Bytes of a manifest or an index at most, as in containerd and the registry itself.
 pub const MANIFEST_BYTES_MAX: u64 = 4 << 20;
@@ -228,6 +228,22 @@ fn is_layer(media_type: &str) -> bool {
     matches!(media_type, "" | "application/octet-stream")
         || (tar.iter().any(|start| media_type.starts_with(start))
             && packed.iter().any(|end| media_type.ends_with(end)))
+}
+
+/// The media type of a layer that is packed so.
+pub(crate) fn packed_layer_type(compression: Compression) -> String {
+    let suffix = match compression {
+        Compression::None => "",
+        Compression::Gzip => "+gzip",
+        Compression::Zstd => "+zstd",
+    };
+    format!("{OCI_LAYER}{suffix}")
+}
+
+/// The media type that a layer has in an OCI manifest.
+pub(crate) fn oci_layer_type(media_type: &str) -> String {
+    let packed = ["gzip", "zstd"].into_iter().find(|packed| media_type.ends_with(packed));
+    packed.map_or_else(|| OCI_LAYER.to_owned(), |packed| format!("{OCI_LAYER}+{packed}"))
 }
 
 impl Index {

@@ -14,8 +14,8 @@ use futures_util::future::try_join_all;
 use tokio::sync::{mpsc, watch};
 
 use crate::{
-    ChainId, Credentials, Digest, Error, Image, ImageConfig, ImageLayer, Images, Kind, LayerProgress,
-    Platform, Progress, PulledImage, Reference, Result,
+    ChainId, Credentials, Digest, Error, Image, ImageConfig, ImageId, ImageLayer, Images, Kind,
+    LayerProgress, Platform, Progress, PulledImage, Reference, Result,
     database::{ImageRecord, NAMES, RECORDS},
     download::{BlobSource, State, blocking},
     fault,
@@ -45,6 +45,8 @@ pub(crate) struct Plan {
     /// Where blobs come from; `None` when all are here.
     pub(crate) source: Option<Arc<dyn BlobSource>>,
     pub(crate) names: Vec<Reference>,
+    /// The image it was committed from.
+    pub(crate) parent: Option<ImageId>,
 }
 
 impl Images {
@@ -276,6 +278,7 @@ impl Images {
             config,
             source: Some(repository as Arc<dyn BlobSource>),
             names,
+            parent: None,
         })
     }
 
@@ -393,8 +396,8 @@ impl Images {
             manifest_media_type: plan.manifest.stated_media_type().to_owned(),
             indexes: plan.indexes,
             layers,
-            parent: None,
-            last_tagged: now(),
+            parent: plan.parent,
+            last_tagged: if plan.names.is_empty() { 0 } else { now() },
         };
         // From here to the end of the lease the collector waits, so the image is never without either.
         let _open = self.0.leases.open_gate().await;
