@@ -12,6 +12,7 @@ mod failure;
 mod fsck;
 mod http;
 mod moment;
+mod pieces;
 mod plan;
 mod relay;
 mod services;

@@ -35,6 +35,15 @@ struct Files {
     links: HashMap<String, String>,
 }
 
+/// What of an archive is loaded, and how.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Wanted {
+    /// Only images for it.
+    pub(crate) platform: Option<Platform>,
+    /// The name that the archive's only image gets instead of its own.
+    pub(crate) name: Option<Reference>,
+}
+
 /// One image in `manifest.json`.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "PascalCase")]
@@ -66,17 +75,27 @@ impl Images {
         reader: impl AsyncRead + Send + Unpin + 'static,
         progress: impl Fn(Progress) + Send + Sync + 'static,
     ) -> Result<Vec<LoadedImage>> {
-        self.load_from(tokio_util::io::SyncIoBridge::new(reader), Arc::new(progress), None).await
+        self.load_for(reader, None, progress).await
     }
 
-    /// `rename` is the name that the archive's only image gets instead of its own.
+    /// Like [`load`](Self::load), but leaves out what is not for `platform`.
+    pub async fn load_for(
+        &self,
+        reader: impl AsyncRead + Send + Unpin + 'static,
+        platform: Option<Platform>,
+        progress: impl Fn(Progress) + Send + Sync + 'static,
+    ) -> Result<Vec<LoadedImage>> {
+        let wanted = Wanted { platform, name: None };
+        self.load_from(tokio_util::io::SyncIoBridge::new(reader), Arc::new(progress), wanted).await
+    }
+
     pub(crate) async fn load_from(
         &self,
         reader: impl Read + Send + 'static,
         listener: Listener,
-        rename: Option<Reference>,
+        wanted: Wanted,
     ) -> Result<Vec<LoadedImage>> {
-        let result = self.load_images(reader, &listener, rename).await;
+        let result = self.load_images(reader, &listener, wanted).await;
         // Tables, legacy files, and everything of an archive that was refused.
         self.collect().await?;
         result
@@ -86,13 +105,14 @@ impl Images {
         &self,
         reader: impl Read + Send + 'static,
         listener: &Listener,
-        rename: Option<Reference>,
+        wanted: Wanted,
     ) -> Result<Vec<LoadedImage>> {
         let lease = self.0.leases.lease();
         let (images, held) = (self.clone(), lease.clone());
         let files = blocking(move || images.spill(reader, &held)).await?;
         let (images, held) = (self.clone(), lease.clone());
-        let plans = blocking(move || images.plans(&files, &held)).await?;
+        let Wanted { platform, name: rename } = wanted;
+        let plans = blocking(move || images.plans(&files, platform.as_ref(), &held)).await?;
         let mut loaded = Vec::new();
         if rename.is_some() && plans.len() != 1 {
             return Err(Error::invalid(format!(
@@ -180,13 +200,15 @@ impl Images {
     }
 
     /// What the archive's tables say is in it.
-    fn plans(&self, files: &Files, lease: &Arc<Lease>) -> Result<Vec<Plan>> {
+    fn plans(&self, files: &Files, platform: Option<&Platform>, lease: &Arc<Lease>) -> Result<Vec<Plan>> {
         if let Some((table, _)) = files.find("manifest.json") {
             let table = self.0.content.read(&table, manifest::MANIFEST_BYTES_MAX)?;
-            return parse_manifest_json(&table)?
+            let manifests = self.manifests(files)?;
+            let plans = parse_manifest_json(&table)?
                 .into_iter()
-                .map(|saved| self.plan_saved(files, saved, lease))
-                .collect();
+                .map(|saved| self.plan_saved(files, saved, &manifests, lease))
+                .collect::<Result<Vec<_>>>()?;
+            return Ok(plans.into_iter().filter(|plan| is_for(plan, platform)).collect());
         }
         if let Some((index, _)) = files.find("index.json") {
             let Document::Index(index) =
@@ -197,13 +219,54 @@ impl Images {
             if index.manifests.len() > IMAGES_MAX {
                 return Err(Error::invalid("the archive's index.json lists more images than are supported"));
             }
-            return index.manifests.iter().map(|entry| self.plan_laid_out(files, entry)).collect();
+            // One name may stand for several platforms, and for what was noted about their making.
+            let host = platform.cloned().unwrap_or_else(Platform::host);
+            let fits = |entry: &&Descriptor| {
+                entry.platform.as_ref().is_none_or(|offered| host.fit(offered).is_some())
+            };
+            let mut entries: Vec<&Descriptor> = index.manifests.iter().filter(fits).collect();
+            if entries.is_empty() {
+                entries = index.manifests.iter().collect();
+            }
+            let plans = entries
+                .into_iter()
+                .map(|entry| self.plan_laid_out(files, entry, platform))
+                .collect::<Result<Vec<_>>>()?;
+            return Ok(plans.into_iter().filter(|plan| is_for(plan, platform)).collect());
         }
         Err(Error::invalid("the archive holds no image: it has neither a manifest.json nor an index.json"))
     }
 
-    /// An image of a `docker save` archive: it has no manifest, so one is made.
-    fn plan_saved(&self, files: &Files, saved: SavedImage, lease: &Arc<Lease>) -> Result<Plan> {
+    /// The manifests that an archive of both kinds has for its images, where they can be read: the digests they had elsewhere
+    /// are worth keeping.
+    fn manifests(&self, files: &Files) -> Result<Vec<(Digest, Manifest)>> {
+        let Some((index, _)) = files.find("index.json") else { return Ok(Vec::new()) };
+        let bytes = self.0.content.read(&index, manifest::MANIFEST_BYTES_MAX)?;
+        let Ok(Document::Index(index)) = Document::parse(&bytes) else { return Ok(Vec::new()) };
+        let mut manifests = Vec::new();
+        for entry in index.manifests.iter().take(IMAGES_MAX) {
+            let Some((found, _)) = files.find(&format!("blobs/sha256/{}", entry.digest.hex())) else {
+                continue;
+            };
+            if found != entry.digest {
+                continue;
+            }
+            let bytes = self.0.content.read(&found, manifest::MANIFEST_BYTES_MAX)?;
+            if let Ok(Document::Manifest(manifest)) = Document::parse(&bytes) {
+                manifests.push((found, manifest));
+            }
+        }
+        Ok(manifests)
+    }
+
+    /// An image of a `docker save` archive. It gets one of `manifests`, or a new one.
+    fn plan_saved(
+        &self,
+        files: &Files,
+        saved: SavedImage,
+        manifests: &[(Digest, Manifest)],
+        lease: &Arc<Lease>,
+    ) -> Result<Plan> {
         let missing = |path: &str| {
             Error::invalid(format!(
                 "the archive is incomplete: its manifest.json names `{path}`, which is not in it"
@@ -226,11 +289,25 @@ impl Images {
             layers.push(Descriptor::new(&media_type, digest, size));
         }
         let config = Descriptor::new(manifest::OCI_CONFIG, config, size);
-        let manifest =
-            Manifest { schema_version: 2, media_type: manifest::OCI_MANIFEST.to_owned(), config, layers };
-        let bytes = crate::database::encode(&manifest)?;
-        tokio::runtime::Handle::current().block_on(lease.hold([Digest::of(&bytes)]));
-        let manifest_digest = self.0.content.insert(&bytes)?;
+        let fits = |manifest: &Manifest| {
+            manifest.config.digest == config.digest
+                && manifest.layers.len() == layers.len()
+                && manifest
+                    .layers
+                    .iter()
+                    .zip(&layers)
+                    .all(|(theirs, found)| (theirs.digest, theirs.size) == (found.digest, found.size))
+        };
+        let (manifest_digest, manifest) = match manifests.iter().find(|(_, manifest)| fits(manifest)) {
+            Some((digest, manifest)) => (*digest, manifest.clone()),
+            None => {
+                let media_type = manifest::OCI_MANIFEST.to_owned();
+                let manifest = Manifest { schema_version: 2, media_type, config, layers };
+                let bytes = crate::database::encode(&manifest)?;
+                tokio::runtime::Handle::current().block_on(lease.hold([Digest::of(&bytes)]));
+                (self.0.content.insert(&bytes)?, manifest)
+            }
+        };
         let names = saved.repo_tags.iter().map(|name| {
             name.parse::<Reference>().map(Reference::with_default_tag).map_err(|source| {
                 Error::because(Kind::Invalid, format!("the archive names an image `{name}`"), source)
@@ -248,7 +325,7 @@ impl Images {
     }
 
     /// An image of an OCI layout.
-    fn plan_laid_out(&self, files: &Files, entry: &Descriptor) -> Result<Plan> {
+    fn plan_laid_out(&self, files: &Files, entry: &Descriptor, platform: Option<&Platform>) -> Result<Plan> {
         let missing = |digest: &Digest| {
             Error::invalid(format!("the archive is incomplete: blob {digest} is not in it"))
         };
@@ -267,7 +344,7 @@ impl Images {
                     return Err(Error::invalid("the image is an index of indexes of indexes: refused"));
                 }
                 Document::Index(index) => {
-                    let wanted = Platform::host();
+                    let wanted = platform.cloned().unwrap_or_else(Platform::host);
                     let chosen = index.choose(&wanted).ok_or_else(|| {
                         Error::not_found(format!("no matching manifest for {wanted} in the archive"))
                     })?;
@@ -313,6 +390,17 @@ impl Images {
             parent: None,
         })
     }
+}
+
+/// Whether an image is what was asked for.
+fn is_for(plan: &Plan, platform: Option<&Platform>) -> bool {
+    let config = &plan.config;
+    let offered = Platform {
+        os: config.os.clone(),
+        architecture: config.architecture.clone(),
+        variant: config.variant.clone(),
+    };
+    platform.is_none_or(|platform| platform.fit(&offered).is_some())
 }
 
 impl Files {

@@ -21,6 +21,7 @@ use crate::{
     fault,
     images::{names_by_id, now},
     lease::Lease,
+    load::Wanted,
     manifest::{self, Descriptor, Document, Manifest},
     registry::{Fetched, Repository, SharedRepository},
     snapshot::Temporary,
@@ -178,7 +179,8 @@ impl Images {
                 within(progress);
             }
         });
-        let loaded = self.load_from(file, quietly, Some(reference.clone())).await?;
+        let loaded =
+            self.load_from(file, quietly, Wanted { platform: None, name: Some(reference.clone()) }).await?;
         let first = loaded.first().ok_or_else(|| {
             Error::corrupt(format!("the bundled archive `{}` holds no image", archive.display()))
         })?;

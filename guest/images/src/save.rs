@@ -14,7 +14,9 @@ use std::{
 use serde::Serialize;
 
 use crate::{
-    AnyReference, Digest, Error, Image, Images, Kind, Platform, Reference, Result, database,
+    AnyReference, Digest, Error, Image, Images, Kind, Platform, Reference, Result,
+    compression::Compression,
+    database,
     download::blocking,
     images::Inner,
     lease::Lease,

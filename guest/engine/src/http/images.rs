@@ -2,12 +2,10 @@
 
 use std::sync::Arc;
 
-use futures_util::TryStreamExt;
 use guest_api::ApiVersion;
 use guest_images::RemoveOptions;
-use http_body_util::BodyStream;
-use tokio_util::io::StreamReader;
 
+use super::image_files;
 use super::request::Call;
 use super::respond::{self, Answer};
 use super::{Services, registry};
@@ -95,20 +93,8 @@ pub async fn prune(services: &Services, call: &Call) -> Answer {
 }
 
 pub async fn create(services: &Arc<Services>, call: Call) -> Answer {
-    if !call.query.text("fromSrc").is_empty() {
-        return Err(Failure::not_implemented(
-            "importing images: not supported by this version of the engine",
-        ));
+    if call.query.text("fromImage").is_empty() {
+        return image_files::import(services, call).await;
     }
     registry::pull(services, &call).await
-}
-
-pub fn load(services: &Arc<Services>, call: Call) -> Answer {
-    let quiet = call.query.flag("quiet");
-    let gone = call.gone();
-    let frames = BodyStream::new(call.request.into_body()).map_err(std::io::Error::other);
-    let data = frames.try_filter_map(|frame| std::future::ready(Ok(frame.into_data().ok())));
-    let (lines, work) = services.images.load(StreamReader::new(Box::pin(data)), quiet);
-    services.tasks.spawn(work);
-    Ok(respond::json_lines(lines, gone))
 }

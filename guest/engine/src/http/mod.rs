@@ -9,6 +9,7 @@ mod attach;
 mod containers;
 mod exec;
 mod hijack;
+mod image_files;
 mod images;
 mod lenient;
 mod listener;
@@ -105,7 +106,12 @@ async fn route(services: &Arc<Services>, call: Call) -> Answer {
         (method, ["images", "json"]) if method == GET => images::list(services, &call).await,
         (method, ["images", "search"]) if method == GET => registry::search(services, &call).await,
         (method, ["images", "create"]) if method == POST => images::create(services, call).await,
-        (method, ["images", "load"]) if method == POST => images::load(services, call),
+        (method, ["images", "load"]) if method == POST => image_files::load(services, call),
+        (method, ["images", "get"]) if method == GET => image_files::save(services, &call, None).await,
+        (method, ["images", name @ .., "get"]) if method == GET && !name.is_empty() => {
+            image_files::save(services, &call, Some(&name.join("/"))).await
+        }
+        (method, ["commit"]) if method == POST => image_files::commit(services, call).await,
         (method, ["images", "prune"]) if method == POST => images::prune(services, &call).await,
         (method, ["images", name @ .., "json"]) if method == GET && !name.is_empty() => {
             images::inspect(services, &call, &name.join("/")).await
@@ -197,9 +203,6 @@ async fn route(services: &Arc<Services>, call: Call) -> Answer {
         (method, ["build", "prune"]) if method == POST => absent::build_prune(),
         (method, ["build", ..]) if method == POST => not_yet("building images"),
 
-        (_, ["commit"]) | (_, ["images", "get"]) | (_, ["images", .., "get"]) => {
-            not_yet("exporting images and containers")
-        }
         _ => respond::page_not_found(),
     }
 }

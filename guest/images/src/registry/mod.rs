@@ -12,6 +12,7 @@ mod authority;
 mod certificates;
 pub(crate) mod challenge;
 mod client;
+mod fetch;
 mod insecure;
 mod login;
 mod refusal;

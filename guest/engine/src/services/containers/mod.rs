@@ -6,6 +6,7 @@
 
 mod archive;
 mod capacity;
+mod commit;
 mod create;
 mod driver;
 mod follow;
@@ -38,6 +39,7 @@ mod user;
 pub use archive::ExtractQuery;
 pub use capacity::Capacity;
 pub use create::for_version;
+pub use commit::CommitQuery;
 pub use driver::Attachment;
 pub use inspect::NEVER;
 pub use list::ListQuery;

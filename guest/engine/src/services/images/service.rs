@@ -4,13 +4,10 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use guest_api::ErrorKind;
-use guest_api::image::{HistoryItem, ImageInspect, ProgressLine};
-use guest_images::{Image, Images, Progress, Reference};
-use tokio::io::AsyncRead;
-use tokio::sync::mpsc;
+use guest_api::image::{HistoryItem, ImageInspect};
+use guest_images::{Image, Images, Reference};
 
 use super::convert;
-use super::transfer::{LINES_WAITING, sink};
 use crate::failure::Failure;
 use crate::services::events::Events;
 use crate::services::prune::Turn;
@@ -67,37 +64,6 @@ impl ImagesService {
         self.images.tag(source, &target).await.map_err(|error| convert::failure(&error))?;
         self.event("tag", &image.id.to_string(), &target.familiar(), Some(&image));
         Ok(())
-    }
-
-    /// Loads an archive, and sends Docker's lines to the returned channel; the last is the failure, if it failed.
-    pub fn load<A: AsyncRead + Send + Unpin + 'static>(
-        &self,
-        archive: A,
-        quiet: bool,
-    ) -> (mpsc::Receiver<ProgressLine>, impl Future<Output = ()> + Send + use<A>) {
-        let (lines, receiver) = mpsc::channel(LINES_WAITING);
-        let service = self.clone();
-        let work = async move {
-            let all = sink(&lines, |line| line);
-            let progress = move |progress: Progress| {
-                if !quiet || matches!(progress, Progress::Loaded(_)) {
-                    all(progress);
-                }
-            };
-            match service.images.load(archive, progress).await {
-                Ok(loaded) => {
-                    for image in loaded {
-                        let id = image.id.to_string();
-                        service.event("load", &id, image.names.first().unwrap_or(&id), None);
-                    }
-                }
-                Err(error) => {
-                    // The client may have gone.
-                    let _ = lines.send(convert::error_line(error.chain())).await;
-                }
-            }
-        };
-        (receiver, work)
     }
 
     pub(super) fn event(&self, action: &str, id: &str, name: &str, image: Option<&Image>) {

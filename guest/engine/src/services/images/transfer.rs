@@ -132,7 +132,7 @@ pub(super) fn sink<T: Send + 'static>(
     }
 }
 
-fn platform(text: &str) -> Result<Option<Platform>, Failure> {
+pub fn platform(text: &str) -> Result<Option<Platform>, Failure> {
     if text.is_empty() {
         return Ok(None);
     }

@@ -1,6 +1,5 @@
 //! Files of a container, running or not: told about, copied out and in, exported, compared with the image.
 
-mod channel;
 mod path;
 pub mod tree;
 
@@ -9,7 +8,6 @@ use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use bytes::Bytes;
 use guest_api::files::{FilesystemChange, PathStat, go_file_mode};
 use guest_images::archive::{CopyIn, Source, copy_in, copy_out};
 use guest_images::{ChangeKind, MountPoint};
@@ -17,7 +15,6 @@ use jiff::Timestamp;
 use rustix::fs::{FileType, OFlags, Stat};
 use tokio::sync::{mpsc, oneshot};
 
-use self::channel::ChannelWriter;
 use self::path::AskedPath;
 use self::tree::{Mounted, Tree, is_folder, mounted};
 use super::record::{Record, View};
@@ -25,6 +22,7 @@ use super::service::Containers;
 use super::table::Phase;
 use super::{run, user};
 use crate::failure::Failure;
+use crate::pieces::{self, PieceWriter, Pieces};
 
 /// What a runtime makes in a container's root to mount over, where the image does not have it; dockerd has these in a layer of
 /// its own that nobody sees.
@@ -45,12 +43,6 @@ pub const MOUNT_POINTS: &[MountPoint] = &[
 
 /// How much of an archive is still read once it is refused.
 const REFUSED_BYTES_READ: u64 = 16 << 20;
-/// Pieces of an archive that may wait for a slow client.
-const PIECES_WAITING: usize = 4;
-
-/// An archive on its way to a client.
-pub type Pieces = mpsc::Receiver<io::Result<Bytes>>;
-
 /// How files come in.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ExtractQuery {
@@ -200,19 +192,18 @@ impl Containers {
         &self,
         view: &View,
         mounts: Vec<Mounted>,
-        work: impl FnOnce(&Tree, oneshot::Sender<Result<T, Failure>>, ChannelWriter) + Send + 'static,
+        work: impl FnOnce(&Tree, oneshot::Sender<Result<T, Failure>>, PieceWriter) + Send + 'static,
     ) -> Result<(T, Pieces), Failure> {
         let (ready, begun) = oneshot::channel();
-        let (output, pieces) = mpsc::channel(PIECES_WAITING);
+        let (output, archive) = mpsc::channel(pieces::WAITING);
         let (context, id) = (self.context().clone(), view.record.id.clone());
         let inside = async move {
-            tree::inside(&context, &id, mounts, move |tree| work(tree, ready, ChannelWriter::new(output)))
-                .await
+            tree::inside(&context, &id, mounts, move |tree| work(tree, ready, PieceWriter::new(output))).await
         };
         // It outlives this request, and is finished also when the client has gone.
         let inside = self.tasks().spawn(inside);
         match begun.await {
-            Ok(begun) => Ok((begun?, pieces)),
+            Ok(begun) => Ok((begun?, archive)),
             // It did not come so far as to say anything.
             Err(_) => match inside.await {
                 Ok(Err(failure)) => Err(failure),
@@ -228,7 +219,7 @@ impl Containers {
 }
 
 /// Writes the archive; a failure in the middle of it breaks the stream off, which is all a client can be told then.
-fn pack(source: Source<'_>, mut output: ChannelWriter) {
+fn pack(source: Source<'_>, mut output: PieceWriter) {
     if let Err(error) = copy_out(source, &mut output) {
         tracing::debug!(error = %error.chain(), "an archive is not complete");
         output.fail(io::Error::other(error.chain()));

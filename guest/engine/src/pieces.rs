@@ -1,20 +1,27 @@
-//! A writer whose bytes go to a client in pieces. It blocks while the client is slow, and fails once it has gone.
+//! Archives on their way to a client: a writer whose bytes go out in pieces. It blocks while the client is slow, and fails
+//! once it has gone.
 
 use std::io::{self, Write};
 
 use bytes::{Bytes, BytesMut};
 use tokio::sync::mpsc;
 
+/// Pieces that may wait for a slow client.
+pub const WAITING: usize = 4;
+
+/// The client's end.
+pub type Pieces = mpsc::Receiver<io::Result<Bytes>>;
+
 /// Bytes of one piece: few wake-ups, and little in memory.
 const PIECE_BYTES: usize = 256 << 10;
 
 /// For threads outside of the runtime.
-pub struct ChannelWriter {
+pub struct PieceWriter {
     pieces: mpsc::Sender<io::Result<Bytes>>,
     buffer: BytesMut,
 }
 
-impl ChannelWriter {
+impl PieceWriter {
     pub fn new(pieces: mpsc::Sender<io::Result<Bytes>>) -> Self {
         Self { pieces, buffer: BytesMut::new() }
     }
@@ -31,7 +38,7 @@ impl ChannelWriter {
     }
 }
 
-impl Write for ChannelWriter {
+impl Write for PieceWriter {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         if self.buffer.capacity() == 0 {
             self.buffer.reserve(PIECE_BYTES);
@@ -59,7 +66,7 @@ mod tests {
         let data: Vec<u8> = (0..600 << 10).map(|index| (index % 251) as u8).collect();
         let expected = data.clone();
         let writer = tokio::task::spawn_blocking(move || {
-            let mut writer = ChannelWriter::new(sender);
+            let mut writer = PieceWriter::new(sender);
             writer.write_all(&data).unwrap();
             writer.flush().unwrap();
             writer.fail(io::Error::other("the end"));
@@ -79,8 +86,7 @@ mod tests {
     async fn a_client_that_has_gone_ends_the_writing() {
         let (sender, pieces) = mpsc::channel(1);
         drop(pieces);
-        let written =
-            tokio::task::spawn_blocking(move || ChannelWriter::new(sender).write_all(&[0; 1 << 20]));
+        let written = tokio::task::spawn_blocking(move || PieceWriter::new(sender).write_all(&[0; 1 << 20]));
         assert_eq!(written.await.unwrap().unwrap_err().kind(), io::ErrorKind::BrokenPipe);
     }
 }
