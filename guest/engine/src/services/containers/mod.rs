@@ -38,8 +38,8 @@ mod user;
 
 pub use archive::ExtractQuery;
 pub use capacity::Capacity;
-pub use create::for_version;
 pub use commit::CommitQuery;
+pub use create::for_version;
 pub use driver::Attachment;
 pub use inspect::NEVER;
 pub use list::ListQuery;
