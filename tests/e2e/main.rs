@@ -11,6 +11,7 @@ mod life;
 mod network;
 mod registries;
 mod run;
+mod settings;
 mod streams;
 
 use anyhow::Result;
@@ -59,6 +60,7 @@ fn test(arguments: &Arguments) -> Result<ExitCode> {
     scenarios.extend(registries::scenarios());
     scenarios.extend(bad_input::scenarios());
     scenarios.extend(life::scenarios());
+    scenarios.extend(settings::scenarios());
     // Last: these kill what the others stand on.
     scenarios.extend(match stage {
         Stage::Native => crash::native_scenarios(),

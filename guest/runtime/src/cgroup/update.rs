@@ -32,6 +32,15 @@ impl Cgroup {
         Ok(())
     }
 
+    /// Lets processes wait for memory instead of being killed for it. Only version 1 can.
+    pub fn disable_oom_killer(&self) -> Result<(), CgroupError> {
+        if self.holding("memory.oom_control").is_some() {
+            self.write("memory.oom_control", "1")
+        } else {
+            Ok(())
+        }
+    }
+
     fn update_memory(&self, memory: &LinuxMemory) -> Result<(), CgroupError> {
         let (limit, swap) = (nonzero(memory.limit()), nonzero(memory.swap()));
         if let Some(folder) = self.holding("memory.limit_in_bytes") {

@@ -166,6 +166,8 @@ impl Runtime {
         let private_pids =
             namespaces.into_iter().any(|one| one.typ() == LinuxNamespaceType::Pid && one.path().is_none());
         let devices = linux.resources().as_ref().and_then(|resources| resources.devices().clone());
+        let memory = linux.resources().as_ref().and_then(|resources| *resources.memory());
+        let keeps_alive = memory.is_some_and(|memory| memory.disable_oom_killer() == Some(true));
         let seccomp = linux.seccomp().clone();
         self.write_bundle(&spec)?;
         let shim = ProcessStamp::of_self().map_err(setup("read this process's start time"))?;
@@ -181,6 +183,10 @@ impl Runtime {
                 && let Some(cgroups) = ReadOnlyCgroups::of(&spec)
             {
                 cgroups.apply(made.pid).map_err(setup("make the container's cgroups read-only"))?;
+            }
+            // libcontainer always leaves it on.
+            if keeps_alive {
+                cgroup.disable_oom_killer()?;
             }
             if let (Some(folder), Some(rules)) = (cgroup.pure_unified(), &devices) {
                 let rules: Vec<_> =
