@@ -274,7 +274,7 @@ pub struct HostConfig {
     pub io_maximum_bandwidth: i64,
     /// Mounts, the long form.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub mounts: Option<Vec<serde_json::Value>>,
+    pub mounts: Option<Vec<crate::mount::Mount>>,
     /// Paths hidden; absent means the default list.
     pub masked_paths: Option<Vec<String>>,
     /// Paths made read-only; absent means the default list.

@@ -78,6 +78,12 @@ pub fn no_such_network(name: &str) -> String {
     format!("network {name} not found")
 }
 
+/// `get x: no such volume`.
+#[must_use]
+pub fn no_such_volume(name: &str) -> String {
+    format!("get {name}: no such volume")
+}
+
 /// The 409 that compose recognises. `name` has no leading slash.
 #[must_use]
 pub fn name_conflict(name: &str, owner: &str) -> String {

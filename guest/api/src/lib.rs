@@ -18,6 +18,7 @@ pub mod frame;
 pub mod health;
 pub mod image;
 pub mod manifest;
+pub mod mount;
 pub mod network;
 pub mod registry;
 pub mod stats;
@@ -70,6 +71,7 @@ pub fn read_hostile(bytes: &[u8]) {
     // Whether these can be read does not matter.
     let _ = decode::<ContainerCreate>(bytes);
     let _ = decode::<exec::ExecCreate>(bytes);
+    let _ = decode::<volume::VolumeCreate>(bytes);
     let _ = decode::<exec::ExecStart>(bytes);
     let _ = decode::<image::ProgressLine>(bytes);
     let _ = decode::<Event>(bytes);

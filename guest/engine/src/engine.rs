@@ -20,6 +20,7 @@ use crate::services::exec::Execs;
 use crate::services::images::ImagesService;
 use crate::services::networks::Networks;
 use crate::services::system::System;
+use crate::services::volumes::Volumes;
 use crate::store::{self, Store};
 
 /// How long open connections may take to finish once we are told to end.
@@ -90,8 +91,13 @@ async fn open(settings: &Arc<Settings>) -> anyhow::Result<(Arc<Services>, TaskTr
         events.clone(),
     )?);
     let tasks = TaskTracker::new();
+    let volumes = {
+        let (store, events, data_root) = (store.clone(), events.clone(), settings.data_root.clone());
+        Arc::new(tokio::task::spawn_blocking(move || Volumes::open(store, events, &data_root)).await??)
+    };
     let context = Context {
         store,
+        volumes: volumes.clone(),
         images: images.clone(),
         networks: networks.clone(),
         events: events.clone(),
@@ -111,9 +117,11 @@ async fn open(settings: &Arc<Settings>) -> anyhow::Result<(Arc<Services>, TaskTr
         engine_id,
         containers: containers.clone(),
         images: images.clone(),
+        volumes: volumes.clone(),
         events: events.clone(),
     };
-    let services = Services { containers, images, execs, events, networks, system, tasks: tasks.clone() };
+    let services =
+        Services { containers, images, execs, events, networks, system, volumes, tasks: tasks.clone() };
     Ok((Arc::new(services), tasks))
 }
 

@@ -17,6 +17,8 @@ use tokio::sync::{mpsc, oneshot};
 pub const CONTAINERS: Table = Table(TableDefinition::new("containers"));
 /// Records of networks that users made, by id; owned by the network service.
 pub const NETWORKS: Table = Table(TableDefinition::new("networks"));
+/// Volume records by name; owned by the volume service.
+pub const VOLUMES: Table = Table(TableDefinition::new("volumes"));
 /// Facts about this engine by name (`id`, `bridge`); owned by the system and network services.
 pub const ENGINE: Table = Table(TableDefinition::new("engine"));
 

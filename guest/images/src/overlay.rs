@@ -85,7 +85,36 @@ impl Failure {
     }
 }
 
+/// Opens the root of an overlay that is mounted nowhere and goes with the descriptor. Where the kernel cannot do that it is
+/// mounted at `scratch`, a folder that is made when absent, opened, and taken out of sight.
+pub(crate) fn open(mounts: &Mounts, scratch: &Path) -> Result<OwnedFd> {
+    let folder = |path: &Path| {
+        rustix::fs::open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+            .map_err(|source| Error::io("open", path, source))
+    };
+    if mounts.lower.is_empty() {
+        return folder(&mounts.upper);
+    }
+    match detached(mounts) {
+        Err(Failure { source: Errno::INVAL | Errno::NOSYS | Errno::NODEV | Errno::OPNOTSUPP, .. }) => {
+            fs::create_dir_all(scratch).map_err(|source| Error::io("make the folder", scratch, source))?;
+            mount_by_string(mounts, scratch).map_err(|failure| failure.describe(mounts, scratch))?;
+            let opened = folder(scratch);
+            let hidden = rustix::mount::unmount(scratch, UnmountFlags::NOFOLLOW | UnmountFlags::DETACH);
+            hidden.map_err(|source| Error::io("unmount", scratch, source))?;
+            fs::remove_dir(scratch).map_err(|source| Error::io("remove", scratch, source))?;
+            opened
+        }
+        result => result.map_err(|failure| failure.describe(mounts, scratch)),
+    }
+}
+
 fn mount_by_parts(mounts: &Mounts, target: &Path) -> Result<(), Failure> {
+    let mount = detached(mounts)?;
+    Ok(move_mount(&mount, "", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?)
+}
+
+fn detached(mounts: &Mounts) -> Result<OwnedFd, Failure> {
     let context = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
     let configure = || -> rustix::io::Result<()> {
         fsconfig_set_string(&context, "source", "overlay")?;
@@ -100,8 +129,7 @@ fn mount_by_parts(mounts: &Mounts, target: &Path) -> Result<(), Failure> {
         fsconfig_create(&context)
     };
     configure().map_err(|source| Failure { source, log: kernel_log(&context) })?;
-    let mount = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?;
-    Ok(move_mount(&mount, "", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?)
+    Ok(fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?)
 }
 
 /// What the kernel says about the last call on a mount context: lines such as `e overlay: …`.

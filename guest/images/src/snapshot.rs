@@ -202,6 +202,12 @@ impl Snapshotter {
         Ok(())
     }
 
+    /// Opens the root of a snapshot that is not mounted: nothing of it is to be seen in the table of mounts, and nothing
+    /// stays when the descriptor is closed. `scratch` is a folder that may be made and removed for it.
+    pub fn open_root(&self, key: &str, scratch: &Path) -> Result<std::os::fd::OwnedFd> {
+        overlay::open(&self.mounts(key)?, scratch)
+    }
+
     /// Unmounts; fine when nothing is mounted there.
     pub fn unmount(&self, target: &Path) -> Result<()> {
         overlay::unmount(target)?;

@@ -21,6 +21,7 @@ const LEVELS: [(u8, &[&str]); 5] = [
             "guest-runtime",
             "guest-images",
             "guest-network",
+            "guest-volumes",
         ],
     ),
     (2, &["host-vmm", "guest-build"]),

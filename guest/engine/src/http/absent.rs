@@ -2,6 +2,7 @@
 //! no swarm and has no plugin installed, and a plain no where it would begin to have some.
 
 use guest_api::ErrorKind;
+use guest_api::error::NOT_A_SWARM_MANAGER;
 use hyper::Method;
 use hyper::header::UPGRADE;
 use serde_json::{Value, json};
@@ -9,8 +10,6 @@ use serde_json::{Value, json};
 use super::request::Call;
 use super::respond::{self, Answer};
 use crate::failure::Failure;
-
-use guest_api::error::NOT_A_SWARM_MANAGER as NOT_A_MANAGER;
 
 /// `/swarm`, `/services`, `/tasks`, `/nodes`, `/secrets`, `/configs`.
 pub async fn swarm(call: Call) -> Answer {
@@ -29,18 +28,20 @@ pub async fn swarm(call: Call) -> Answer {
         ["swarm"] | ["swarm", "unlockkey"] | ["services" | "tasks" | "nodes" | "secrets" | "configs"]
             if get =>
         {
-            unavailable(NOT_A_MANAGER)
+            unavailable(NOT_A_SWARM_MANAGER)
         }
-        ["services" | "tasks" | "nodes" | "secrets" | "configs", _] if get => unavailable(NOT_A_MANAGER),
-        ["services" | "tasks", _, "logs"] if get => unavailable(NOT_A_MANAGER),
-        ["services" | "nodes" | "secrets" | "configs", _] if delete => unavailable(NOT_A_MANAGER),
+        ["services" | "tasks" | "nodes" | "secrets" | "configs", _] if get => {
+            unavailable(NOT_A_SWARM_MANAGER)
+        }
+        ["services" | "tasks", _, "logs"] if get => unavailable(NOT_A_SWARM_MANAGER),
+        ["services" | "nodes" | "secrets" | "configs", _] if delete => unavailable(NOT_A_SWARM_MANAGER),
         ["swarm", "update" | "unlock"]
         | ["services" | "secrets" | "configs", "create"]
         | ["services" | "nodes" | "secrets" | "configs", _, "update"]
             if post =>
         {
             call.json::<Value>().await?;
-            unavailable(NOT_A_MANAGER)
+            unavailable(NOT_A_SWARM_MANAGER)
         }
         _ => respond::page_not_found(),
     }

@@ -88,7 +88,7 @@ pub async fn create(services: &Services, call: Call) -> Answer {
         return Err(Failure::invalid("config cannot be empty in order to create a container"));
     }
     for_version(&mut create, version, services.containers.context().capacity.support.unified);
-    let created = services.containers.create(Some(&name), create, platform.as_ref()).await?;
+    let created = services.containers.create(Some(&name), version, create, platform.as_ref()).await?;
     respond::json(201, &created)
 }
 
@@ -177,7 +177,8 @@ pub async fn remove(services: &Services, call: &Call, id: &str) -> Answer {
     if call.query.flag("link") {
         return Err(Failure::not_implemented("links: not supported by this version of the engine"));
     }
-    services.containers.remove(id, RemoveQuery { force: call.query.flag("force") }).await?;
+    let query = RemoveQuery { force: call.query.flag("force"), volumes: call.query.flag("v") };
+    services.containers.remove(id, query).await?;
     Ok(respond::empty(204))
 }
 

@@ -20,6 +20,7 @@ mod respond;
 mod system;
 mod takeover;
 mod usage;
+mod volumes;
 mod websocket;
 
 use std::convert::Infallible;
@@ -42,6 +43,7 @@ use crate::services::exec::Execs;
 use crate::services::images::ImagesService;
 use crate::services::networks::Networks;
 use crate::services::system::System;
+use crate::services::volumes::Volumes;
 
 /// The services that routes call.
 pub struct Services {
@@ -51,6 +53,7 @@ pub struct Services {
     pub events: Events,
     pub networks: Arc<Networks>,
     pub system: System,
+    pub volumes: Arc<Volumes>,
     /// Owns tasks that outlive their request: streams, mostly.
     pub tasks: TaskTracker,
 }
@@ -90,8 +93,8 @@ async fn route(services: &Arc<Services>, call: Call) -> Answer {
     const GET: &Method = &Method::GET;
     const HEAD: &Method = &Method::HEAD;
     const POST: &Method = &Method::POST;
-    const DELETE: &Method = &Method::DELETE;
     const PUT: &Method = &Method::PUT;
+    const DELETE: &Method = &Method::DELETE;
     let (method, path) = (call.method.clone(), call.segments.clone());
     let path: Vec<&str> = path.iter().map(String::as_str).collect();
     match (&method, path.as_slice()) {
@@ -191,9 +194,12 @@ async fn route(services: &Arc<Services>, call: Call) -> Answer {
         (method, ["networks", id]) if method == GET => networks::inspect(services, &call, id),
         (method, ["networks", id]) if method == DELETE => networks::remove(services, id).await,
 
-        (method, ["volumes"]) if method == GET => networks::volumes(),
-        (method, ["volumes", "create" | "prune"]) if method == POST => not_yet("volumes"),
-        (method, ["volumes", name]) if method == GET || method == DELETE => networks::no_volume(name),
+        (method, ["volumes"]) if method == GET => volumes::list(services, &call),
+        (method, ["volumes", "create"]) if method == POST => volumes::create(services, call).await,
+        (method, ["volumes", "prune"]) if method == POST => volumes::prune(services, &call).await,
+        (method, ["volumes", name]) if method == GET => volumes::inspect(services, name),
+        (method, ["volumes", name]) if method == DELETE => volumes::remove(services, &call, name).await,
+        (method, ["volumes", _]) if method == PUT => volumes::update(),
 
         (_, ["swarm" | "services" | "tasks" | "nodes" | "secrets" | "configs", ..]) => {
             absent::swarm(call).await

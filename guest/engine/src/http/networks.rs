@@ -4,7 +4,6 @@ use std::sync::Arc;
 
 use guest_api::ApiVersion;
 use guest_api::network::{NetworkConnect, NetworkCreate, NetworkCreated, NetworkDisconnect, NetworksPruned};
-use guest_api::volume::VolumeList;
 use jiff::Timestamp;
 
 use super::Services;
@@ -81,12 +80,4 @@ pub async fn disconnect(services: &Arc<Services>, call: Call, id: &str) -> Answe
     let change = NetworkChange::Disconnect { network: id.to_owned(), force: body.force };
     services.containers.change_network(&body.container, change).await?;
     Ok(respond::empty(200))
-}
-
-pub fn volumes() -> Answer {
-    respond::json(200, &VolumeList::default())
-}
-
-pub fn no_volume(name: &str) -> Answer {
-    Err(Failure::not_found(format!("get {name}: no such volume")))
 }

@@ -7,3 +7,4 @@ pub mod images;
 pub mod networks;
 pub mod prune;
 pub mod system;
+pub mod volumes;

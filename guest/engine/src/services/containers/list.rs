@@ -102,11 +102,7 @@ pub fn select(
                 view.phase == Phase::Exited && code == record.last.exit_code.to_string()
             })
             && filters.allows("ancestor", |image| ancestor(record, image))
-            && filters.allows("volume", |volume| {
-                record.binds.iter().any(|bind| {
-                    bind.destination.as_os_str() == volume || bind.source.as_os_str() == volume
-                })
-            })
+            && filters.allows("volume", |volume| record.mounts.iter().any(|mount| mount.is_called(volume)))
             && filters.allows("expose", |port| {
                 let port = if port.contains('/') { port.to_owned() } else { format!("{port}/tcp") };
                 record.config.exposed_ports.as_ref().is_some_and(|ports| ports.contains_key(&port))
@@ -177,19 +173,7 @@ fn ports(record: &Record) -> Vec<PortSummary> {
 
 /// What is mounted into it.
 pub fn mounts(record: &Record) -> Vec<MountPoint> {
-    record
-        .binds
-        .iter()
-        .map(|bind| MountPoint {
-            kind: "bind".to_owned(),
-            source: bind.source.display().to_string(),
-            destination: bind.destination.display().to_string(),
-            mode: bind.mode.clone(),
-            rw: !bind.read_only,
-            propagation: bind.propagation.clone(),
-            ..MountPoint::default()
-        })
-        .collect()
+    record.mounts.iter().map(super::mounts::MountPoint::shown).collect()
 }
 
 #[cfg(test)]

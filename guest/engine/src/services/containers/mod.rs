@@ -16,6 +16,7 @@ mod inspect;
 mod list;
 mod log;
 mod logging;
+mod mounts;
 mod names;
 mod network;
 mod peers;

@@ -3,7 +3,6 @@
 //! The record holds intent and history. Whether the container runs is never written down: its shim tells.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use guest_api::health::Health;
@@ -12,6 +11,7 @@ use guest_api::{ContainerConfig, HostConfig};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use super::mounts::MountPoint;
 use super::table::Phase;
 
 /// What is stored about a container.
@@ -26,9 +26,9 @@ pub struct Record {
     /// The user's settings over the image's.
     pub config: ContainerConfig,
     pub host: HostConfig,
-    /// Folders of the host's (or guest's) file system mounted into it.
-    #[serde(default)]
-    pub binds: Vec<Bind>,
+    /// What is mounted into it. The first version knew binds only.
+    #[serde(default, alias = "binds")]
+    pub mounts: Vec<MountPoint>,
     /// Its networks by name; `None` in records of earlier versions.
     #[serde(default)]
     pub networks: Option<BTreeMap<String, EndpointSettings>>,
@@ -40,18 +40,6 @@ pub struct Record {
     /// Restarts by policy since it was last started by hand.
     #[serde(default)]
     pub restarts: u32,
-}
-
-/// A bind mount.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Bind {
-    pub source: PathBuf,
-    pub destination: PathBuf,
-    pub read_only: bool,
-    /// The options as given.
-    pub mode: String,
-    /// `rprivate`, `rshared`, …
-    pub propagation: String,
 }
 
 /// How the last run went.
@@ -135,7 +123,7 @@ pub mod tests {
                 ..ContainerConfig::default()
             },
             host: HostConfig::default(),
-            binds: Vec::new(),
+            mounts: Vec::new(),
             networks: None,
             last: LastRun::default(),
             stopped_by_user: false,

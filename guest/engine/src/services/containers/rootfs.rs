@@ -4,7 +4,6 @@
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, mkdirat, openat2};
@@ -32,18 +31,6 @@ pub fn read_text(root: &Path, path: &str) -> io::Result<String> {
     let mut bytes = Vec::new();
     file.take(FILE_MAX_BYTES).read_to_end(&mut bytes)?;
     Ok(String::from_utf8_lossy(&bytes).into_owned())
-}
-
-/// The permissions of a folder in `root`; `None` when there is none.
-pub fn folder_mode(root: &Path, path: &str) -> io::Result<Option<u32>> {
-    let root = open_root(root)?;
-    match openat2(&root, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), ResolveFlags::IN_ROOT) {
-        Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => Ok(None),
-        other => {
-            let metadata = File::from(other?).metadata()?;
-            Ok(metadata.is_dir().then(|| metadata.permissions().mode() & 0o7777))
-        }
-    }
 }
 
 /// Makes a folder in `root`, and those above it. One that is there, or anything else of that name, is left alone.
@@ -94,11 +81,6 @@ mod tests {
         assert_eq!(read_text(&root, "/etc/passwd").unwrap(), "inside");
         assert_eq!(read_text(&root, "/etc/group").unwrap(), "");
         assert_eq!(read_text(&root, "/etc").unwrap(), "");
-
-        assert_eq!(folder_mode(&root, "/secret").unwrap(), None);
-        assert_eq!(folder_mode(&root, "/nowhere").unwrap(), None);
-        std::fs::set_permissions(root.join("etc"), std::fs::Permissions::from_mode(0o1750)).unwrap();
-        assert_eq!(folder_mode(&root, "/etc").unwrap(), Some(0o1750));
 
         symlink("/elsewhere", root.join("link")).unwrap();
         std::fs::create_dir(root.join("elsewhere")).unwrap();

@@ -4,7 +4,6 @@
 //! exists only while a container runs is below its run folder or named after its id, so that an engine that finds the
 //! leavings of a killed one can remove them without a record of them.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -28,12 +27,13 @@ use super::peers::{self, Shared};
 use super::record::{Live, Record, RunRecord};
 use super::shim::{Shim, ShimError, Streams};
 use super::spec::{self, Devices, NetworkNamespace};
-use super::{logging, network, rootfs, user};
+use super::{logging, mounts, network, rootfs, user};
 use crate::config::ContainerDefaults;
 use crate::failure::Failure;
 use crate::plan::Undo;
 use crate::services::events::Events;
 use crate::services::networks::{Attached, Networks};
+use crate::services::volumes::Volumes;
 use crate::store::{self, Store};
 
 /// Name of the [`RunRecord`] in a run folder.
@@ -52,6 +52,7 @@ pub struct Context {
     pub store: Store,
     pub images: Images,
     pub networks: Arc<Networks>,
+    pub volumes: Arc<Volumes>,
     pub events: Events,
     pub shim: PathBuf,
     /// On a Linux host, not in our machine.
@@ -68,6 +69,11 @@ pub struct Context {
 }
 
 impl Context {
+    /// Where everything that lasts is.
+    pub fn data_root(&self) -> &Path {
+        self.data.parent().unwrap_or(&self.data)
+    }
+
     pub fn data_folder(&self, id: &str) -> PathBuf {
         self.data.join(id)
     }
@@ -168,9 +174,11 @@ async fn start_steps(
     mounted?;
     let attached = attached?;
 
+    let ready = mounts::make_ready(context, record, undo).await?;
+    let temporary = ready.temporary;
     let prepared = {
         let (context, record) = (context.clone(), record.clone());
-        tokio::task::spawn_blocking(move || prepare_files(&context, &record, &attached, &shared))
+        tokio::task::spawn_blocking(move || prepare_files(&context, &record, &ready, &attached, &shared))
     };
     prepared.await.map_err(|error| Failure::internal("preparing the container failed", &error))??;
 
@@ -190,6 +198,13 @@ async fn start_steps(
         }
     });
     let pid = shim.create().await.map_err(create_failure)?;
+    if temporary {
+        // The container has mounts of its own now.
+        let cleared = tokio::task::spawn_blocking(move || mounts::clear(&run_folder)).await;
+        cleared
+            .map_err(|error| Failure::internal("clearing up after the start failed", &error))?
+            .map_err(|error| io("cannot unmount what was mounted for the start", &error))?;
+    }
     for (streams, client) in pending {
         if client.is_closed() {
             continue;
@@ -240,6 +255,7 @@ pub async fn blocking<T: Send + 'static>(
 fn prepare_files(
     context: &Context,
     record: &Record,
+    mounts: &mounts::Ready,
     attached: &Attached,
     shared: &Shared,
 ) -> Result<(), Failure> {
@@ -257,30 +273,11 @@ fn prepare_files(
         rootfs::make_folders(&rootfs, Path::new(&record.config.working_dir))
             .map_err(io("cannot make the working directory"))?;
     }
-    for bind in &record.binds {
-        if std::fs::symlink_metadata(&bind.source).is_err() {
-            if !context.native {
-                return Err(missing_bind(&bind.source));
-            }
-            std::fs::create_dir_all(&bind.source).map_err(|error| {
-                Failure::internal(
-                    format!("error while creating mount source path '{}'", bind.source.display()),
-                    &error,
-                )
-            })?;
-        }
-    }
-
     std::fs::create_dir_all(&data).map_err(io("cannot make the container's folder"))?;
     let record = &network::named(record, attached);
     let files = network::write_files(context, record, attached)?;
 
     let devices = Devices::look_up(&record.host)?;
-    let mut tmpfs_modes = BTreeMap::new();
-    for destination in record.host.tmpfs.iter().flat_map(|mounts| mounts.keys()) {
-        let mode = rootfs::folder_mode(&rootfs, destination).map_err(io("cannot look at a mount point"))?;
-        tmpfs_modes.extend(mode.map(|mode| (destination.clone(), mode)));
-    }
     let network = attached.namespace.clone().map_or(NetworkNamespace::Host, NetworkNamespace::Path);
     let spec = spec::build(&spec::Input {
         record,
@@ -288,12 +285,12 @@ fn prepare_files(
         rootfs: &rootfs,
         files: &files,
         network: &network,
+        mounts,
         grantable: &context.capacity.grantable,
         defaults: &context.defaults,
         devices: &devices,
         peers: shared.peers,
         shm: shared.shm.as_deref(),
-        tmpfs_modes: &tmpfs_modes,
         init: &context.shim,
     })?;
     write_json(&run_folder.join(BUNDLE).join("config.json"), &spec)?;
@@ -315,15 +312,6 @@ fn shim_spec(context: &Context, record: &Record) -> Result<ShimSpec, Failure> {
         log: logging::plan(&context.data_folder(&record.id), record)?,
         console_size: (height > 0 && width > 0).then_some(ConsoleSize { width, height }),
     })
-}
-
-/// A bind whose source is missing, where making an empty folder would only hide the mistake.
-pub fn missing_bind(source: &Path) -> Failure {
-    Failure::invalid(format!(
-        "invalid mount config for type \"bind\": bind source path does not exist: {} (it is looked up inside the \
-         machine; folders of the host are not shared with it)",
-        source.display()
-    ))
 }
 
 fn write_json<T: serde::Serialize>(path: &Path, value: &T) -> Result<(), Failure> {
@@ -394,6 +382,7 @@ pub async fn tear_down(
         if let Err(error) = unmount_rootfs(context, &record.id).await {
             warn("the root file system stays mounted", &error);
         }
+        mounts::end(context, record).await;
         exit
     };
     let (exit, detached) = tokio::join!(end_shim, context.networks.detach(&record.id));
@@ -430,6 +419,7 @@ pub async fn remove_run_folder(context: &Arc<Context>, id: &str) -> Result<(), F
     let folder = context.run_folder(id);
     let work = move || {
         peers::unmount_shm(&folder)?;
+        mounts::clear(&folder)?;
         let rootfs = folder.join(ROOTFS);
         match std::fs::remove_dir(&rootfs) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
@@ -446,14 +436,19 @@ pub async fn remove_run_folder(context: &Arc<Context>, id: &str) -> Result<(), F
         .map_err(|error| Failure::internal("cannot remove the container's run folder", &error))
 }
 
-/// Removes everything of a container that does not run. Done again, it completes what was interrupted.
-pub async fn remove(context: &Arc<Context>, record: &Record) -> Result<(), Failure> {
+/// Removes everything of a container that does not run; with `volumes`, also those that were made for it without a name.
+/// Done again, it completes what was interrupted.
+pub async fn remove(context: &Arc<Context>, record: &Record, volumes: bool) -> Result<(), Failure> {
     clear_run_folder(context, record).await?;
+    if !volumes {
+        mounts::keep_volumes(context, record).await?;
+    }
     // The record first: a crash after it leaves a snapshot without an owner, which the next engine sweeps; the other
     // way round it would leave a container that cannot be started.
     let removed = context.store.remove(store::CONTAINERS, &record.id).await;
     removed.map_err(|error| Failure::internal("cannot remove the container's record", &error))?;
     remove_leavings(context, &record.id).await?;
+    mounts::release(context, record, volumes).await;
     // It may have been the last to stand on the layers of an image that is gone.
     let collected = context.images.collect_orphans(&record.image_id).await;
     collected.map_err(|error| crate::services::images::failure(&error))
@@ -515,7 +510,12 @@ pub fn shim_failure(error: ShimError) -> Failure {
 pub fn exit_code_of_failure(failure: &Failure) -> i32 {
     let has = |text: &str| failure.message.contains(text);
     match () {
-        () if has("executable file not found") || has("no such file or directory") => 127,
+        () if has("executable file not found")
+            || has("no such file or directory")
+            || has("not a directory") =>
+        {
+            127
+        }
         () if failure.kind == ErrorKind::Invalid && has("OCI runtime") => 126,
         () => 128,
     }

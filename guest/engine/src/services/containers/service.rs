@@ -10,8 +10,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use guest_api::container::WaitError;
 use guest_api::{
-    ContainerConfig, ContainerCreate, ContainerCreated, ContainerInspect, ContainerSummary, HostConfig,
-    WaitResult,
+    ApiVersion, ContainerConfig, ContainerCreate, ContainerCreated, ContainerInspect, ContainerSummary,
+    HostConfig, WaitResult,
 };
 use guest_images::{Image, ImageConfig, InUse, Platform};
 use jiff::Timestamp;
@@ -28,7 +28,7 @@ use super::record::{LastRun, Record, View};
 use super::run::{self, Context};
 use super::shim::Streams;
 use super::table::Phase;
-use super::{create, follow, inspect, logging, names, peers};
+use super::{create, follow, inspect, logging, mounts, names, peers};
 use crate::failure::Failure;
 use crate::services::prune::Turn;
 use crate::store;
@@ -54,6 +54,8 @@ pub enum WaitCondition {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RemoveQuery {
     pub force: bool,
+    /// Volumes that were made for it without a name too.
+    pub volumes: bool,
 }
 
 /// The container service. Cheap to clone.
@@ -101,6 +103,7 @@ impl Containers {
         for failure in service.context.networks.sweep(&live).await {
             tracing::warn!(error = %failure, "left behind");
         }
+        mounts::restore(&service.context, &service.views()).await;
         for (mut driver, live) in drivers {
             service.tasks.spawn(async move {
                 if !live {
@@ -133,7 +136,9 @@ impl Containers {
         }
         let snapshotter = self.context.snapshotter();
         let snapshots = run::blocking(move || snapshotter.list()).await?;
-        let ids = snapshots.into_iter().map(|snapshot| snapshot.key).chain(folder_names(&self.context.data)?);
+        let keys: Vec<String> = snapshots.into_iter().map(|snapshot| snapshot.key).collect();
+        mounts::sweep_snapshots(&self.context, &keys, known).await;
+        let ids = keys.into_iter().chain(folder_names(&self.context.data)?);
         let unknown: BTreeSet<String> = ids.filter(|id| id.len() == 64 && !known.contains(id)).collect();
         for id in unknown {
             if let Err(error) = run::remove_leavings(&self.context, &id).await {
@@ -147,13 +152,16 @@ impl Containers {
     pub async fn create(
         &self,
         name: Option<&str>,
+        version: ApiVersion,
         mut create: ContainerCreate,
         platform: Option<&Platform>,
     ) -> Result<ContainerCreated, Failure> {
         let name = name.filter(|name| !name.is_empty()).map(names::check).transpose()?;
         let capacity = &self.context.capacity;
         create::fill_settings(&mut create, &self.context.defaults);
+        let (quirks, more) = mounts::adapt(&mut create.host_config, version)?;
         let mut warnings = create::check(&mut create, capacity)?;
+        warnings.extend(more);
         peers::resolve(&self.index, &mut create.host_config)?;
         let wanted = create.config.image.clone();
         let image = self
@@ -167,27 +175,25 @@ impl Containers {
         let image_config: ContainerConfig = crate::services::images::container_config(&image);
         let resolved = create::resolve(create, &image_config, &id, capacity)?;
         self.context.networks.check(&resolved.networks)?;
-        if !self.context.native
-            && let Some(bind) =
-                resolved.binds.iter().find(|bind| std::fs::symlink_metadata(&bind.source).is_err())
-        {
-            return Err(run::missing_bind(&bind.source));
-        }
+        let mounts =
+            mounts::wanted(&resolved.config, &resolved.host, quirks, self.context.data_root(), |other| {
+                Ok(self.view(other)?.record.mounts.clone())
+            })?;
         let name = self.index.reserve_name(name, &id)?;
-        let record = Record {
+        let mut record = Record {
             id: id.clone(),
             name: name.clone(),
             created: Timestamp::now(),
             image_id: image.id.to_string(),
             config: resolved.config,
             host: resolved.host,
-            binds: resolved.binds,
+            mounts: Vec::new(),
             networks: Some(resolved.networks),
             last: LastRun::default(),
             stopped_by_user: false,
             restarts: 0,
         };
-        let made = self.make(&record, image.chain()).await;
+        let made = self.make(&mut record, mounts, image.chain()).await;
         if let Err(failure) = made {
             self.index.release_name(&name, &id);
             return Err(failure);
@@ -199,18 +205,34 @@ impl Containers {
         Ok(ContainerCreated { id, warnings })
     }
 
-    /// The writable layer and the record, at once; on failure neither.
-    async fn make(&self, record: &Record, chain: Option<guest_images::ChainId>) -> Result<(), Failure> {
+    /// Volumes, writable layer and record; on failure nothing of it is left.
+    async fn make(
+        &self,
+        record: &mut Record,
+        wanted: Vec<mounts::Wanted>,
+        chain: Option<guest_images::ChainId>,
+    ) -> Result<(), Failure> {
+        let held = mounts::take(&self.context, &record.id, wanted).await?;
+        record.mounts.clone_from(&held.points);
         let (snapshotter, key) = (self.context.snapshotter(), record.id.clone());
-        let (prepared, saved) =
-            tokio::join!(run::blocking(move || snapshotter.prepare(&key, chain)), self.context.save(record));
-        let failure = match (prepared, saved) {
-            (Ok(_), Ok(())) => return Ok(()),
-            (Err(failure), _) | (_, Err(failure)) => failure,
+        let prepare = run::blocking(move || snapshotter.prepare(&key, chain));
+        let made = if record.mounts.is_empty() {
+            // The two slow ones at once.
+            let (prepared, saved) = tokio::join!(prepare, self.context.save(record));
+            prepared.and(saved)
+        } else {
+            async {
+                prepare.await?;
+                mounts::populate(&self.context, record).await?;
+                self.context.save(record).await
+            }
+            .await
         };
-        if let Err(also) = run::remove(&self.context, record).await {
+        let Err(failure) = made else { return Ok(()) };
+        if let Err(also) = run::remove(&self.context, record, true).await {
             tracing::warn!(container = record.short_id(), error = %also, "left behind");
         }
+        mounts::give_back(&self.context, &record.id, &held).await;
         Err(failure)
     }
 
@@ -305,7 +327,8 @@ impl Containers {
     }
 
     pub async fn remove(&self, wanted: &str, query: RemoveQuery) -> Result<(), Failure> {
-        self.ask(wanted, |reply| Command::Remove { force: query.force, reply }).await
+        let RemoveQuery { force, volumes } = query;
+        self.ask(wanted, |reply| Command::Remove { force, volumes, reply }).await
     }
 
     pub async fn rename(&self, wanted: &str, name: &str) -> Result<(), Failure> {

@@ -9,6 +9,7 @@ use crate::config::Settings;
 use crate::services::containers::Containers;
 use crate::services::events::Events;
 use crate::services::images::ImagesService;
+use crate::services::volumes::Volumes;
 
 /// The system service.
 pub struct System {
@@ -17,6 +18,7 @@ pub struct System {
     pub engine_id: String,
     pub containers: Arc<Containers>,
     pub images: ImagesService,
+    pub volumes: Arc<Volumes>,
     pub events: Events,
 }
 

@@ -39,7 +39,7 @@ impl System {
             usage.containers = Some(self.containers_with_sizes().await?);
         }
         if wanted.volumes {
-            usage.volumes = Some(Vec::new());
+            usage.volumes = Some(self.volumes.usage().await);
         }
         // Nothing is kept of a build yet.
         usage.build_cache = wanted.build_cache.then(Vec::new);

@@ -273,7 +273,8 @@ fn owner(record: &Record, tree: &Tree) -> Result<Option<(u32, u32)>, Failure> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::record::{Bind, tests::record};
+    use super::super::mounts::MountPoint;
+    use super::super::record::tests::record;
     use super::*;
 
     #[test]
@@ -285,14 +286,13 @@ mod tests {
         assert_eq!(text(&record, "/x"), "");
         record.host.readonly_rootfs = true;
         assert_eq!(text(&record, "/x"), "container rootfs is marked read-only");
-        let bind = |destination: &str, read_only| Bind {
+        let bind = |destination: &str, read_only| MountPoint {
             source: "/s".into(),
             destination: destination.into(),
             read_only,
-            mode: String::new(),
-            propagation: String::new(),
+            ..MountPoint::default()
         };
-        record.binds = vec![bind("/data", false), bind("/data/fixed", true)];
+        record.mounts = vec![bind("/data", false), bind("/data/fixed", true)];
         assert_eq!(text(&record, "/data/sub"), "");
         assert_eq!(text(&record, "/data/fixed"), "mounted volume is marked read-only");
         assert_eq!(text(&record, "/database"), "container rootfs is marked read-only");

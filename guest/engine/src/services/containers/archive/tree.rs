@@ -37,12 +37,11 @@ pub struct Mounted {
 
 /// What is mounted over the root of a container, outermost first.
 pub fn mounted(record: &Record) -> Vec<Mounted> {
-    let binds = record.binds.iter().map(|bind| Mounted {
-        source: bind.source.clone(),
-        destination: bind.destination.clone(),
-        read_only: bind.read_only,
+    let folders = record.mounts.iter().filter_map(|point| {
+        let (destination, read_only) = (point.destination.clone(), point.read_only);
+        Some(Mounted { source: point.lasting_source()?, destination, read_only })
     });
-    let mut mounted: Vec<Mounted> = binds.collect();
+    let mut mounted: Vec<Mounted> = folders.collect();
     mounted.sort_by_key(|mount| mount.destination.components().count());
     mounted
 }
@@ -336,16 +335,15 @@ mod tests {
 
     #[test]
     fn outer_mounts_come_first() {
-        use super::super::super::record::{Bind, tests::record};
-        let bind = |destination: &str| Bind {
+        use super::super::super::mounts::MountPoint;
+        use super::super::super::record::tests::record;
+        let bind = |destination: &str| MountPoint {
             source: "/s".into(),
             destination: destination.into(),
-            read_only: false,
-            mode: String::new(),
-            propagation: String::new(),
+            ..MountPoint::default()
         };
         let mut record = record();
-        record.binds = vec![bind("/a/b/c"), bind("/a")];
+        record.mounts = vec![bind("/a/b/c"), bind("/a")];
         assert_eq!(mounted(&record)[0].destination, Path::new("/a"));
     }
 }

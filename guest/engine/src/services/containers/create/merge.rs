@@ -39,7 +39,9 @@ pub fn merge(config: &mut ContainerConfig, image: &ContainerConfig) {
         config.stop_signal.clone_from(&image.stop_signal);
     }
     config.stop_timeout = config.stop_timeout.or(image.stop_timeout);
-    config.volumes.clone_from(&image.volumes);
+    if let Some(volumes) = image.volumes.as_ref().filter(|volumes| !volumes.is_empty()) {
+        config.volumes.get_or_insert_default().extend(volumes.clone());
+    }
     if config.shell.is_none() {
         config.shell.clone_from(&image.shell);
     }

@@ -10,7 +10,6 @@ mod host;
 mod life;
 mod limits;
 mod merge;
-mod mounts;
 mod network;
 mod platform;
 #[cfg(test)]
@@ -26,7 +25,6 @@ pub use self::defaults::fill_settings;
 pub use self::platform::check as platform;
 pub use self::version::for_version;
 use super::capacity::Capacity;
-use super::record::Bind;
 use crate::failure::Failure;
 
 /// A checked request.
@@ -34,7 +32,6 @@ use crate::failure::Failure;
 pub struct Resolved {
     pub config: ContainerConfig,
     pub host: HostConfig,
-    pub binds: Vec<Bind>,
     pub networks: BTreeMap<String, EndpointSettings>,
 }
 
@@ -44,8 +41,6 @@ pub fn check(create: &mut ContainerCreate, capacity: &Capacity) -> Result<Vec<St
     let ContainerCreate { config, host_config, .. } = create;
     config::check(config)?;
     let warnings = host::check(config, host_config, capacity)?;
-    // The user's own settings: an image's volumes and health check are kept, not yet followed.
-    mounts::refuse_unsupported(config, host_config)?;
     network::check(config, host_config)?;
     life::check(config, host_config)?;
     Ok(warnings)
@@ -78,9 +73,8 @@ pub fn resolve(
         config.hostname =
             if host_config.network_mode == "host" { capacity.host_name.clone() } else { id[..12].to_owned() };
     }
-    let binds = mounts::resolve(&host_config)?;
     host::fill_defaults(&mut host_config, capacity);
-    Ok(Resolved { config, host: host_config, binds, networks })
+    Ok(Resolved { config, host: host_config, networks })
 }
 
 fn unsupported(what: &str) -> Failure {

@@ -92,6 +92,7 @@ pub enum Command {
     },
     Remove {
         force: bool,
+        volumes: bool,
         reply: Reply,
     },
     Attach {
@@ -304,13 +305,17 @@ impl Driver {
                 let result = self.change_network(change).await;
                 answer(reply, result);
             }
-            Command::Remove { force, reply } => match self.admit(Request::Remove { force }) {
+            Command::Remove { force, volumes, reply } => match self.admit(Request::Remove { force }) {
                 Verdict::Go | Verdict::Nothing => {
-                    let result = self.remove().await;
+                    let result = self.remove(volumes).await;
                     answer(reply, result);
                 }
                 Verdict::EndFirst => {
-                    self.stop(Some(SIGKILL), Some(0), |stopping| stopping.remove.push(reply)).await
+                    self.stop(Some(SIGKILL), Some(0), |stopping| {
+                        stopping.remove.push(reply);
+                        stopping.remove_volumes |= volumes;
+                    })
+                    .await
                 }
                 Verdict::Refuse(kind, text) => answer(reply, Err(Failure::new(kind, text))),
             },
@@ -365,7 +370,7 @@ impl Driver {
                 self.publish();
                 self.event("die", &[("exitCode", code.to_string())]);
                 if self.record.host.auto_remove {
-                    if let Err(also) = self.remove().await {
+                    if let Err(also) = self.remove(true).await {
                         tracing::warn!(container = self.record.short_id(), error = %also, "cannot remove it");
                     }
                 } else {
@@ -594,12 +599,13 @@ impl Driver {
             }
     }
 
-    async fn remove(&mut self) -> Result<(), Failure> {
+    /// With `volumes` those go too that were made for it without a name.
+    async fn remove(&mut self, volumes: bool) -> Result<(), Failure> {
         self.restart_at = None;
         self.change(Change::RemovalBegan);
         self.publish();
         self.pending.clear();
-        match run::remove(&self.context, &self.record).await {
+        match run::remove(&self.context, &self.record, volumes).await {
             Ok(()) => {
                 // Before anybody hears of it: then the name is free at once.
                 self.index.forget(&self.record.id);

@@ -86,7 +86,7 @@ impl Driver {
     /// What an engine does at its start with a container that is not running.
     pub async fn resume_policy(&mut self) {
         if self.record.host.auto_remove && self.record.last.started_at.is_some() {
-            if let Err(error) = self.remove().await {
+            if let Err(error) = self.remove(true).await {
                 tracing::warn!(container = self.record.short_id(), %error, "cannot remove it");
             }
             return;

@@ -28,6 +28,8 @@ pub(super) struct Stopping {
     pub(super) restart: Vec<Reply>,
     /// Then remove it, and tell these.
     pub(super) remove: Vec<Reply>,
+    /// With the volumes that were made for it without a name.
+    pub(super) remove_volumes: bool,
 }
 
 /// How hard a container is being stopped.
@@ -66,6 +68,7 @@ impl Driver {
             killed: Vec::new(),
             restart: Vec::new(),
             remove: Vec::new(),
+            remove_volumes: false,
         };
         ask(&mut stopping);
         self.stopping = Some(stopping);
@@ -177,8 +180,10 @@ impl Driver {
     pub(super) async fn stopped(&mut self) {
         let stopping = self.stopping.take();
         let (mut waiting, mut restart, mut remove) = (Vec::new(), Vec::new(), Vec::new());
+        let mut volumes = self.record.host.auto_remove;
         if let Some(it) = stopping {
             (waiting, restart, remove) = (it.waiting, it.restart, it.remove);
+            volumes |= it.remove_volumes;
             if !waiting.is_empty() || !restart.is_empty() {
                 self.event("stop", &[]);
             }
@@ -195,8 +200,11 @@ impl Driver {
             restart.into_iter().chain(waiting).for_each(|reply| answer(reply, result.clone()));
             return;
         }
-        let result =
-            if remove.is_empty() && !self.record.host.auto_remove { Ok(()) } else { self.remove().await };
+        let result = if remove.is_empty() && !self.record.host.auto_remove {
+            Ok(())
+        } else {
+            self.remove(volumes).await
+        };
         if let Err(error) = &result
             && remove.is_empty()
         {

@@ -11,9 +11,8 @@ mod security;
 mod sysctl;
 #[cfg(test)]
 mod tests;
-mod tmpfs;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::path::{Component, Path, PathBuf};
 
 use oci_spec::runtime::{Capabilities, Linux, Root, Spec};
@@ -23,6 +22,7 @@ pub use self::limits::{changes, rlimits};
 pub use self::namespaces::{NetworkNamespace, Peers};
 pub use self::process::exec_process;
 pub use self::security::{capabilities, security};
+use super::mounts::Ready;
 use super::record::Record;
 use super::user::User;
 use crate::config::ContainerDefaults;
@@ -40,6 +40,8 @@ pub struct Input<'a> {
     /// The folder holding `hosts`, `hostname` and `resolv.conf`.
     pub files: &'a Path,
     pub network: &'a NetworkNamespace,
+    /// What the user has mounted into it.
+    pub mounts: &'a Ready,
     /// What this process can grant.
     pub grantable: &'a Capabilities,
     /// What the engine's settings say where the container says nothing.
@@ -50,8 +52,6 @@ pub struct Input<'a> {
     pub peers: Peers,
     /// What is mounted on /dev/shm when others share it.
     pub shm: Option<&'a Path>,
-    /// Modes of the folders that are covered by a tmpfs.
-    pub tmpfs_modes: &'a BTreeMap<String, u32>,
     /// The program that is `docker-init` inside.
     pub init: &'a Path,
 }
@@ -109,7 +109,7 @@ fn linux(input: &Input<'_>) -> Result<Linux, Failure> {
         .set_seccomp(security::seccomp(input)?)
         .set_masked_paths(Some(host.masked_paths.clone().unwrap_or_default()))
         .set_readonly_paths(Some(host.readonly_paths.clone().unwrap_or_default()))
-        .set_rootfs_propagation(mounts::rootfs_propagation(record))
+        .set_rootfs_propagation(input.mounts.rootfs_propagation.clone())
         .set_devices(Some(input.devices.nodes.clone()));
     Ok(linux)
 }

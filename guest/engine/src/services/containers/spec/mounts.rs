@@ -5,8 +5,7 @@ use std::path::{Path, PathBuf};
 use guest_runtime::defaults;
 use oci_spec::runtime::Mount;
 
-use super::super::record::Record;
-use super::{Input, process, security, tmpfs};
+use super::{Input, process, security};
 use crate::failure::Failure;
 
 /// All mounts, in the order they are made.
@@ -46,23 +45,18 @@ pub fn mounts(input: &Input<'_>) -> Result<Vec<Mount>, Failure> {
         mount(format!("/etc/{name}"), "bind", input.files.join(name), options)
     };
     let mut further = vec![own("resolv.conf"), own("hostname"), own("hosts")];
-    for bind in &record.binds {
-        let mut options = vec!["rbind".to_owned(), bind.propagation.clone()];
-        if bind.read_only {
-            options.push("ro".to_owned());
-        }
+    for ready in &input.mounts.mounts {
         // A user's own file wins over the engine's.
-        further.retain(|mount| mount.destination() != &bind.destination);
-        further.push(mount(&bind.destination, "bind", &bind.source, options));
+        further.retain(|mount| mount.destination() != &ready.destination);
+        let (kind, source) = match &ready.source {
+            Some(source) => ("bind", source.as_path()),
+            None => ("tmpfs", Path::new("tmpfs")),
+        };
+        further.push(mount(&ready.destination, kind, source, ready.options.clone()));
     }
-    for (destination, options) in host.tmpfs.iter().flatten() {
-        let mut options = tmpfs::options(options)?;
-        if let Some(mode) = input.tmpfs_modes.get(destination)
-            && !options.iter().any(|option| option.starts_with("mode="))
-        {
-            options.push(format!("mode={mode:o}"));
-        }
-        further.push(mount(destination, "tmpfs", "tmpfs", options));
+    // One's own `/dev` comes without what would lie in ours.
+    if further.iter().any(|mount| mount.destination() == Path::new("/dev")) {
+        mounts.retain(|mount| !mount.destination().starts_with("/dev"));
     }
     for (source, target) in &input.devices.elsewhere {
         further.push(mount(target, "bind", source, words(&["bind", "rprivate"])));
@@ -94,16 +88,6 @@ pub fn mounts(input: &Input<'_>) -> Result<Vec<Mount>, Failure> {
     }
     mounts.extend(further);
     Ok(mounts)
-}
-
-/// A mount that passes events on needs a root that does.
-pub fn rootfs_propagation(record: &Record) -> Option<String> {
-    let asks = |word: &str| record.binds.iter().any(|bind| bind.propagation.ends_with(word));
-    match () {
-        () if asks("shared") => Some("shared".to_owned()),
-        () if asks("slave") => Some("slave".to_owned()),
-        () => None,
-    }
 }
 
 fn mount(

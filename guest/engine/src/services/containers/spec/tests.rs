@@ -2,7 +2,8 @@
 
 use serde_json::{Value, json};
 
-use super::super::record::{Bind, tests::record};
+use super::super::mounts::{Ready, ReadyMount};
+use super::super::record::tests::record;
 use guest_runtime::defaults;
 
 use super::process::DEFAULT_PATH;
@@ -10,6 +11,10 @@ use super::*;
 
 /// The spec of the test record with these host settings, as JSON.
 fn built(change: impl FnOnce(&mut Record)) -> Value {
+    with_mounts(Ready::default(), change)
+}
+
+fn with_mounts(mounts: Ready, change: impl FnOnce(&mut Record)) -> Value {
     let mut record = record();
     record.host.masked_paths = Some(vec!["/proc/kcore".into()]);
     record.host.cgroupns_mode = "private".into();
@@ -21,12 +26,12 @@ fn built(change: impl FnOnce(&mut Record)) -> Value {
         rootfs: Path::new("/run/c/rootfs"),
         files: Path::new("/data/c"),
         network: &NetworkNamespace::Path("/run/netns/c".into()),
+        mounts: &mounts,
         grantable: &defaults::all_capabilities(),
         defaults: &ContainerDefaults::default(),
         devices: &Devices::default(),
         peers: Peers { pid: Some(77), ipc: Some(78) },
         shm: Some(Path::new("/run/c/shm")),
-        tmpfs_modes: &BTreeMap::from([("/srv".to_owned(), 0o750)]),
         init: Path::new("/usr/bin/shim"),
     })
     .unwrap();
@@ -108,21 +113,23 @@ fn namespaces_of_the_host_are_not_made() {
 
 #[test]
 fn mounts_come_after_what_they_lie_in_and_replace_ours() {
-    let bind = |source: &str, destination: &str, read_only| Bind {
-        source: source.into(),
+    let ready = |source: Option<&str>, destination: &str, options: &[&str]| ReadyMount {
+        source: source.map(Into::into),
         destination: destination.into(),
-        read_only,
-        mode: String::new(),
-        propagation: "rprivate".into(),
+        options: options.iter().map(|option| (*option).to_owned()).collect(),
     };
-    let spec = built(|record| {
-        record.binds = vec![
-            bind("/a", "/srv/deep/er", true),
-            bind("/b", "/srv", false),
-            bind("/h", "/etc/hosts", false),
-        ];
-        record.host.tmpfs = Some([("/dev/shm".to_owned(), "size=1m".to_owned())].into());
-    });
+    let mounts = Ready {
+        mounts: vec![
+            ready(Some("/a"), "/srv/deep/er", &["rbind", "rro", "rprivate"]),
+            ready(Some("/b"), "/srv", &["rbind"]),
+            ready(Some("/h"), "/etc/hosts", &["rbind"]),
+            ready(None, "/dev/shm", &["nosuid", "nodev", "noexec", "size=1m"]),
+        ],
+        rootfs_propagation: Some("slave".to_owned()),
+        ..Ready::default()
+    };
+    let spec = with_mounts(mounts, |_| {});
+    assert_eq!(spec["linux"]["rootfsPropagation"], "slave");
     let order = destinations(&spec);
     let place = |wanted: &str| order.iter().position(|found| *found == wanted).unwrap();
     assert!(place("/srv") < place("/srv/deep/er"));
@@ -130,11 +137,8 @@ fn mounts_come_after_what_they_lie_in_and_replace_ours() {
     assert_eq!(order.iter().filter(|found| **found == "/etc/hosts").count(), 1);
     let mounts = spec["mounts"].as_array().unwrap();
     assert_eq!(mounts[place("/etc/hosts")]["source"], "/h");
-    assert_eq!(mounts[place("/srv/deep/er")]["options"], json!(["rbind", "rprivate", "ro"]));
-    assert_eq!(
-        mounts[place("/dev/shm")]["options"],
-        json!(["noexec", "nosuid", "nodev", "rprivate", "size=1m"])
-    );
+    assert_eq!(mounts[place("/srv/deep/er")]["options"], json!(["rbind", "rro", "rprivate"]));
+    assert_eq!(mounts[place("/dev/shm")]["options"], json!(["nosuid", "nodev", "noexec", "size=1m"]));
 }
 
 #[test]
@@ -183,17 +187,6 @@ fn an_init_is_put_before_the_program() {
     let mounts = spec["mounts"].as_array().unwrap();
     let init = mounts.iter().find(|mount| mount["destination"] == "/sbin/docker-init").unwrap();
     assert_eq!((init["source"].as_str(), &init["options"]), (Some("/usr/bin/shim"), &json!(["bind", "ro"])));
-}
-
-#[test]
-fn a_tmpfs_has_the_mode_of_what_it_covers() {
-    let options = |given: &str| {
-        let spec = built(|record| record.host.tmpfs = Some([("/srv".to_owned(), given.to_owned())].into()));
-        let mounts = spec["mounts"].as_array().unwrap();
-        mounts.iter().find(|mount| mount["destination"] == "/srv").unwrap()["options"].clone()
-    };
-    assert_eq!(options(""), json!(["noexec", "nosuid", "nodev", "rprivate", "mode=750"]));
-    assert_eq!(options("mode=700,exec"), json!(["nosuid", "nodev", "rprivate", "mode=700", "exec"]));
 }
 
 #[test]
