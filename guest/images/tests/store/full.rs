@@ -38,7 +38,7 @@ async fn a_full_disk_is_said_and_what_was_begun_is_removed() {
     }
     // One that does not fit as a blob, one that does not fit unpacked, one that fits.
     let large = MadeImage::new(&[MadeLayer::plain(&[("noise", &noise(4 << 20))])]);
-    let bloated = MadeImage::new(&[MadeLayer::gzip(&[("zeroes", &vec![0; 4 << 20])])]);
+    let bloated = MadeImage::new(&[MadeLayer::gzip(&[("monotone", &vec![b'z'; 4 << 20])])]);
     let image = small();
     let content =
         Content::of("large:latest", &large).image("bloated:latest", &bloated).image("small:latest", &image);
