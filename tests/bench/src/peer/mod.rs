@@ -186,7 +186,7 @@ pub(crate) fn compare(wanted: &[String]) -> Result<()> {
             let medians = rounds(measure, &sides)?;
             report(measure, medians);
             if measure.name == "api" {
-                run::report_floor(&sides[0], medians[0])?;
+                run::report_floor(medians[0])?;
             }
         }
     }
