@@ -74,6 +74,20 @@ impl Client {
         Ok(())
     }
 
+    /// Removes every container: lists show them all.
+    pub fn clear(&self) -> Result<()> {
+        let answer = self.send("GET", "/containers/json?all=1", &[], b"")?;
+        let containers: Vec<serde_json::Value> = serde_json::from_slice(&answer.body)?;
+        for container in containers {
+            let id = container["Id"].as_str().context("a container without id")?;
+            let answer = self.send("DELETE", &format!("/containers/{id}?force=1&v=1"), &[], b"")?;
+            if answer.status != 204 {
+                bail!("cannot remove container {id}: {}", String::from_utf8_lossy(&answer.body));
+            }
+        }
+        Ok(())
+    }
+
     /// Runs `docker` with these words.
     pub fn docker(&self, words: &[String]) -> Result<Finished> {
         let mut command = Command::new("docker");

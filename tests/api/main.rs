@@ -113,7 +113,10 @@ fn hold(name: &str, partner: &Partner) -> Result<()> {
     let text = std::fs::read_to_string(folder().join("conversations").join(format!("{name}.txt")))?;
     let steps = conversation::parse(&text).with_context(|| format!("{name}.txt"))?;
     let golden = folder().join("golden").join(format!("{name}.json"));
-    let answers = conversation::hold(&steps, &partner.client)?;
+    partner.client.clear()?;
+    let answers = conversation::hold(&steps, &partner.client);
+    partner.client.clear()?;
+    let answers = answers?;
     if partner.record {
         let text = serde_json::to_string_pretty(&Value::Array(answers))? + "\n";
         return std::fs::write(&golden, text).context("cannot write the golden answers");

@@ -139,7 +139,7 @@ pub fn summary(view: &View, networks: &Networks, now: Timestamp) -> ContainerSum
         names: vec![format!("/{}", record.name)],
         image: record.config.image.clone(),
         image_id: record.image_id.clone(),
-        command: record.command().join(" "),
+        command: shown(&record.command()),
         created: record.created.as_second(),
         ports: if view.live.is_some() { ports(record) } else { Vec::new() },
         size_rw: None,
@@ -176,6 +176,15 @@ pub fn mounts(record: &Record) -> Vec<MountPoint> {
     record.mounts.iter().map(super::mounts::MountPoint::shown).collect()
 }
 
+/// A command as one text: arguments with spaces in them are quoted, the program never.
+fn shown(command: &[impl AsRef<str>]) -> String {
+    let quoted = command.iter().enumerate().map(|(at, word)| match word.as_ref() {
+        word if at > 0 && word.contains(' ') => format!("'{word}'"),
+        word => word.to_owned(),
+    });
+    quoted.collect::<Vec<_>>().join(" ")
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
@@ -202,6 +211,12 @@ mod tests {
         let query = ListQuery { all, limit, filters: Filters::parse(filters).unwrap() };
         let chosen = select(views, &query, |record, image| record.config.image == image).unwrap();
         chosen.iter().map(|view| view.record.name.clone()).collect()
+    }
+
+    #[test]
+    fn arguments_with_spaces_are_quoted() {
+        assert_eq!(shown(&["sh", "-c", "echo a"]), "sh -c 'echo a'");
+        assert_eq!(shown(&["a b"]), "a b");
     }
 
     #[test]
