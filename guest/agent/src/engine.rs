@@ -22,7 +22,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use command_fds::{CommandFdExt, FdMapping};
-use guest_protocol::EngineState;
+use guest_protocol::{EngineSettings, EngineState};
 use rustix::process::Signal;
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe;
@@ -37,6 +37,8 @@ use crate::status::Publisher;
 use crate::{machine, mounts, sys};
 
 const PROGRAM: &str = "/usr/bin/guest-engine";
+/// Where the user's settings are put for it, without the ending.
+const SETTINGS: &str = "/run/engine-settings";
 
 /// The pipe on which the engine says that it answers.
 const READY_FD: i32 = 3;
@@ -50,8 +52,8 @@ const ARGUMENTS: &[&str] = &[
     "--ready-fd", "3",
     "--stop-containers-on-exit",
     "--shim", "/usr/bin/shim",
-    "--insecure-registry", "host.docker.internal",
-    "--insecure-registry", "198.18.0.254",
+    "--host-registry", "host.docker.internal",
+    "--host-registry", "198.18.0.254",
 ];
 
 /// An engine that lived this long was well: if it ends, the next one is started without much delay.
@@ -80,9 +82,16 @@ impl RestartPolicy {
     }
 }
 
-/// The engine's command. `debug` has it explain itself at length.
-pub fn command(debug: bool) -> Result<Command> {
+/// The engine's command. `debug` has it explain itself at length; `settings` are the user's.
+pub fn command(debug: bool, settings: Option<&EngineSettings>) -> Result<Command> {
     let mut command = Command::new(PROGRAM);
+    if let Some(settings) = settings {
+        // Only its ending is taken from the host: it tells the engine how to read it.
+        let ending = if settings.name.ends_with(".json") { "json" } else { "toml" };
+        let path = format!("{SETTINGS}.{ending}");
+        std::fs::write(&path, &settings.text).with_context(|| format!("cannot write `{path}`"))?;
+        command.args(["--config", &path]);
+    }
     command
         .args(ARGUMENTS)
         .env_clear()

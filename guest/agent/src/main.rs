@@ -47,6 +47,10 @@ use status::{Fault, Publisher};
 /// How long the engine waits for the network before it is started without. It would only fail to pull.
 const NETWORK_TIMEOUT: Duration = Duration::from_secs(3);
 
+/// How long the engine waits for its settings. The host tells them as soon as the session is there; without a daemon
+/// nobody does.
+const SETTINGS_TIMEOUT: Duration = Duration::from_secs(10);
+
 #[expect(
     clippy::print_stderr,
     reason = "outside of its machine this is an ordinary program with a usage error"
@@ -105,13 +109,17 @@ async fn supervise(options: Options, log: Log) -> Result<()> {
     keep("collecting processes", processes.clone().collect());
     keep("listening to signals", power::listen_to_signals(power.clone()));
 
+    let settings = session::Settings::new(None);
     let supervisor = engine::Supervisor {
         processes: processes.clone(),
         log: log.clone(),
         status: status.clone(),
-        launch: Rc::new(move || engine::command(options.debug)),
+        launch: Rc::new({
+            let told = settings.subscribe();
+            move || engine::command(options.debug, told.borrow().as_ref().and_then(Option::as_ref))
+        }),
     };
-    let mut up = spawn_local(bring_up(supervisor, power));
+    let mut up = spawn_local(bring_up(supervisor, power, settings));
     let mut is_up = true;
     let order = loop {
         tokio::select! {
@@ -133,7 +141,11 @@ async fn supervise(options: Options, log: Log) -> Result<()> {
 
 /// Brings everything up, then keeps the engine running until the machine is to be switched off. Ends early, without
 /// an engine, on a fault that the user has to look at.
-async fn bring_up(supervisor: engine::Supervisor, power: PowerSwitch) -> Result<()> {
+async fn bring_up(
+    supervisor: engine::Supervisor,
+    power: PowerSwitch,
+    settings: session::Settings,
+) -> Result<()> {
     let mut orders = power.orders();
     for problem in limits::apply() {
         warn!("{problem}");
@@ -147,7 +159,8 @@ async fn bring_up(supervisor: engine::Supervisor, power: PowerSwitch) -> Result<
     let rest = spawn_blocking(|| rest.load());
 
     spawn_local(supervisor.log.clone().ship());
-    spawn_local(session::keep(supervisor.status.watch(), power.clone()));
+    let mut told = settings.subscribe();
+    spawn_local(session::keep(supervisor.status.watch(), power.clone(), settings));
     keep("listening on the power port", power::listen_to_host(power));
     let network_ready = watch::Sender::new(false);
     let mut network = network_ready.subscribe();
@@ -164,6 +177,10 @@ async fn bring_up(supervisor: engine::Supervisor, power: PowerSwitch) -> Result<
         let ready = tokio::time::timeout(NETWORK_TIMEOUT, network.wait_for(|ready| *ready)).await;
         if !matches!(ready, Ok(Ok(_))) {
             warn!("starting the engine without a network");
+        }
+        let told = tokio::time::timeout(SETTINGS_TIMEOUT, told.wait_for(Option::is_some)).await;
+        if !matches!(told, Ok(Ok(_))) {
+            warn!("starting the engine without the user's settings: the host does not tell them");
         }
         anyhow::Ok(Ok::<(), Fault>(()))
     };

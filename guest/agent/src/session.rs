@@ -6,7 +6,9 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use guest_protocol::{Failure, FailureKind, Hello, Request, Response, Role, Session, SessionEvent, port};
+use guest_protocol::{
+    EngineSettings, Failure, FailureKind, Hello, Request, Response, Role, Session, SessionEvent, port,
+};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -18,8 +20,13 @@ use crate::power::{Haste, PowerSwitch};
 use crate::status::Status;
 use crate::{clock, machine};
 
+/// The engine's settings: `None` until the host has told them, then what it told.
+pub type Settings = watch::Sender<Option<Option<EngineSettings>>>;
+
 /// Keeps a session with the host, for ever.
-pub async fn keep(status: watch::Receiver<Status>, power: PowerSwitch) {
+///
+/// `settings` gets the engine's settings once the host has told them.
+pub async fn keep(status: watch::Receiver<Status>, power: PowerSwitch, settings: Settings) {
     let mut backoff = Backoff::new(Duration::from_millis(20), Duration::from_secs(1));
     let mut told = false;
     loop {
@@ -27,7 +34,7 @@ pub async fn keep(status: watch::Receiver<Status>, power: PowerSwitch) {
             Ok(stream) => {
                 backoff.succeeded();
                 told = false;
-                let ended = drive(stream, status.clone(), &power).await;
+                let ended = drive(stream, status.clone(), &power, &settings).await;
                 warn!("the session with the host ended: {:#}", ended.err().unwrap_or_else(unexpected));
             }
             // Once is enough: the machine may run for long without a daemon that wants to talk.
@@ -46,7 +53,12 @@ fn unexpected() -> anyhow::Error {
 }
 
 /// Drives one session over one stream until it ends, which is always an error.
-async fn drive<S>(stream: S, mut status: watch::Receiver<Status>, power: &PowerSwitch) -> Result<()>
+async fn drive<S>(
+    stream: S,
+    mut status: watch::Receiver<Status>,
+    power: &PowerSwitch,
+    settings: &Settings,
+) -> Result<()>
 where
     S: AsyncRead + AsyncWrite,
 {
@@ -67,7 +79,7 @@ where
                 }
                 SessionEvent::Request { id, request } => {
                     let engine = || status.borrow().engine.clone();
-                    session.respond(id, answer(request, engine, power))?;
+                    session.respond(id, answer(request, engine, power, settings))?;
                 }
                 // The host has nothing to tell unasked, and we ask nothing.
                 SessionEvent::Notice(_) | SessionEvent::Response { .. } => {}
@@ -110,8 +122,13 @@ fn answer(
     request: Request,
     engine: impl FnOnce() -> guest_protocol::EngineState,
     power: &PowerSwitch,
+    engine_settings: &Settings,
 ) -> Result<Response, Failure> {
     match request {
+        Request::Configure { settings } => {
+            engine_settings.send_replace(Some(settings));
+            Ok(Response::Done)
+        }
         Request::SetClock { unix_nanos } => match clock::follow(unix_nanos) {
             Ok(step) => {
                 if let Some(step) = step {
@@ -173,7 +190,11 @@ mod tests {
         let switch = PowerSwitch::new();
         let mut orders = switch.orders();
         let watch = publisher.watch();
-        let agent = tokio::spawn(async move { drive(near, watch, &switch).await });
+        let settings = Settings::new(None);
+        let agent = tokio::spawn({
+            let settings = settings.clone();
+            async move { drive(near, watch, &switch, &settings).await }
+        });
         let mut host = Host::new(far, guest_protocol::PROTOCOL_VERSION);
 
         assert!(matches!(host.next_event().await.unwrap(), SessionEvent::Established { .. }));
@@ -191,6 +212,12 @@ mod tests {
         };
         assert_eq!((answered, info.engine), (id, EngineState::Ready));
 
+        let told = Some(EngineSettings { name: "daemon.json".into(), text: "{}".into() });
+        host.session.request(Request::Configure { settings: told.clone() }, Duration::ZERO).unwrap();
+        let done = host.next_event().await.unwrap();
+        assert!(matches!(done, SessionEvent::Response { result: Ok(Response::Done), .. }), "{done:?}");
+        assert_eq!(*settings.borrow(), Some(told));
+
         host.session.request(Request::PowerOff, Duration::ZERO).unwrap();
         let done = host.next_event().await.unwrap();
         assert!(matches!(done, SessionEvent::Response { result: Ok(Response::Done), .. }), "{done:?}");
@@ -207,7 +234,7 @@ mod tests {
         let publisher = status::Publisher::new();
         let watch = publisher.watch();
         let switch = PowerSwitch::new();
-        let agent = tokio::spawn(async move { drive(near, watch, &switch).await });
+        let agent = tokio::spawn(async move { drive(near, watch, &switch, &Settings::new(None)).await });
         let mut host = Host::new(far, 99);
         let error = host.next_event().await.unwrap_err().to_string();
         assert!(error.contains("speaks version 1"), "{error}");

@@ -17,6 +17,7 @@ pub mod session;
 
 pub use lease::{GrantedPort, Lease, PortRequest, Transport};
 pub use message::{
-    EngineState, Failure, FailureKind, GuestInfo, Hello, Notice, PROTOCOL_VERSION, Request, Response,
+    EngineSettings, EngineState, Failure, FailureKind, GuestInfo, Hello, Notice, PROTOCOL_VERSION, Request,
+    Response,
 };
 pub use session::{RequestId, Role, Session, SessionError, SessionEvent, State};

@@ -43,6 +43,12 @@ pub enum Request {
         /// Nanoseconds since 1970-01-01 UTC at the moment of sending.
         unix_nanos: i64,
     },
+    /// Start the engine with these settings. Sent once a session is established; the engine that runs already keeps
+    /// those it has. Answered by [`Response::Done`].
+    Configure {
+        /// The user's; nothing when there are none.
+        settings: Option<EngineSettings>,
+    },
     /// Stop containers and engine, sync and unmount the data disk, switch the machine off. Answered at once by
     /// [`Response::Done`]; the end of the machine is what completes it.
     PowerOff,
@@ -126,6 +132,20 @@ pub enum EngineState {
     },
 }
 
+/// The engine's settings file, as the user wrote it. Only the engine reads what is in it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EngineSettings {
+    /// `engine.toml` or `daemon.json`: its ending tells how it is written.
+    pub name: String,
+    /// What is in it.
+    pub text: String,
+}
+
+impl EngineSettings {
+    /// Longest file: it has to fit into a frame, escaped.
+    pub const BYTES_MAX: usize = 128 << 10;
+}
+
 /// What the guest tells the host unasked. Notices have no answer.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", content = "value", rename_all = "snake_case")]
@@ -205,6 +225,12 @@ mod tests {
         );
         check(Request::SetClock { unix_nanos: -5 }, r#"{"kind":"set_clock","unix_nanos":-5}"#);
         check(Request::PowerOff, r#"{"kind":"power_off"}"#);
+        check(Request::Configure { settings: None }, r#"{"kind":"configure","settings":null}"#);
+        let settings = Some(EngineSettings { name: "engine.toml".into(), text: "mtu = 1400".into() });
+        check(
+            Request::Configure { settings },
+            r#"{"kind":"configure","settings":{"name":"engine.toml","text":"mtu = 1400"}}"#,
+        );
         check(Request::Info, r#"{"kind":"info"}"#);
         check(
             Request::Acquire {

@@ -116,6 +116,11 @@ impl Home {
         self.root.join("settings.toml")
     }
 
+    /// The engine's own settings, in either of two forms; absent means defaults.
+    pub fn engine_settings(&self) -> [PathBuf; 2] {
+        ["engine.toml", "daemon.json"].map(|name| self.root.join(name))
+    }
+
     /// Everything that belongs to the machine called `name`.
     pub fn machine_dir(&self, name: &str) -> PathBuf {
         self.root.join("machines").join(name)

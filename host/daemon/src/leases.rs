@@ -104,7 +104,7 @@ impl Leases {
                 Ok(Response::Done)
             }
             Request::Reconcile { leases } => Ok(Response::Reconciled { lost: self.reconcile(leases).await }),
-            Request::SetClock { .. } | Request::PowerOff | Request::Info => {
+            Request::SetClock { .. } | Request::Configure { .. } | Request::PowerOff | Request::Info => {
                 Err(Failure::new(FailureKind::Unsupported, "the daemon answers requests for leases only"))
             }
         }

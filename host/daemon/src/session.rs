@@ -4,7 +4,8 @@
 //! wall clock has moved against its monotonic one (sleep, or someone set it), and every [`CLOCK_INTERVAL`].
 
 use guest_protocol::{
-    Failure, FailureKind, GuestInfo, Hello, Notice, Request, RequestId, Response, Role, Session, SessionEvent,
+    EngineSettings, Failure, FailureKind, GuestInfo, Hello, Notice, Request, RequestId, Response, Role,
+    Session, SessionEvent,
 };
 use std::collections::HashMap;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -27,6 +28,7 @@ pub(crate) enum Ask {
 /// Speaks with the agent on `stream` until either side ends. Returns why it ended.
 pub(crate) async fn drive(
     stream: UnixStream,
+    settings: Option<EngineSettings>,
     mut asks: mpsc::Receiver<Ask>,
     notices: impl Fn(Notice),
 ) -> String {
@@ -45,6 +47,11 @@ pub(crate) async fn drive(
                     info!(agent = %hello.program, boot = %hello.boot_id, "control session established");
                     established = true;
                     clock.due();
+                    // The guest waits for it before it starts the engine.
+                    let request = Request::Configure { settings: settings.clone() };
+                    if let Err(error) = session.request(request, start.elapsed()) {
+                        return format!("the engine cannot be told its settings: {error}");
+                    }
                 }
                 SessionEvent::Notice(notice) => notices(notice),
                 SessionEvent::Request { id, .. } => {
@@ -174,7 +181,7 @@ mod tests {
         let (asks, queue) = mpsc::channel(4);
         let notices = Arc::new(Mutex::new(Vec::new()));
         let seen = Arc::clone(&notices);
-        let driver = tokio::spawn(drive(host, queue, move |notice| seen.lock().unwrap().push(notice)));
+        let driver = tokio::spawn(drive(host, None, queue, move |notice| seen.lock().unwrap().push(notice)));
 
         let agent = tokio::spawn(agent(guest));
         let (reply, answer) = oneshot::channel();

@@ -1,9 +1,10 @@
 //! `Settings`: what the user may change about the machine. Environment over file over default.
 
 use anyhow::{Context, Result, bail};
+use guest_protocol::EngineSettings;
 use host_vmm::BackendChoice;
 use serde::Deserialize;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// The machine's size and how it is run.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,6 +32,36 @@ struct MachineSection {
     memory_mib: Option<u32>,
     disk_gib: Option<u64>,
     backend: Option<String>,
+}
+
+/// The engine's own settings: whichever of the two files is there. What is in it is the engine's business.
+pub(crate) fn engine_settings(files: &[PathBuf; 2]) -> Result<Option<EngineSettings>> {
+    let mut found = None;
+    for file in files {
+        let text = match std::fs::read_to_string(file) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(error).with_context(|| format!("cannot read `{}`", file.display())),
+        };
+        if text.len() > EngineSettings::BYTES_MAX {
+            bail!(
+                "the engine's settings `{}` have {} bytes; {} is the most",
+                file.display(),
+                text.len(),
+                EngineSettings::BYTES_MAX
+            );
+        }
+        if found.is_some() {
+            bail!(
+                "there are two settings files for the engine, `{}` and `{}`: keep one",
+                files[0].display(),
+                files[1].display()
+            );
+        }
+        let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        found = Some(EngineSettings { name, text });
+    }
+    Ok(found)
 }
 
 /// What the host has, as far as the defaults depend on it.
@@ -118,6 +149,21 @@ mod tests {
             environment.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned())
         };
         Settings::resolve(text, find, HOST)
+    }
+
+    #[test]
+    fn the_engines_settings_are_one_file_or_none() {
+        let folder = tempfile::tempdir().unwrap();
+        let files = ["engine.toml", "daemon.json"].map(|name| folder.path().join(name));
+        assert_eq!(engine_settings(&files).unwrap(), None);
+        std::fs::write(&files[1], "{}").unwrap();
+        let settings = EngineSettings { name: "daemon.json".into(), text: "{}".into() };
+        assert_eq!(engine_settings(&files).unwrap(), Some(settings));
+        std::fs::write(&files[0], "").unwrap();
+        assert!(engine_settings(&files).unwrap_err().to_string().contains("keep one"));
+        std::fs::remove_file(&files[1]).unwrap();
+        std::fs::write(&files[0], "#".repeat(EngineSettings::BYTES_MAX + 1)).unwrap();
+        assert!(engine_settings(&files).unwrap_err().to_string().contains("is the most"));
     }
 
     #[test]

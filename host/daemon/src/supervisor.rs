@@ -8,11 +8,11 @@ use crate::image::VmImage;
 use crate::leases::Leases;
 use crate::lifecycle::{Action, Input, Lifecycle, Ticket};
 use crate::session::{self, Ask};
-use crate::settings::{HostSize, Settings};
+use crate::settings::{HostSize, Settings, engine_settings};
 use crate::state_dir::StateDir;
 use crate::vmm_process::{Report, VmmProcess};
 use anyhow::{Context, Result};
-use guest_protocol::{EngineState, Failure, GuestInfo, Notice, port};
+use guest_protocol::{EngineSettings, EngineState, Failure, GuestInfo, Notice, port};
 use host_api::{BackendChoice, MachineState, MachineStatus};
 use host_vmm::control::{Command, Event, StopReason};
 use host_vmm::{DiskSpec, MachineSpec, NetworkSpec};
@@ -143,6 +143,8 @@ pub(crate) struct Supervisor {
     /// Who waits for the VM process to count its streams.
     stream_counts: Vec<oneshot::Sender<u64>>,
     session: Option<mpsc::Sender<Ask>>,
+    /// What the engine in the running machine is told.
+    engine_settings: Option<EngineSettings>,
     requests: mpsc::Receiver<Message>,
     /// For the threads and tasks that report to this one.
     reports: mpsc::Sender<Message>,
@@ -171,6 +173,7 @@ impl Supervisor {
             leases: None,
             stream_counts: Vec::new(),
             session: None,
+            engine_settings: None,
             requests,
             reports,
             status,
@@ -294,6 +297,7 @@ impl Supervisor {
         self.session = None;
         let generation = self.generation;
         let spec = self.spec()?;
+        self.engine_settings = engine_settings(&self.state_dir.home().engine_settings())?;
         let dir = self.state_dir.machine_dir(MACHINE)?;
         let path = dir.join("vmm.log");
         let log = File::options()
@@ -408,10 +412,11 @@ impl Supervisor {
             port::SESSION => {
                 let (asks, queue) = mpsc::channel(16);
                 self.session = Some(asks);
+                let settings = self.engine_settings.clone();
                 let reports = self.reports.clone();
                 let notices = reports.clone();
                 tokio::spawn(async move {
-                    let why = session::drive(stream, queue, move |notice| {
+                    let why = session::drive(stream, settings, queue, move |notice| {
                         if notices.try_send(Message::Notice(generation, notice)).is_err() {
                             warn!("a notice of the guest was lost: the daemon is overloaded");
                         }

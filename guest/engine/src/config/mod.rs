@@ -62,6 +62,9 @@ pub struct Flags {
     /// Reach this registry without TLS if need be; may be repeated
     #[arg(long, value_name = "HOST[:PORT]")]
     pub insecure_registry: Vec<String>,
+    /// The same for a name of the host, which no settings replace; may be repeated
+    #[arg(long, value_name = "HOST")]
+    pub host_registry: Vec<String>,
     /// Mirror of the public registry; may be repeated
     #[arg(long, value_name = "URL")]
     pub registry_mirror: Vec<String>,
@@ -173,7 +176,11 @@ impl Settings {
             stop_containers_on_exit: flags.stop_containers_on_exit || file.live_restore == Some(false),
             shutdown_timeout_seconds: file.shutdown_timeout,
             shim,
-            insecure_registries: either(flags.insecure_registry, &file.insecure_registries),
+            insecure_registries: [
+                either(flags.insecure_registry, &file.insecure_registries),
+                flags.host_registry,
+            ]
+            .concat(),
             registry_mirrors: either(flags.registry_mirror, &file.registry_mirrors),
             registry_certificates,
             transfers: Transfers::new(&file)?,

@@ -286,7 +286,7 @@ impl Request {
     /// How long the session waits for the answer, unless told otherwise by [`Session::request_within`].
     pub fn timeout(&self) -> Duration {
         match self {
-            Request::SetClock { .. } | Request::Info => Duration::from_secs(15),
+            Request::SetClock { .. } | Request::Configure { .. } | Request::Info => Duration::from_secs(15),
             // The answer only says that it has begun; but a guest in trouble may be slow to say it.
             Request::PowerOff => Duration::from_secs(15),
             // Only binds sockets; a thousand of them take less.
