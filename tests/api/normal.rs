@@ -48,6 +48,7 @@ pub fn value(name: &str, json: &Value) -> Value {
         Value::String(told) if momentary && !told.is_empty() && told != "0001-01-01T00:00:00Z" => {
             "<text>".into()
         }
+        Value::String(told) if name == "Status" => columns(told).into(),
         Value::String(told) => text(told).into(),
         Value::Array(_) if momentary => "<list>".into(),
         Value::Object(_) if momentary => "<object>".into(),

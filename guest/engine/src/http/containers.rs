@@ -137,8 +137,13 @@ pub async fn restart(services: &Services, call: &Call, id: &str) -> Answer {
 }
 
 pub async fn kill(services: &Services, call: &Call, id: &str) -> Answer {
-    let signal = signal(call)?.map_or_else(|| parse_signal("KILL"), Ok)?;
-    services.containers.kill(id, signal).await?;
+    const PREFIX: &str = "cannot kill container: ";
+    let in_words = |failure: Failure| match failure.message.starts_with(PREFIX) {
+        true => failure,
+        false => Failure { message: format!("{PREFIX}{id}: {}", failure.message), ..failure },
+    };
+    let signal = signal(call).and_then(|signal| signal.map_or_else(|| parse_signal("KILL"), Ok));
+    services.containers.kill(id, signal.map_err(in_words)?).await.map_err(in_words)?;
     Ok(respond::empty(204))
 }
 
@@ -227,6 +232,9 @@ fn log_query(call: &Call) -> Result<LogQuery, Failure> {
 }
 
 pub fn logs(services: &Services, call: &Call, id: &str) -> Answer {
+    if !call.query.flag("stdout") && !call.query.flag("stderr") {
+        return Err(Failure::invalid("Bad parameters: you must choose at least one stream"));
+    }
     let tty = services.containers.view(id)?.record.config.tty;
     let batches = services.containers.logs(id, log_query(call)?)?;
     let mut response = respond::with_status(200, respond::stream(batches, call.gone()));

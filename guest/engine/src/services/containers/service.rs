@@ -332,8 +332,14 @@ impl Containers {
     }
 
     pub async fn rename(&self, wanted: &str, name: &str) -> Result<(), Failure> {
-        let name = names::check(name)?;
         let view = self.view(wanted)?;
+        if name.is_empty() {
+            return Err(Failure::invalid("Neither old nor new names may be empty"));
+        }
+        let name = names::check(name).map_err(|failure| Failure {
+            message: format!("Error when allocating new name: {}", failure.message),
+            ..failure
+        })?;
         let (id, old) = (view.record.id.clone(), view.record.name.clone());
         if name == old {
             return Err(Failure::invalid("Renaming a container with the same name as its current name"));

@@ -117,12 +117,12 @@ pub fn admit(phase: Phase, request: Request, id: &str, name: &str) -> Verdict {
         }
 
         (Request::Pause, Running) => Verdict::Go,
-        (Request::Pause, Paused) => conflict(format!("container {id} is already paused")),
+        (Request::Pause, Paused) => conflict(format!("Container {id} is already paused")),
         (Request::Pause, Restarting) => {
             conflict(format!("Container {id} is restarting, wait until the container is running"))
         }
         (Request::Unpause, Paused) => Verdict::Go,
-        (Request::Unpause, Running | Restarting) => conflict(format!("container {id} is not paused")),
+        (Request::Unpause, Running | Restarting) => conflict(format!("Container {id} is not paused")),
 
         (Request::Resize | Request::Exec, Running) => Verdict::Go,
         (Request::Resize, Paused) => Verdict::Go,

@@ -134,8 +134,12 @@ impl Execs {
                 Ok(exec.config.tty)
             }
             State::Created => Ok(exec.config.tty),
-            State::Running { .. } => Err(Failure::conflict(format!("exec instance {id} is already running"))),
-            State::Ended { .. } => Err(Failure::conflict(format!("exec command {id} has already run"))),
+            State::Running { .. } => {
+                Err(Failure::conflict(format!("Error: Exec command {id} is already running")))
+            }
+            State::Ended { .. } => {
+                Err(Failure::conflict(format!("Error: Exec command {id} has already run")))
+            }
         }
     }
 
@@ -175,7 +179,11 @@ impl Execs {
             }
             free
         });
-        if taken { Ok(exec) } else { Err(Failure::conflict(format!("exec command {id} has already run"))) }
+        if taken {
+            Ok(exec)
+        } else {
+            Err(Failure::conflict(format!("Error: Exec command {id} has already run")))
+        }
     }
 
     async fn run(
