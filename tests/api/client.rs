@@ -57,8 +57,8 @@ impl Client {
             request += &format!("Content-Length: {}\r\n", body.len());
         }
         request += "\r\n";
-        stream.write_all(request.as_bytes())?;
-        stream.write_all(body)?;
+        // In one piece: a refusal may come, and the connection go, before all of it is read.
+        stream.write_all(&[request.as_bytes(), body].concat())?;
         let mut bytes = Vec::new();
         stream.read_to_end(&mut bytes).with_context(|| format!("no whole answer to {method} {target}"))?;
         parse(&bytes, method == "HEAD").with_context(|| format!("the answer to {method} {target}"))
