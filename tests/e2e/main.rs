@@ -6,6 +6,7 @@ mod bad_input;
 mod crash;
 mod docker;
 mod exec;
+mod files;
 mod images;
 mod life;
 mod network;
@@ -58,6 +59,7 @@ fn test(arguments: &Arguments) -> Result<ExitCode> {
     scenarios.extend(network::scenarios());
     scenarios.extend(docker::scenarios());
     scenarios.extend(registries::scenarios());
+    scenarios.extend(files::scenarios());
     scenarios.extend(bad_input::scenarios());
     scenarios.extend(life::scenarios());
     scenarios.extend(settings::scenarios());
