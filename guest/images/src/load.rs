@@ -53,6 +53,9 @@ pub(crate) struct SavedImage {
     pub(crate) repo_tags: Vec<String>,
     #[serde(default, deserialize_with = "nullable")]
     pub(crate) layers: Vec<String>,
+    /// The image it was committed from.
+    #[serde(default)]
+    pub(crate) parent: Option<String>,
 }
 
 /// Reads the table of a `docker save` archive.
@@ -204,10 +207,17 @@ impl Images {
         if let Some((table, _)) = files.find("manifest.json") {
             let table = self.0.content.read(&table, manifest::MANIFEST_BYTES_MAX)?;
             let manifests = self.manifests(files)?;
-            let plans = parse_manifest_json(&table)?
+            let saved = parse_manifest_json(&table)?;
+            let parents: Vec<Option<String>> = saved.iter().map(|saved| saved.parent.clone()).collect();
+            let mut plans = saved
                 .into_iter()
                 .map(|saved| self.plan_saved(files, saved, &manifests, lease))
                 .collect::<Result<Vec<_>>>()?;
+            for (index, parent) in parents.into_iter().enumerate() {
+                let claimed = |plan: &&Plan| Some(plan.manifest.config.digest.to_string()) == parent;
+                let found = plans.iter().find(claimed).filter(|parent| stands_on(&plans[index], parent));
+                plans[index].parent = found.map(|parent| parent.manifest.config.digest);
+            }
             return Ok(plans.into_iter().filter(|plan| is_for(plan, platform)).collect());
         }
         if let Some((index, _)) = files.find("index.json") {
@@ -392,6 +402,16 @@ impl Images {
     }
 }
 
+/// Whether an image can have been committed from another, whatever the archive says: it has one step more.
+fn stands_on(image: &Plan, parent: &Plan) -> bool {
+    let (image, parent) = (&image.config, &parent.config);
+    let one_more = image.history.len() == parent.history.len() + 1
+        || (image.history.is_empty() && parent.history.is_empty());
+    one_more
+        && image.history.starts_with(&parent.history)
+        && image.rootfs.diff_ids.starts_with(&parent.rootfs.diff_ids)
+}
+
 /// Whether an image is what was asked for.
 fn is_for(plan: &Plan, platform: Option<&Platform>) -> bool {
     let config = &plan.config;
@@ -451,7 +471,8 @@ mod tests {
             [SavedImage {
                 config: "c.json".to_owned(),
                 repo_tags: Vec::new(),
-                layers: vec!["a/layer.tar".to_owned()]
+                layers: vec!["a/layer.tar".to_owned()],
+                parent: None,
             }]
         );
         assert!(parse_manifest_json(b"{}").is_err());
