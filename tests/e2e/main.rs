@@ -10,6 +10,7 @@ mod files;
 mod images;
 mod life;
 mod network;
+mod networks;
 mod registries;
 mod run;
 mod settings;
@@ -57,6 +58,7 @@ fn test(arguments: &Arguments) -> Result<ExitCode> {
     scenarios.extend(exec::scenarios());
     scenarios.extend(images::scenarios());
     scenarios.extend(network::scenarios());
+    scenarios.extend(networks::scenarios());
     scenarios.extend(docker::scenarios());
     scenarios.extend(registries::scenarios());
     scenarios.extend(files::scenarios());

@@ -49,7 +49,10 @@ pub async fn run(settings: Settings, ready: Option<OwnedFd>) -> anyhow::Result<(
 
     // The bridge and the firewall take some milliseconds: not the first container's.
     let networks = services.networks.clone();
-    tasks.spawn(async move { networks.raise_early().await });
+    tasks.spawn(async move {
+        networks.raise_early().await;
+        networks.resume().await;
+    });
 
     tokio::select! {
         _ = terminate.recv() => {}

@@ -131,6 +131,35 @@ pub struct Endpoint {
     pub mac: Mac,
 }
 
+/// The host's ends of endpoints that are to go. They are told by number: the names may be another run's by then.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostEnds {
+    container: String,
+    indexes: Vec<u32>,
+}
+
+impl HostEnds {
+    /// Removes them, and the others with them; those that are gone are fine. The kernel takes its time for it.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub async fn remove(self) -> Result<(), EndpointError> {
+        let Self { container, indexes } = self;
+        let again = container.clone();
+        let removed = blocking(move || {
+            let failed = |source| EndpointError::Remove { container: container.clone(), source };
+            let mut netlink = Netlink::open().map_err(failed)?;
+            for index in indexes {
+                netlink.remove_link(index).map_err(failed)?;
+            }
+            Ok(())
+        });
+        removed.await.unwrap_or_else(|error| {
+            Err(EndpointError::Remove { container: again, source: NetlinkError::Open(error) })
+        })
+    }
+}
+
 /// Why an endpoint could not be attached or detached.
 #[derive(Debug, thiserror::Error)]
 pub enum EndpointError {
@@ -248,25 +277,26 @@ impl Endpoint {
         .await
     }
 
-    /// Removes the host's ends of these endpoints of a container, and the others with them; those that are gone are
-    /// fine. For when the sandbox goes too.
+    /// Finds the host's ends of these endpoints, to be removed while others wait for nothing.
     ///
     /// # Errors
     /// When the id is impossible or the kernel refuses.
-    pub async fn remove(container: &str, slots: &[u8]) -> Result<(), EndpointError> {
+    pub async fn host_ends(container: &str, slots: &[u8]) -> Result<HostEnds, EndpointError> {
         let names =
             slots.iter().map(|slot| host_interface(container, *slot)).collect::<Result<Vec<_>, _>>()?;
+        let again = container.to_owned();
         let container = container.to_owned();
-        let again = container.clone();
-        let removed = blocking(move || {
+        let found = blocking(move || {
             let failed = |source| EndpointError::Remove { container: container.clone(), source };
             let mut netlink = Netlink::open().map_err(failed)?;
+            let mut indexes = Vec::new();
             for name in names {
-                remove_link(&mut netlink, &name).map_err(failed)?;
+                let link = netlink.link(&name).map_err(failed)?;
+                indexes.extend(link.map(|link| link.header.index));
             }
-            Ok(())
+            Ok(HostEnds { container, indexes })
         });
-        removed.await.unwrap_or_else(|error| {
+        found.await.unwrap_or_else(|error| {
             Err(EndpointError::Remove { container: again, source: NetlinkError::Open(error) })
         })
     }
@@ -498,22 +528,32 @@ fn set_gateway(within: &mut Netlink, gateway: Option<&Gateway>, six: bool) -> Re
         };
     };
     let index = index_of(within, &gateway.interface)?;
-    // It need not be in the interface's own subnet.
-    let message = match gateway.address {
-        Some(IpAddr::V4(address)) => {
-            RouteMessageBuilder::<Ipv4Addr>::new().gateway(address).onlink().output_interface(index).build()
-        }
-        Some(IpAddr::V6(address)) => {
-            RouteMessageBuilder::<Ipv6Addr>::new().gateway(address).onlink().output_interface(index).build()
-        }
-        None if six => RouteMessageBuilder::<Ipv6Addr>::new().output_interface(index).build(),
-        None => RouteMessageBuilder::<Ipv4Addr>::new().output_interface(index).build(),
-    };
     let action = match gateway.address {
         Some(address) => format!("route through {address}"),
         None => format!("route through interface `{}`", gateway.interface),
     };
-    within.ask(Request::replace(action, RouteNetlinkMessage::NewRoute(message)))
+    let route = |onlink: bool| {
+        let message = match gateway.address {
+            Some(IpAddr::V4(address)) => {
+                let route = RouteMessageBuilder::<Ipv4Addr>::new().gateway(address).output_interface(index);
+                if onlink { route.onlink() } else { route }.build()
+            }
+            Some(IpAddr::V6(address)) => {
+                let route = RouteMessageBuilder::<Ipv6Addr>::new().gateway(address).output_interface(index);
+                if onlink { route.onlink() } else { route }.build()
+            }
+            None if six => RouteMessageBuilder::<Ipv6Addr>::new().output_interface(index).build(),
+            None => RouteMessageBuilder::<Ipv4Addr>::new().output_interface(index).build(),
+        };
+        Request::replace(action.clone(), RouteNetlinkMessage::NewRoute(message))
+    };
+    match within.ask(route(false)) {
+        // A gateway outside the interface's own subnets, of a macvlan network perhaps.
+        Err(error) if matches!(error.errno(), Some(nix::libc::ENETUNREACH | nix::libc::EHOSTUNREACH)) => {
+            within.ask(route(true))
+        }
+        other => other,
+    }
 }
 
 fn remove(outside: &mut Netlink, within: &mut Netlink, spec: &EndpointSpec) -> Result<(), NetlinkError> {

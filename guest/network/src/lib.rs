@@ -33,7 +33,7 @@
 //! let endpoints = Endpoint::attach(&sandbox, container, vec![spec], gateways).await?;
 //! println!("{} {}", endpoints[0].interface, endpoints[0].mac);
 //!
-//! Endpoint::remove(container, &[0]).await?;
+//! Endpoint::host_ends(container, &[0]).await?.remove().await?;
 //! sandbox.delete().await?;
 //! # Ok(())
 //! # }
@@ -42,6 +42,7 @@
 #![warn(missing_docs)]
 
 mod bridge;
+pub mod dns;
 mod endpoint;
 mod firewall;
 pub mod forwarding;
@@ -52,7 +53,7 @@ mod sandbox;
 
 pub use bridge::{Bridge, BridgeError, BridgeSpec, is_interface_name};
 pub use endpoint::{
-    Endpoint, EndpointError, EndpointSpec, Gateway, Gateways, Ipvlan, Macvlan, SLOTS_MAX, Uplink,
+    Endpoint, EndpointError, EndpointSpec, Gateway, Gateways, HostEnds, Ipvlan, Macvlan, SLOTS_MAX, Uplink,
 };
 pub use firewall::{Firewall, FirewallError, FirewallNetwork, FirewallPort, Protocol, Rules};
 pub use ipam::{Ipam, IpamError};

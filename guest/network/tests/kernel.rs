@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use guest_network::{
     Bridge, BridgeError, BridgeSpec, Endpoint, EndpointError, EndpointSpec, Firewall, FirewallNetwork,
-    FirewallPort, Gateway, Gateways, Mac, Macvlan, Protocol, Rules, Sandbox, SandboxError, Uplink,
+    FirewallPort, Gateway, Gateways, Mac, Macvlan, Protocol, Rules, Sandbox, SandboxError, Uplink, dns,
     forwarding,
 };
 use nix::mount::{MsFlags, mount};
@@ -259,6 +259,87 @@ fn both_families_and_several_networks_have_their_default_route() {
     });
 }
 
+/// One name, and nobody else to ask.
+struct OneName;
+
+impl dns::Names for OneName {
+    fn resolve(&self, name: &str, six: bool) -> dns::Resolution {
+        match (name, six) {
+            ("web", false) => dns::Resolution::Ours(vec![IpAddr::from([10, 0, 0, 7])]),
+            ("web", true) => dns::Resolution::Ours(Vec::new()),
+            _ => dns::Resolution::Unknown,
+        }
+    }
+
+    fn reverse(&self, _: IpAddr) -> Option<String> {
+        None
+    }
+}
+
+impl dns::Resolver for OneName {
+    fn upstreams(&self) -> Vec<SocketAddr> {
+        Vec::new()
+    }
+
+    fn forwards_bare_names(&self) -> bool {
+        true
+    }
+}
+
+/// `web`, an address, the internet's; id 7, recursion wanted.
+const QUERY: [u8; 21] = *b"\x00\x07\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00\x03web\x00\x00\x01\x00\x01";
+
+#[test]
+fn a_sandbox_has_a_name_server_at_its_usual_place() {
+    in_namespaces("a_sandbox_has_a_name_server_at_its_usual_place", || async {
+        let folder = Folder::new();
+        let sandbox = Sandbox::create(&folder.path("one")).await.unwrap();
+        let start = || async {
+            let listener = dns::Listener::open(&sandbox).await.unwrap();
+            dns::Server::start(listener, std::sync::Arc::new(OneName)).unwrap()
+        };
+        let server = start().await;
+        // An engine that is started again takes over.
+        drop(server);
+        let _server = start().await;
+        let ask = |query: Vec<u8>, over_tcp: bool| {
+            let sandbox = sandbox.clone();
+            tokio::task::spawn_blocking(move || {
+                inside(&sandbox, || {
+                    let mut reply = vec![0; 512];
+                    let length = if over_tcp {
+                        let mut stream = TcpStream::connect(("127.0.0.11", 53)).unwrap();
+                        stream.write_all(&(query.len() as u16).to_be_bytes()).unwrap();
+                        stream.write_all(&query).unwrap();
+                        let mut length = [0; 2];
+                        stream.read_exact(&mut length).unwrap();
+                        let length = usize::from(u16::from_be_bytes(length));
+                        stream.read_exact(&mut reply[..length]).unwrap();
+                        length
+                    } else {
+                        let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+                        socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+                        socket.connect(("127.0.0.11", 53)).unwrap();
+                        socket.send(&query).unwrap();
+                        socket.recv(&mut reply).unwrap()
+                    };
+                    reply.truncate(length);
+                    reply
+                })
+            })
+        };
+        for over_tcp in [false, true] {
+            let reply = ask(QUERY.to_vec(), over_tcp).await.unwrap();
+            assert_eq!((&reply[..2], reply[3] & 15), (&[0, 7][..], 0));
+            assert!(reply.ends_with(&[10, 0, 0, 7]), "{reply:?}");
+        }
+        let unknown: Vec<u8> = QUERY.iter().map(|byte| if *byte == b'w' { b'x' } else { *byte }).collect();
+        assert_eq!(ask(unknown, false).await.unwrap()[3] & 15, 2, "nobody to ask");
+        // The port is still the container's.
+        inside(&sandbox, || TcpListener::bind(("0.0.0.0", 53)).unwrap());
+    });
+}
+
 #[test]
 fn isolated_ports_reach_the_gateway_and_not_each_other() {
     in_namespaces("isolated_ports_reach_the_gateway_and_not_each_other", || async {
@@ -313,8 +394,9 @@ fn endpoints_come_off_from_both_sides() {
         let sandbox = Sandbox::create(&folder.path("one")).await.unwrap();
         let spec = endpoint_spec("engine0", CONTAINER, "172.17.0.2/16");
         attach(&sandbox, spec.clone(), "172.17.0.1").await.unwrap();
-        Endpoint::remove(CONTAINER, &[0]).await.unwrap();
-        Endpoint::remove(CONTAINER, &[0]).await.unwrap();
+        let ends = Endpoint::host_ends(CONTAINER, &[0, 1]).await.unwrap();
+        ends.clone().remove().await.unwrap();
+        ends.remove().await.unwrap();
         assert_eq!(inside(&sandbox, interfaces), ["lo"]);
 
         // An engine killed after attaching comes again: the leftover makes room, or is removed by id alone.

@@ -180,7 +180,8 @@ pub async fn rename(services: &Services, call: &Call, id: &str) -> Answer {
 
 pub async fn remove(services: &Services, call: &Call, id: &str) -> Answer {
     if call.query.flag("link") {
-        return Err(Failure::not_implemented("links: not supported by this version of the engine"));
+        services.containers.unlink(id).await?;
+        return Ok(respond::empty(204));
     }
     let query = RemoveQuery { force: call.query.flag("force"), volumes: call.query.flag("v") };
     services.containers.remove(id, query).await?;

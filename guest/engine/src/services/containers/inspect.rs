@@ -1,11 +1,12 @@
 //! `inspect`: everything about one container.
 
-use guest_api::ContainerInspect;
 use guest_api::container::{GraphDriver, State};
+use guest_api::{ContainerInspect, HostConfig};
 use jiff::Timestamp;
 
 use super::list::mounts;
 use super::logging;
+use super::network;
 use super::record::View;
 use super::run::Context;
 use super::spec;
@@ -46,7 +47,10 @@ pub fn inspect(context: &Context, view: &View, execs: Vec<String>) -> ContainerI
         platform: "linux".to_owned(),
         exec_ids: Some(execs).filter(|execs| !execs.is_empty()),
         app_armor_profile: spec::security(&record.host).map(|security| security.apparmor).unwrap_or_default(),
-        host_config: record.host.clone(),
+        host_config: HostConfig {
+            links: network::shown_links(&context.index, record),
+            ..record.host.clone()
+        },
         graph_driver: GraphDriver { data: graph_data(context, view), name: "overlay2".to_owned() },
         mounts: mounts(record),
         config: record.config.clone(),

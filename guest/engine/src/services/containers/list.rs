@@ -1,6 +1,6 @@
 //! `ps`: which containers, and what is shown of each.
 
-use guest_api::container::{HostConfigSummary, MountPoint, NetworkSettingsSummary, PortSummary};
+use guest_api::container::{HostConfigSummary, MountPoint, NetworkSettingsSummary};
 use guest_api::health::HealthStatus;
 use guest_api::{ContainerSummary, Filters};
 use jiff::Timestamp;
@@ -107,8 +107,7 @@ pub fn select(
                 let port = if port.contains('/') { port.to_owned() } else { format!("{port}/tcp") };
                 record.config.exposed_ports.as_ref().is_some_and(|ports| ports.contains_key(&port))
             })
-            // No port is published and no container is a task.
-            && filters.allows("publish", |_| false)
+            // No container is a task.
             && filters.allows("is-task", |value| matches!(value, "false" | "0"))
             && filters.allows("health", |wanted| {
                 let health = record.last.health.as_ref().map_or(HealthStatus::None, |health| health.status);
@@ -141,7 +140,7 @@ pub fn summary(view: &View, networks: &Networks, now: Timestamp) -> ContainerSum
         image_id: record.image_id.clone(),
         command: shown(&record.command()),
         created: record.created.as_second(),
-        ports: if view.live.is_some() { ports(record) } else { Vec::new() },
+        ports: networks.port_summaries(view),
         size_rw: None,
         size_root_fs: None,
         labels: record.config.labels.clone(),
@@ -151,24 +150,6 @@ pub fn summary(view: &View, networks: &Networks, now: Timestamp) -> ContainerSum
         network_settings: NetworkSettingsSummary { networks: networks.endpoints(view) },
         mounts: mounts(record),
     }
-}
-
-/// Exposed ports; none are published.
-fn ports(record: &Record) -> Vec<PortSummary> {
-    record
-        .config
-        .exposed_ports
-        .iter()
-        .flatten()
-        .filter_map(|(port, _)| {
-            let (number, kind) = port.split_once('/').unwrap_or((port, "tcp"));
-            Some(PortSummary {
-                private_port: number.parse().ok()?,
-                kind: kind.to_owned(),
-                ..PortSummary::default()
-            })
-        })
-        .collect()
 }
 
 /// What is mounted into it.

@@ -274,8 +274,11 @@ fn prepare_files(
             .map_err(io("cannot make the working directory"))?;
     }
     std::fs::create_dir_all(&data).map_err(io("cannot make the container's folder"))?;
-    let record = &network::named(record, attached);
-    let files = network::write_files(context, record, attached)?;
+    let mut record = network::named(record, attached);
+    let files = network::write_files(context, &record, attached)?;
+    let linked = network::link_environment(context, &record)?;
+    record.config.env.get_or_insert_default().splice(0..0, linked);
+    let record = &record;
 
     let devices = Devices::look_up(&record.host)?;
     let network = attached.namespace.clone().map_or(NetworkNamespace::Host, NetworkNamespace::Path);

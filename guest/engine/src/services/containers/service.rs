@@ -173,8 +173,9 @@ impl Containers {
         warnings.extend(create::platform(&wanted, &platform_of(&image), platform)?);
         let id = self.index.new_id();
         let image_config: ContainerConfig = crate::services::images::container_config(&image);
-        let resolved = create::resolve(create, &image_config, &id, capacity)?;
+        let mut resolved = create::resolve(create, &image_config, &id, capacity)?;
         self.context.networks.check(&resolved.networks)?;
+        super::network::resolve_links(&self.context.index, &mut resolved.host.links)?;
         let mounts =
             mounts::wanted(&resolved.config, &resolved.host, quirks, self.context.data_root(), |other| {
                 Ok(self.view(other)?.record.mounts.clone())
@@ -350,6 +351,14 @@ impl Containers {
         result
     }
 
+    /// Takes a link away: `parent/alias`.
+    pub async fn unlink(&self, name: &str) -> Result<(), Failure> {
+        let (parent, alias) = name.trim_start_matches('/').split_once('/').ok_or_else(|| {
+            Failure::invalid("Conflict, cannot remove the default link name of the container")
+        })?;
+        self.change_network(parent, NetworkChange::Unlink { alias: alias.to_owned() }).await
+    }
+
     /// Joins a network, or leaves one.
     pub async fn change_network(&self, wanted: &str, change: NetworkChange) -> Result<(), Failure> {
         self.ask(wanted, |reply| Command::Network { change, reply }).await
@@ -402,6 +411,9 @@ impl Containers {
         let mut views = self.views();
         if let Some(names) = query.filters.get("network") {
             views.retain(|view| self.context.networks.is_on_any(view, names));
+        }
+        if let Some(ports) = query.filters.get("publish") {
+            views.retain(|view| self.context.networks.publishes_any(view, ports));
         }
         let chosen = list::select(views, query, ancestor)?;
         Ok(chosen.iter().map(|view| list::summary(view, &self.context.networks, now)).collect())

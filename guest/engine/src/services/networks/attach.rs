@@ -15,6 +15,7 @@ use guest_network::{Endpoint, EndpointSpec, SLOTS_MAX, Sandbox, Uplink};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use super::options::Kind;
+use super::ports::Lease;
 use super::record::{EndpointRecord, MemberRecord, is_predefined};
 use super::service::{Networks, event_attributes};
 use super::state::{Member, Net, Place, State};
@@ -39,6 +40,8 @@ pub struct Attached {
     pub names: Option<(String, String)>,
     /// Its own addresses, for /etc/hosts.
     pub addresses: Vec<IpAddr>,
+    /// It has a name server at 127.0.0.11.
+    pub has_name_server: bool,
 }
 
 /// By what a container's network is looked up: names of the engine's own networks, ids of others, which survive a
@@ -95,7 +98,8 @@ impl Networks {
                 place: place.clone(),
                 endpoints: endpoints.clone(),
                 ports: Vec::new(),
-                resolv_conf: None,
+                lease: None,
+                name_server: None,
             };
             state.members.insert(record.id.clone(), member);
             endpoints
@@ -110,6 +114,7 @@ impl Networks {
                     namespace: (place == Place::Own).then(|| self.sandbox_path(&record.id)),
                     files_of: None,
                     names: None,
+                    has_name_server: self.has_name_server(&record.id),
                     addresses: addresses.map(IpNet::addr).collect(),
                 })
             }
@@ -155,13 +160,19 @@ impl Networks {
                 let names: Vec<String> = specs.iter().map(|spec| spec.interface.clone()).collect();
                 let made = Endpoint::attach(&sandbox, &record.id, specs, gateways).await;
                 let made = made.map_err(|error| failed(&error))?;
-                let mut state = self.state();
-                if let Some(member) = state.members.get_mut(&record.id) {
+                if let Some(member) = self.state().members.get_mut(&record.id) {
                     note_macs(member, &names, &made);
                 }
             }
+            self.serve_names(&record.id).await?;
+            self.publish(record).await?;
         }
         self.keep(&record.id)
+    }
+
+    /// Whether a container that runs has a name server at 127.0.0.11.
+    pub fn has_name_server(&self, container: &str) -> bool {
+        self.state().members.get(container).is_some_and(|member| member.name_server.is_some())
     }
 
     /// Gives a container the namespace of another one that runs.
@@ -188,12 +199,19 @@ impl Networks {
             place,
             endpoints: Vec::new(),
             ports: Vec::new(),
-            resolv_conf: None,
+            lease: None,
+            name_server: None,
         };
         state.members.insert(record.id.clone(), member);
         drop(state);
         let namespace = (!host).then(|| self.sandbox_path(&owner));
-        Ok(Attached { namespace, files_of: Some(owner), names: Some(names), addresses: Vec::new() })
+        Ok(Attached {
+            namespace,
+            files_of: Some(owner),
+            names: Some(names),
+            addresses: Vec::new(),
+            has_name_server: false,
+        })
     }
 
     /// Takes everything of a container's network away. What is not there is fine.
@@ -210,28 +228,46 @@ impl Networks {
             }
             None => Vec::new(),
         };
-        // The namespace takes the interfaces with it, in the kernel's own time; so these go at once.
-        let removed = Endpoint::remove(container, &slots).await.map_err(|error| {
+        let ends = Endpoint::host_ends(container, &slots).await.map_err(|error| {
             Failure::internal(format!("cannot remove the interfaces of {}", &container[..12]), &error)
         });
         let sandbox = self.delete_sandbox(container).await;
-        self.forget(container);
-        removed.and(sandbox)
+        let lease = self.forget(container);
+        let firewall = match lease {
+            Some(lease) => {
+                lease.close().await;
+                self.firewall.refresh().await
+            }
+            None => Ok(()),
+        };
+        // Nobody waits for the kernel to take interfaces apart.
+        let ends = ends.map(|ends| {
+            tokio::spawn(async move {
+                if let Err(error) = ends.remove().await {
+                    tracing::warn!(%error, "an interface stays behind");
+                }
+            });
+        });
+        ends.and(sandbox).and(firewall)
     }
 
-    /// Gives back what a container held.
-    fn forget(&self, container: &str) {
+    /// Gives back what a container held, but for the sockets of its ports, which are the caller's to close.
+    fn forget(&self, container: &str) -> Option<Lease> {
         let mut state = self.state();
-        if let Some(member) = state.members.remove(container) {
+        let member = state.members.remove(container);
+        if let Some(member) = &member {
             give_back(&mut state, &member.endpoints);
         }
         drop(state);
+        let (ports, lease) = member.map(|member| (member.ports, member.lease)).unwrap_or_default();
+        self.ports.release(&ports);
         match std::fs::remove_file(self.member_path(container)) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                 tracing::warn!(container = &container[..12], %error, "a network record stays behind");
             }
             _ => {}
         }
+        lease
     }
 
     /// What a container is connected to right now, for the events of its end.
@@ -327,7 +363,20 @@ impl Networks {
                 note_macs(member, &names, &made);
             }
         }
+        self.serve_names(&record.id).await?;
+        self.move_ports(record).await?;
         self.keep(&record.id)
+    }
+
+    /// Leads published ports to where the container is reached by now.
+    async fn move_ports(&self, record: &Record) -> Result<(), Failure> {
+        let has_ports = {
+            let state = self.state();
+            let member = state.members.get(&record.id);
+            let lease = member.and_then(|member| Some((member, member.lease.as_ref()?)));
+            lease.map(|(member, lease)| lease.lead_to(super::publish::target(&state, member))).is_some()
+        };
+        if has_ports { self.firewall.refresh().await } else { self.publish(record).await }
     }
 
     /// Disconnects a container that runs from a network.
@@ -368,6 +417,7 @@ impl Networks {
             }
             give_back(&mut state, std::slice::from_ref(&endpoint));
         }
+        self.move_ports(record).await?;
         self.keep(&record.id)?;
         self.tell(record, &endpoint, "disconnect");
         Ok(())
@@ -377,11 +427,7 @@ impl Networks {
     fn keep(&self, container: &str) -> Result<(), Failure> {
         let kept = match self.state().members.get(container) {
             None => return Ok(()),
-            Some(member) => MemberRecord {
-                endpoints: member.endpoints.clone(),
-                ports: member.ports.clone(),
-                resolv_conf: member.resolv_conf.clone(),
-            },
+            Some(member) => MemberRecord { endpoints: member.endpoints.clone(), ports: member.ports.clone() },
         };
         let path = self.member_path(container);
         let write = || {
@@ -429,7 +475,8 @@ impl Networks {
             place,
             endpoints: kept.endpoints,
             ports: kept.ports,
-            resolv_conf: kept.resolv_conf,
+            lease: None,
+            name_server: None,
         };
         state.members.insert(record.id.clone(), member);
     }
@@ -438,6 +485,12 @@ impl Networks {
     pub fn renamed(&self, record: &Record) {
         if let Some(member) = self.state().members.get_mut(&record.id) {
             member.record = Arc::new(record.clone());
+            let networks = record.networks();
+            for endpoint in &mut member.endpoints {
+                if let Some(settings) = networks.get(&endpoint.network) {
+                    endpoint.names = record.dns_names(settings);
+                }
+            }
         }
     }
 
@@ -524,7 +577,10 @@ fn take_endpoints(
     for (name, settings) in order {
         let all: Vec<&EndpointRecord> = present.iter().chain(&taken).collect();
         match take_endpoint(state, name, settings, &all) {
-            Ok(endpoint) => taken.push(endpoint),
+            Ok(mut endpoint) => {
+                endpoint.names = record.dns_names(settings);
+                taken.push(endpoint);
+            }
             Err(failure) => {
                 give_back(state, &taken);
                 return Err(failure);
@@ -567,6 +623,16 @@ fn take_endpoint(
         gateways: Vec::new(),
         mac: String::new(),
         priority: settings.gw_priority,
+        names: Vec::new(),
+        links: settings
+            .links
+            .iter()
+            .flatten()
+            .map(|link| {
+                let (target, alias) = link.split_once(':').unwrap_or((link, link));
+                (target.to_owned(), alias.to_owned())
+            })
+            .collect(),
     };
     if !has_interface {
         return Ok(endpoint);

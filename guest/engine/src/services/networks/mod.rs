@@ -10,9 +10,11 @@
 mod attach;
 mod create;
 mod firewall;
+mod names;
 mod options;
 mod pools;
 mod ports;
+mod publish;
 mod raise;
 mod record;
 mod routes;
@@ -21,5 +23,5 @@ mod show;
 mod state;
 
 pub use attach::{Attached, lookup_key};
-pub use record::is_predefined;
+pub use ports::check as check_ports;
 pub use service::Networks;

@@ -90,9 +90,6 @@ pub struct MemberRecord {
     pub endpoints: Vec<EndpointRecord>,
     #[serde(default)]
     pub ports: Vec<Published>,
-    /// What the engine wrote into /etc/resolv.conf last: what differs is the user's.
-    #[serde(default)]
-    pub resolv_conf: Option<String>,
 }
 
 /// A running container's place in one network.
@@ -110,6 +107,12 @@ pub struct EndpointRecord {
     pub mac: String,
     /// The one with the highest gives the default route.
     pub priority: i64,
+    /// What others in the network call it.
+    #[serde(default)]
+    pub names: Vec<String>,
+    /// What it calls others: their names, and its own for them.
+    #[serde(default)]
+    pub links: Vec<(String, String)>,
 }
 
 impl EndpointRecord {

@@ -13,6 +13,7 @@ use sha2::{Digest, Sha256};
 use super::create::{self, Draft};
 use super::firewall::FirewallWriter;
 use super::pools;
+use super::ports::PortHost;
 use super::record::{Driver, NetworkRecord, PoolRecord, is_predefined};
 use super::routes::{self, Route};
 use super::state::{Net, Phase, State};
@@ -33,6 +34,7 @@ pub struct Networks {
     pub(super) sandboxes: PathBuf,
     /// Folder of what is kept of running containers.
     pub(super) members: PathBuf,
+    pub(super) ports: PortHost,
     store: Store,
     pools: Vec<AddressPool>,
 }
@@ -85,6 +87,7 @@ impl Networks {
             events,
             sandboxes: run.join("netns"),
             members: run.join("network"),
+            ports: PortHost::default(),
             store,
             pools,
         })

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use guest_api::Filters;
+use guest_api::container::PortSummary;
 use guest_api::network::{
     EndpointSettings, Ipam, IpamPool, Network, NetworkContainer, NetworkReference, NetworkSettings,
     PortBinding,
@@ -153,6 +154,42 @@ impl Networks {
             settings.mac_address.clone_from(&endpoint.mac_address);
         }
         settings
+    }
+
+    /// A container's ports, for a list: published ones, and exposed ones that are not.
+    pub fn port_summaries(&self, view: &View) -> Vec<PortSummary> {
+        let state = self.state();
+        let Some(member) = state.members.get(&view.record.id).filter(|_| view.live.is_some()) else {
+            return Vec::new();
+        };
+        let mut summaries = Vec::new();
+        for (port, bindings) in ports(member) {
+            let (number, kind) = port.split_once('/').unwrap_or((&port, "tcp"));
+            let Ok(private_port) = number.parse() else { continue };
+            let bare = PortSummary { private_port, kind: kind.to_owned(), ..PortSummary::default() };
+            match bindings {
+                None => summaries.push(bare),
+                Some(bindings) => summaries.extend(bindings.into_iter().map(|binding| PortSummary {
+                    ip: binding.host_ip,
+                    public_port: binding.host_port.parse().ok(),
+                    ..bare.clone()
+                })),
+            }
+        }
+        summaries
+    }
+
+    /// Whether a container publishes one of these: `8080`, `8080/tcp`, `8000-8010`.
+    pub fn publishes_any(&self, view: &View, wanted: &std::collections::BTreeSet<String>) -> bool {
+        let summaries = self.port_summaries(view);
+        wanted.iter().any(|wanted| {
+            let (numbers, kind) = wanted.split_once('/').unwrap_or((wanted, "tcp"));
+            let (first, last) = numbers.split_once('-').unwrap_or((numbers, numbers));
+            let (Ok(first), Ok(last)) = (first.parse::<u16>(), last.parse::<u16>()) else { return false };
+            summaries.iter().any(|port| {
+                port.kind == kind && port.public_port.is_some_and(|public| (first..=last).contains(&public))
+            })
+        })
     }
 
     /// Whether a container is on one of these networks, named or by id.

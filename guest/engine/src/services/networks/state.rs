@@ -8,12 +8,13 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use guest_network::dns::Server;
 use guest_network::{FirewallNetwork, FirewallPort, Gateway, Gateways, Ipam, Rules};
 use ipnet::IpNet;
 use tokio::sync::OnceCell;
 
 use super::options::{GatewayMode, Kind, Settings};
-use super::ports::Published;
+use super::ports::{Lease, Published};
 use super::record::{Driver, EndpointRecord, NetworkRecord};
 use crate::failure::Failure;
 use crate::services::containers::Record;
@@ -52,8 +53,10 @@ pub struct Member {
     pub place: Place,
     pub endpoints: Vec<EndpointRecord>,
     pub ports: Vec<Published>,
-    /// What the engine wrote into its /etc/resolv.conf last.
-    pub resolv_conf: Option<String>,
+    /// Holds the ports; `None` while there are none.
+    pub lease: Option<Lease>,
+    /// Answers what it asks at 127.0.0.11.
+    pub name_server: Option<Server>,
 }
 
 /// Whose network namespace a container has.
@@ -238,14 +241,11 @@ impl State {
     pub fn rules(&self) -> Rules {
         let networks = self.networks.values().filter_map(Net::firewall).collect();
         let mut ports = Vec::new();
-        for member in self.members.values() {
+        for member in self.members.values().filter(|member| !member.ports.is_empty()) {
+            let target = super::publish::target(self, member);
             for port in &member.ports {
-                let container = member
-                    .endpoints
-                    .iter()
-                    .flat_map(|endpoint| &endpoint.addresses)
-                    .map(IpNet::addr)
-                    .find(|address| address.is_ipv6() == port.host.is_ipv6());
+                let container =
+                    if port.host.is_ipv6() { target.v6.map(IpAddr::V6) } else { target.v4.map(IpAddr::V4) };
                 // A host address of a family the container does not speak is served by a relay.
                 let Some(container) = container else { continue };
                 ports.push(FirewallPort {

@@ -6,8 +6,8 @@ use guest_api::network::EndpointSettings;
 use guest_api::{ContainerConfig, HostConfig};
 
 use super::super::network::extra_host;
-use super::unsupported;
 use crate::failure::Failure;
+use crate::services::networks::check_ports;
 
 /// Which networks, by name.
 pub fn resolve(
@@ -75,20 +75,12 @@ fn check_shared(other: &str, config: &ContainerConfig, host: &HostConfig) -> Res
     Err(Failure::invalid(refusal))
 }
 
-/// Refuses what is not offered yet, and names and addresses that are none.
+/// Refuses names, ports and addresses that are none.
 pub fn check(config: &ContainerConfig, host: &HostConfig) -> Result<(), Failure> {
     if let Some(other) = host.network_mode.strip_prefix("container:") {
         check_shared(other, config, host)?;
     }
-    if host.port_bindings.values().flatten().any(|list| !list.is_empty()) {
-        return Err(unsupported("published ports (PortBindings)"));
-    }
-    if host.publish_all_ports {
-        return Err(unsupported("published ports (PublishAllPorts)"));
-    }
-    if host.links.as_ref().is_some_and(|list| !list.is_empty()) {
-        return Err(unsupported("links (Links)"));
-    }
+    check_ports(host)?;
     for entry in host.extra_hosts.iter().flatten() {
         extra_host(entry)?;
     }

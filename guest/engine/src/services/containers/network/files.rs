@@ -1,8 +1,10 @@
 //! The three files every container gets over its image's: /etc/hosts, /etc/hostname and /etc/resolv.conf. Pure text.
 
 use std::net::{IpAddr, Ipv4Addr};
+use std::path::Path;
 
 use guest_api::HostConfig;
+use sha2::{Digest, Sha256};
 
 use crate::failure::Failure;
 
@@ -24,8 +26,7 @@ pub fn hosts(
         text.push_str(&format!("{address}\t{name}\n"));
     }
     for own in own {
-        let full = if domainname.is_empty() { String::new() } else { format!("{hostname}.{domainname} ") };
-        text.push_str(&format!("{own}\t{full}{hostname}\n"));
+        text.push_str(&own_line(own, hostname, domainname));
     }
     Ok(text)
 }
@@ -82,6 +83,77 @@ pub fn resolv_conf(host_file: &str, settings: &HostConfig, uses_host_network: bo
     text
 }
 
+/// /etc/resolv.conf of a container that has a name server of its own, which asks the others.
+pub fn resolv_conf_of_server(host_file: &str, settings: &HostConfig) -> String {
+    let inner = resolv_conf(host_file, settings, true);
+    let mut text = String::from("nameserver 127.0.0.11\n");
+    let mut options = Vec::new();
+    for line in inner.lines() {
+        match line.split_once(' ') {
+            Some(("search", _)) => text.push_str(&format!("{line}\n")),
+            Some(("options", rest)) => options.extend(rest.split_whitespace()),
+            _ => {}
+        }
+    }
+    let given = settings.dns_options.iter().flatten().any(|option| option.starts_with("ndots:"));
+    if !given {
+        options.retain(|option| !option.starts_with("ndots:"));
+        // Names without a dot are asked as they are: they are the other containers'.
+        options.push("ndots:0");
+    }
+    text.push_str(&format!("options {}\n", options.join(" ")));
+    text
+}
+
+/// Where the sum of what the engine wrote into /etc/resolv.conf is kept.
+const SUM: &str = "resolv.conf.hash";
+
+/// Writes /etc/resolv.conf, unless it holds something that the engine did not write.
+pub fn write_unless_edited(folder: &Path, text: &str) -> std::io::Result<()> {
+    let sum = |text: &[u8]| hex::encode(Sha256::digest(text));
+    let (file, sum_file) = (folder.join("resolv.conf"), folder.join(SUM));
+    let missing = |error: std::io::Error| match error.kind() {
+        std::io::ErrorKind::NotFound => Ok(Vec::new()),
+        _ => Err(error),
+    };
+    let (present, written) =
+        (std::fs::read(&file).or_else(missing)?, std::fs::read(&sum_file).or_else(missing)?);
+    if !present.is_empty() && !written.is_empty() && sum(&present).as_bytes() != written {
+        return Ok(());
+    }
+    if present != text.as_bytes() {
+        // In place: a running container has this very file mounted.
+        std::fs::write(&file, text)?;
+    }
+    std::fs::write(sum_file, sum(text.as_bytes()))
+}
+
+/// /etc/hosts without the lines the engine wrote for addresses that are gone, and with lines for new ones.
+pub fn change_hosts(
+    hosts: &str,
+    hostname: &str,
+    domainname: &str,
+    gone: &[IpAddr],
+    come: &[IpAddr],
+) -> String {
+    let line = |address: &IpAddr| own_line(address, hostname, domainname);
+    let leaves: Vec<String> = gone.iter().map(line).collect();
+    let mut text: String =
+        hosts.split_inclusive('\n').filter(|kept| !leaves.iter().any(|line| line == kept)).collect();
+    for line in come.iter().map(line).filter(|line| !text.contains(line.as_str())).collect::<Vec<_>>() {
+        if !text.is_empty() && !text.ends_with('\n') {
+            text.push('\n');
+        }
+        text.push_str(&line);
+    }
+    text
+}
+
+fn own_line(address: &IpAddr, hostname: &str, domainname: &str) -> String {
+    let full = if domainname.is_empty() { String::new() } else { format!("{hostname}.{domainname} ") };
+    format!("{address}\t{full}{hostname}\n")
+}
+
 /// The host's resolver configuration; the one behind systemd's local stub where that is used.
 pub fn host_resolv_conf() -> String {
     let text = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
@@ -131,6 +203,36 @@ mod tests {
             "nameserver 9.9.9.9\nsearch a.example b.example\noptions ndots:2\n"
         );
         assert!(resolv_conf(file, &settings, true).contains("127.0.0.53"));
+    }
+
+    #[test]
+    fn a_name_server_of_its_own_stands_before_the_hosts() {
+        let file = "nameserver 9.9.9.9\nsearch a.example\noptions ndots:5 timeout:1\n";
+        let text = resolv_conf_of_server(file, &HostConfig::default());
+        assert_eq!(text, "nameserver 127.0.0.11\nsearch a.example\noptions timeout:1 ndots:0\n");
+        let given = HostConfig { dns_options: Some(vec!["ndots:2".into()]), ..HostConfig::default() };
+        assert!(resolv_conf_of_server(file, &given).ends_with("options ndots:2\n"));
+    }
+
+    #[test]
+    fn lines_come_and_go_and_the_users_stay() {
+        let hosts = "127.0.0.1\tlocalhost\n172.17.0.2\tweb\n10.0.0.1\tmine";
+        let address = |text: &str| text.parse::<IpAddr>().unwrap();
+        let text = change_hosts(hosts, "web", "", &[address("172.17.0.2")], &[address("172.18.0.2")]);
+        assert_eq!(text, "127.0.0.1\tlocalhost\n10.0.0.1\tmine\n172.18.0.2\tweb\n");
+        assert_eq!(change_hosts(&text, "web", "", &[], &[address("172.18.0.2")]), text);
+    }
+
+    #[test]
+    fn what_the_user_wrote_is_not_written_over() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("resolv.conf");
+        write_unless_edited(folder.path(), "nameserver 1.1.1.1\n").unwrap();
+        write_unless_edited(folder.path(), "nameserver 2.2.2.2\n").unwrap();
+        assert_eq!(std::fs::read_to_string(&file).unwrap(), "nameserver 2.2.2.2\n");
+        std::fs::write(&file, "nameserver 3.3.3.3\n").unwrap();
+        write_unless_edited(folder.path(), "nameserver 4.4.4.4\n").unwrap();
+        assert_eq!(std::fs::read_to_string(&file).unwrap(), "nameserver 3.3.3.3\n");
     }
 
     #[test]

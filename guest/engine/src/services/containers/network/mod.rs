@@ -1,6 +1,7 @@
 //! A container's side of its networks: which ones its record names, and joining and leaving one while it exists.
 
 mod files;
+mod links;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -8,6 +9,7 @@ use std::path::PathBuf;
 use guest_api::network::EndpointSettings;
 
 pub use self::files::extra_host;
+pub use self::links::{resolve as resolve_links, shown as shown_links};
 use super::record::Record;
 use super::run::Context;
 use crate::failure::Failure;
@@ -16,8 +18,18 @@ use crate::services::networks::{Attached, lookup_key};
 /// What is asked of a container's networks.
 #[derive(Clone, Debug)]
 pub enum NetworkChange {
-    Connect { network: String, settings: Box<EndpointSettings> },
-    Disconnect { network: String, force: bool },
+    Connect {
+        network: String,
+        settings: Box<EndpointSettings>,
+    },
+    Disconnect {
+        network: String,
+        force: bool,
+    },
+    /// Takes a link of the default network away.
+    Unlink {
+        alias: String,
+    },
 }
 
 impl Record {
@@ -92,35 +104,102 @@ pub fn named(record: &Record, attached: &Attached) -> Record {
 }
 
 /// Writes /etc/hosts, /etc/hostname and /etc/resolv.conf for a container that is about to start. Returns their folder,
-/// which is another's for one that uses its network.
+/// which is another's for one that uses its network. A resolv.conf that the user has changed stays.
 pub fn write_files(context: &Context, record: &Record, attached: &Attached) -> Result<PathBuf, Failure> {
     if let Some(other) = &attached.files_of {
         return Ok(context.data_folder(other));
     }
     let folder = context.data_folder(&record.id);
-    let hostname = if record.config.hostname.is_empty() {
-        rustix::system::uname().nodename().to_string_lossy().into_owned()
-    } else {
-        record.config.hostname.clone()
-    };
+    let (hostname, _) = host_names(record);
     let extra = record.host.extra_hosts.as_deref().unwrap_or_default();
-    let hosts = files::hosts(
+    let mut hosts = files::hosts(
         &hostname,
         &record.config.domainname,
         &attached.addresses,
         extra,
         context.host_gateway(),
     )?;
-    let resolv = files::resolv_conf(&files::host_resolv_conf(), &record.host, attached.namespace.is_none());
-    for (name, text) in [("hosts", hosts), ("hostname", format!("{hostname}\n")), ("resolv.conf", resolv)] {
-        std::fs::write(folder.join(name), text)
-            .map_err(|error| Failure::internal("cannot write the container's files", &error))?;
+    for link in links::find(context, record)? {
+        hosts.push_str(&link.hosts());
     }
+    let resolv = resolv_conf(record, attached.namespace.is_none(), attached.has_name_server);
+    let write = || {
+        std::fs::write(folder.join("hosts"), hosts)?;
+        std::fs::write(folder.join("hostname"), format!("{hostname}\n"))?;
+        files::write_unless_edited(&folder, &resolv)
+    };
+    write()
+        .map_err(|error: std::io::Error| Failure::internal("cannot write the container's files", &error))?;
     Ok(folder)
+}
+
+/// The variables of the environment that links bring.
+pub fn link_environment(context: &Context, record: &Record) -> Result<Vec<String>, Failure> {
+    let links = links::find(context, record)?;
+    Ok(links.iter().flat_map(|link| link.environment(&record.name)).collect())
+}
+
+fn host_names(record: &Record) -> (String, String) {
+    let hostname = if record.config.hostname.is_empty() {
+        rustix::system::uname().nodename().to_string_lossy().into_owned()
+    } else {
+        record.config.hostname.clone()
+    };
+    (hostname, record.config.domainname.clone())
+}
+
+fn resolv_conf(record: &Record, uses_host: bool, has_name_server: bool) -> String {
+    let host = files::host_resolv_conf();
+    if has_name_server {
+        files::resolv_conf_of_server(&host, &record.host)
+    } else {
+        files::resolv_conf(&host, &record.host, uses_host)
+    }
+}
+
+/// Keeps the files of a running container right when it has joined or left a network: only the lines that are about
+/// that, and only where the user has not written something else.
+fn refresh_files(context: &Context, record: &Record, before: &[std::net::IpAddr]) -> Result<(), Failure> {
+    let folder = context.data_folder(&record.id);
+    let places = context.networks.places(&record.id);
+    let now: Vec<std::net::IpAddr> =
+        places.iter().flat_map(|place| &place.addresses).map(ipnet::IpNet::addr).collect();
+    let (hostname, domainname) = host_names(record);
+    let gone: Vec<_> = before.iter().filter(|address| !now.contains(address)).copied().collect();
+    let come: Vec<_> = now.iter().filter(|address| !before.contains(address)).copied().collect();
+    let has_name_server = context.networks.has_name_server(&record.id);
+    let write = || {
+        let path = folder.join("hosts");
+        let hosts = std::fs::read_to_string(&path)?;
+        let changed = files::change_hosts(&hosts, &hostname, &domainname, &gone, &come);
+        if changed != hosts {
+            // In place: the container has this very file mounted.
+            std::fs::write(&path, changed)?;
+        }
+        files::write_unless_edited(&folder, &resolv_conf(record, false, has_name_server))
+    };
+    write().map_err(|error: std::io::Error| Failure::internal("cannot change the container's files", &error))
 }
 
 /// Joins or leaves a network. `live`: the container runs, so that it happens at once; otherwise with its next start.
 pub async fn change(
+    context: &Context,
+    record: &mut Record,
+    live: bool,
+    change: NetworkChange,
+) -> Result<(), Failure> {
+    let before: Vec<std::net::IpAddr> = context
+        .networks
+        .places(&record.id)
+        .iter()
+        .flat_map(|place| &place.addresses)
+        .map(ipnet::IpNet::addr)
+        .collect();
+    change_now(context, record, live, change).await?;
+    if live { refresh_files(context, record, &before) } else { Ok(()) }
+}
+
+async fn change_now(
     context: &Context,
     record: &mut Record,
     live: bool,
@@ -132,6 +211,10 @@ pub async fn change(
         }
         NetworkChange::Disconnect { network, force } => {
             disconnect(context, record, live, &network, force).await
+        }
+        NetworkChange::Unlink { alias } => {
+            record.host.links = links::without(record, &alias)?;
+            Ok(())
         }
     }
 }

@@ -1,0 +1,326 @@
+//! Networks of the user's own: topologies, isolation, names, published ports, and what bad requests leave behind.
+
+use anyhow::{Result, bail, ensure};
+use std::time::Duration;
+use tests_harness::{Engine, Finished, IMAGE, Stage, wait_until};
+
+crate::scenarios![
+    packets_cross_two_routers,
+    networks_are_apart_and_internal_ones_sealed,
+    containers_know_each_other_by_name,
+    a_running_container_joins_and_leaves,
+    what_is_asked_of_an_address_is_had,
+    links_of_the_default_network,
+    one_container_uses_anothers_network,
+    ports_are_published,
+    networks_and_names_survive_the_engine,
+    refused_requests_leave_nothing,
+];
+
+const PATIENCE: Duration = Duration::from_secs(90);
+
+fn docker(engine: &Engine, arguments: &[&str]) -> Result<Finished> {
+    match engine.docker(arguments) {
+        Some(command) => tests_harness::run(command),
+        None => bail!("there is no docker CLI on this computer"),
+    }
+}
+
+/// Runs `docker` with arguments separated by spaces; it has to succeed.
+fn ok(engine: &Engine, line: &str) -> Result<String> {
+    let words: Vec<&str> = line.split_whitespace().collect();
+    docker(engine, &words)?.ok()
+}
+
+fn sleeper(engine: &Engine, name: &str, options: &str) -> Result<()> {
+    ok(engine, &format!("run -d --name {name} {options} {IMAGE} sleep 1000")).map(drop)
+}
+
+fn shell(engine: &Engine, container: &str, script: &str) -> Result<Finished> {
+    docker(engine, &["exec", container, "sh", "-c", script])
+}
+
+fn reaches(engine: &Engine, from: &str, address: &str) -> Result<bool> {
+    Ok(shell(engine, from, &format!("ping -c 1 -W 2 {address}"))?.code == 0)
+}
+
+fn clear(engine: &Engine, containers: &str, networks: &str) -> Result<()> {
+    if !containers.is_empty() {
+        ok(engine, &format!("rm -f {containers}"))?;
+    }
+    if !networks.is_empty() {
+        ok(engine, &format!("network rm {networks}"))?;
+    }
+    Ok(())
+}
+
+fn packets_cross_two_routers(engine: &Engine) -> Result<()> {
+    for number in 1..=3 {
+        ok(engine, &format!("network create --subnet 10.91.{number}.0/24 net{number}"))?;
+    }
+    sleeper(engine, "west", "--network net1 --ip 10.91.1.10 --cap-add NET_ADMIN")?;
+    sleeper(engine, "east", "--network net3 --ip 10.91.3.10 --cap-add NET_ADMIN")?;
+    let router = |name: &str, first: (u8, u8), second: (u8, u8)| {
+        let at = |(net, host): (u8, u8)| format!("--network name=net{net},ip=10.91.{net}.{host}");
+        let options =
+            format!("--cap-add NET_ADMIN --sysctl net.ipv4.ip_forward=1 {} {}", at(first), at(second));
+        sleeper(engine, name, &options)
+    };
+    router("gate1", (1, 20), (2, 20))?;
+    router("gate2", (2, 30), (3, 30))?;
+    for (container, route) in [
+        ("west", "10.91.3.0/24 via 10.91.1.20"),
+        ("east", "10.91.1.0/24 via 10.91.3.30"),
+        ("gate1", "10.91.3.0/24 via 10.91.2.30"),
+        ("gate2", "10.91.1.0/24 via 10.91.2.20"),
+    ] {
+        shell(engine, container, &format!("ip route add {route}"))?.ok()?;
+    }
+    ensure!(reaches(engine, "west", "10.91.3.10")?, "west does not reach east");
+    let way = shell(engine, "west", "traceroute -n -m 4 -w 2 10.91.3.10")?;
+    if way.code == 0 {
+        ensure!(way.stdout.contains("10.91.1.20") && way.stdout.contains("10.91.3.10"), "{}", way.stdout);
+    }
+    clear(engine, "west east gate1 gate2", "net1 net2 net3")
+}
+
+fn networks_are_apart_and_internal_ones_sealed(engine: &Engine) -> Result<()> {
+    ok(engine, "network create --subnet 10.92.1.0/24 --ipv6 --subnet fd92:1::/64 left")?;
+    ok(engine, "network create --subnet 10.92.2.0/24 --ipv6 --subnet fd92:2::/64 right")?;
+    ok(engine, "network create --subnet 10.92.3.0/24 --internal vault")?;
+    sleeper(engine, "la", "--network left --ip 10.92.1.10 --ip6 fd92:1::10")?;
+    sleeper(engine, "lb", "--network left --ip 10.92.1.11 --ip6 fd92:1::11")?;
+    sleeper(engine, "ra", "--network right --ip 10.92.2.10 --ip6 fd92:2::10")?;
+    sleeper(engine, "va", "--network vault --ip 10.92.3.10")?;
+    ensure!(reaches(engine, "la", "10.92.1.11")? && reaches(engine, "la", "fd92:1::11")?, "neighbours");
+    for (from, to) in [
+        ("la", "10.92.2.10"),
+        ("ra", "10.92.1.10"),
+        ("la", "fd92:2::10"),
+        ("ra", "fd92:1::10"),
+        ("la", "10.92.3.10"),
+        ("va", "10.92.1.10"),
+    ] {
+        ensure!(!reaches(engine, from, to)?, "{from} reaches {to}");
+    }
+    let outside = engine.outside_address();
+    ensure!(!reaches(engine, "va", outside)?, "an internal network leads outside");
+    ensure!(!shell(engine, "va", "ip route")?.ok()?.contains("default"), "an internal network has a way out");
+    clear(engine, "la lb ra va", "left right vault")
+}
+
+fn containers_know_each_other_by_name(engine: &Engine) -> Result<()> {
+    ok(engine, "network create front")?;
+    sleeper(engine, "web1", "--network front --network-alias web")?;
+    sleeper(engine, "web2", "--network front --network-alias web")?;
+    sleeper(engine, "asker", "--network front")?;
+    let one = ok(engine, "inspect -f {{.NetworkSettings.Networks.front.IPAddress}} web1")?;
+    let two = ok(engine, "inspect -f {{.NetworkSettings.Networks.front.IPAddress}} web2")?;
+    let id = ok(engine, "inspect -f {{.Id}} web1")?;
+    let resolv = shell(engine, "asker", "cat /etc/resolv.conf")?.ok()?;
+    ensure!(resolv.contains("nameserver 127.0.0.11"), "{resolv}");
+    for name in ["web1", "web1.front", &id[..12]] {
+        let said = shell(engine, "asker", &format!("nslookup {name}"))?;
+        ensure!(said.stdout.contains(&one), "{name}: {said:?}");
+    }
+    let both = shell(engine, "asker", "nslookup web")?.stdout;
+    ensure!(both.contains(&one) && both.contains(&two), "{both}");
+    let back = shell(engine, "asker", &format!("nslookup {one}"))?.stdout;
+    ensure!(back.contains("web1.front"), "{back}");
+    ensure!(reaches(engine, "asker", "web")?, "by alias");
+    // Port 53 is still the container's own.
+    shell(engine, "asker", "nc -l -p 53 & sleep 0.2; kill $!")?.ok()?;
+    ok(engine, "rename web1 shop")?;
+    let renamed = shell(engine, "asker", "nslookup shop")?.stdout;
+    ensure!(renamed.contains(&one), "{renamed}");
+    ok(engine, "rm -f web2")?;
+    let one_left = shell(engine, "asker", "nslookup web")?.stdout;
+    ensure!(!one_left.contains(&two), "{one_left}");
+    clear(engine, "shop asker", "front")
+}
+
+fn a_running_container_joins_and_leaves(engine: &Engine) -> Result<()> {
+    ok(engine, "network create back")?;
+    sleeper(engine, "mover", "")?;
+    sleeper(engine, "stayer", "--network back")?;
+    ok(engine, "network connect --alias guest back mover")?;
+    ensure!(reaches(engine, "stayer", "guest")? && reaches(engine, "mover", "stayer")?, "both ways");
+    let hosts = shell(engine, "mover", "cat /etc/hosts")?.ok()?;
+    let address = ok(engine, "inspect -f {{.NetworkSettings.Networks.back.IPAddress}} mover")?;
+    ensure!(hosts.contains(&address), "{hosts}");
+    docker(engine, &["network", "connect", "back", "mover"])?
+        .fails_with(1, "endpoint with name mover already exists in network back")?;
+    docker(engine, &["network", "rm", "back"])?.fails_with(1, "has active endpoints")?;
+    ok(engine, "network disconnect bridge mover")?;
+    let routes = shell(engine, "mover", "ip route")?.ok()?;
+    ensure!(
+        routes.contains("default") && routes.lines().count() == 2,
+        "the other network leads out: {routes}"
+    );
+    ok(engine, "network disconnect back mover")?;
+    let links = shell(engine, "mover", "ls /sys/class/net")?.ok()?;
+    ensure!(links == "lo", "{links}");
+    ensure!(!shell(engine, "mover", "cat /etc/hosts")?.ok()?.contains(&address), "its line stays behind");
+    clear(engine, "mover stayer", "back")
+}
+
+fn what_is_asked_of_an_address_is_had(engine: &Engine) -> Result<()> {
+    ok(
+        engine,
+        "network create --subnet 10.93.0.0/24 --ip-range 10.93.0.128/25 --gateway 10.93.0.1 --aux-address x=10.93.0.128 plan",
+    )?;
+    sleeper(engine, "fixed", "--network plan --ip 10.93.0.77 --mac-address 02:42:00:00:00:77")?;
+    sleeper(engine, "free", "--network plan")?;
+    let shown = ok(engine, "inspect -f {{json .NetworkSettings.Networks.plan}} fixed")
+        .or_else(|_| ok(engine, "inspect fixed"))?;
+    ensure!(shown.contains("10.93.0.77") && shown.contains("02:42:00:00:00:77"), "{shown}");
+    let free = ok(engine, "inspect -f {{.NetworkSettings.Networks.plan.IPAddress}} free")?;
+    ensure!(free == "10.93.0.129", "{free}: the range's first free address");
+    docker(engine, &["run", "--rm", "--network", "plan", "--ip", "10.93.0.77", IMAGE, "true"])?
+        .fails_with(125, "Address already in use")?;
+    docker(engine, &["run", "--rm", "--network", "plan", "--ip", "10.94.0.1", IMAGE, "true"])?
+        .fails_with(125, "no configured subnet or ip-range contain the IP address 10.94.0.1")?;
+    clear(engine, "fixed free", "plan")
+}
+
+fn links_of_the_default_network(engine: &Engine) -> Result<()> {
+    sleeper(engine, "db", "-e FOO=1 --expose 5432")?;
+    let address = ok(engine, "inspect -f {{.NetworkSettings.IPAddress}} db")?;
+    let said = ok(engine, &format!("run --rm --link db:store {IMAGE} env"))?;
+    for line in [
+        "STORE_ENV_FOO=1".to_owned(),
+        format!("STORE_PORT=tcp://{address}:5432"),
+        format!("STORE_PORT_5432_TCP_ADDR={address}"),
+    ] {
+        ensure!(said.contains(&line), "{line} is not in\n{said}");
+    }
+    let hosts = ok(engine, &format!("run --rm --link db:store {IMAGE} cat /etc/hosts"))?;
+    ensure!(hosts.lines().any(|line| line.starts_with(&address) && line.contains("store")), "{hosts}");
+    docker(engine, &["create", "--link", "ghost:x", IMAGE])?
+        .fails_with(1, "could not get container for ghost")?;
+    clear(engine, "db", "")
+}
+
+fn one_container_uses_anothers_network(engine: &Engine) -> Result<()> {
+    ok(engine, "network create shared")?;
+    sleeper(engine, "owner", "--network shared --hostname boss")?;
+    let own = shell(engine, "owner", "ip -o addr; hostname; cat /etc/hosts")?.ok()?;
+    let other = docker(
+        engine,
+        &[
+            "run",
+            "--rm",
+            "--network",
+            "container:owner",
+            IMAGE,
+            "sh",
+            "-c",
+            "ip -o addr; hostname; cat /etc/hosts",
+        ],
+    )?
+    .ok()?;
+    ensure!(own == other, "{own}\n{other}");
+    docker(engine, &["run", "--rm", "--network", "container:owner", "-p", "1:1", IMAGE, "true"])?
+        .fails_with(125, "conflicting options")?;
+    clear(engine, "owner", "shared")
+}
+
+fn ports_are_published(engine: &Engine) -> Result<()> {
+    let serve = "while :; do echo served | nc -l -p 80; done";
+    docker(
+        engine,
+        &["run", "-d", "--name", "pub", "-p", "127.0.0.1::80", "-p", "81:81/udp", IMAGE, "sh", "-c", serve],
+    )?
+    .ok()?;
+    let at = ok(engine, "port pub 80/tcp")?;
+    ensure!(at.starts_with("127.0.0.1:"), "{at}");
+    let listed = ok(engine, "ps --filter name=pub --format {{.Ports}}")?;
+    ensure!(listed.contains(&format!("{at}->80/tcp")) && listed.contains("->81/udp"), "{listed}");
+    // The machine's ports are the machine's own: only natively can they be reached from here.
+    if engine.stage == Stage::Native {
+        wait_until("the published port answers", PATIENCE, || {
+            let mut stream = match std::net::TcpStream::connect(&at) {
+                Ok(stream) => stream,
+                Err(_) => return Ok(None),
+            };
+            stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+            let mut heard = String::new();
+            let heard = std::io::Read::read_to_string(&mut stream, &mut heard).map(|_| heard);
+            Ok(heard.ok().filter(|heard| heard.trim() == "served").map(drop))
+        })?;
+    }
+    let port = at.rsplit(':').next().unwrap_or_default();
+    docker(engine, &["run", "-d", "--name", "late", "-p", &format!("127.0.0.1:{port}:80"), IMAGE, "true"])?
+        .fails_with(125, "port is already allocated")?;
+    ok(engine, "rm -f late")?;
+    ok(engine, "stop -t 0 pub")?;
+    ensure!(ok(engine, "port pub")?.is_empty(), "a stopped container publishes nothing");
+    ok(engine, "start pub")?;
+    clear(engine, "pub", "")
+}
+
+fn networks_and_names_survive_the_engine(engine: &Engine) -> Result<()> {
+    if engine.stage != Stage::Native {
+        crate::skip("the engine in the machine ends with its containers");
+        return Ok(());
+    }
+    ok(engine, "network create --label kept=yes lasting")?;
+    sleeper(engine, "aa", "--network lasting")?;
+    sleeper(engine, "bb", "--network lasting -p 127.0.0.1::80")?;
+    let before = (ok(engine, "inspect -f {{json .NetworkSettings.Networks}} bb"), ok(engine, "port bb")?);
+    engine.end_native(true)?;
+    engine.boot()?;
+    let after = (ok(engine, "inspect -f {{json .NetworkSettings.Networks}} bb"), ok(engine, "port bb")?);
+    ensure!(before.1 == after.1 && before.0.ok() == after.0.ok(), "not the same after a restart");
+    wait_until("names are answered again", PATIENCE, || Ok(reaches(engine, "aa", "bb")?.then_some(())))?;
+    let kept = ok(engine, "network ls -q --filter label=kept")?;
+    ensure!(kept.lines().count() == 1, "{kept}");
+    clear(engine, "aa bb", "lasting")
+}
+
+/// Interfaces and namespaces, as the engine's own host sees them.
+fn leavings(engine: &Engine) -> Result<Vec<String>> {
+    let look = "ls /sys/class/net; ip -o addr | grep -c inet";
+    let said = docker(engine, &["run", "--rm", "--network", "host", IMAGE, "sh", "-c", look])?.ok()?;
+    let mut lines: Vec<String> = said.lines().map(str::to_owned).collect();
+    lines.sort();
+    Ok(lines)
+}
+
+fn refused_requests_leave_nothing(engine: &Engine) -> Result<()> {
+    ok(engine, "network create --subnet 10.95.0.0/30 tight")?;
+    sleeper(engine, "only", "--network tight")?;
+    let before = leavings(engine)?;
+    let networks = ok(engine, "network ls -q")?;
+    let refused =
+        |arguments: &[&str], code: i32, text: &str| docker(engine, arguments)?.fails_with(code, text);
+    refused(&["network", "create", "--subnet", "10.95.0.0/29", "x"], 1, "Pool overlaps with other one")?;
+    refused(&["network", "create", "--subnet", "10.95.0.1/24", "x"], 1, "it should be 10.95.0.0/24")?;
+    refused(&["network", "create", "--subnet", "ten", "x"], 1, "invalid CIDR")?;
+    refused(&["network", "create", "-d", "weave", "x"], 1, "plugin \"weave\" not found")?;
+    refused(
+        &["network", "create", "-o", "com.docker.network.bridge.enable_icc=perhaps", "x"],
+        1,
+        "failed to parse",
+    )?;
+    refused(&["network", "create", "-o", "com.docker.network.bridge.name=lo", "x"], 1, "lo")?;
+    refused(&["network", "create", "tight"], 1, "network with name tight already exists")?;
+    refused(&["network", "create", "bridge"], 1, "operation is not permitted on predefined bridge network")?;
+    refused(&["network", "rm", "bridge"], 1, "bridge is a pre-defined network and cannot be removed")?;
+    refused(&["run", "--rm", "--network", "tight", IMAGE, "true"], 125, "no available IPv4 addresses")?;
+    refused(
+        &["run", "--rm", "--network", "name=bridge", "--network", "name=tight", IMAGE, "true"],
+        125,
+        "no available IPv4",
+    )?;
+    refused(&["run", "--rm", "-p", "70000:80", IMAGE, "true"], 125, "")?;
+    refused(
+        &["run", "--rm", "-p", "192.0.2.7:8080:80", IMAGE, "true"],
+        125,
+        "cannot assign requested address",
+    )?;
+    refused(&["run", "--rm", "--network", "bridge", IMAGE, "nowhere"], 127, "executable file not found")?;
+    ensure!(leavings(engine)? == before, "{:?} is not {before:?}", leavings(engine)?);
+    ensure!(ok(engine, "network ls -q")? == networks, "networks");
+    clear(engine, "only", "tight")
+}
