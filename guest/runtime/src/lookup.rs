@@ -72,7 +72,8 @@ impl LookupError {
 }
 
 /// An error number in the words Go and the C library use, without Rust's "(os error 2)".
-fn words(errno: i32) -> String {
+/// An error of the kernel in Go's words.
+pub fn words(errno: i32) -> String {
     let text = io::Error::from_raw_os_error(errno).to_string();
     let words = text.split(" (os error").next().unwrap_or_default();
     words.chars().take(1).flat_map(char::to_lowercase).chain(words.chars().skip(1)).collect()

@@ -123,6 +123,13 @@ impl Cgroup {
         self.existing().map(|folder| folder.root.join(name)).find(|path| path.exists())
     }
 
+    /// Open files, one a hierarchy: a process that writes `0` into each has joined the group.
+    pub fn doors(&self) -> io::Result<Vec<fs::File>> {
+        let open =
+            |folder: &Hierarchy| fs::OpenOptions::new().write(true).open(folder.root.join("cgroup.procs"));
+        self.existing().map(open).collect()
+    }
+
     /// The ids of all processes in it and below, each once, in ascending order.
     pub fn processes(&self) -> Vec<i32> {
         // Every hierarchy holds all of them; one that is not in the first was just being moved.

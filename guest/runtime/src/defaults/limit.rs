@@ -6,7 +6,8 @@ use std::io;
 use oci_spec::runtime::{Capabilities, Capability, PosixRlimit, PosixRlimitBuilder, PosixRlimitType};
 use rustix::process::{Resource, Rlimit, getrlimit};
 
-fn resource(kind: PosixRlimitType) -> Resource {
+/// The kernel's name of a limit.
+pub fn resource(kind: PosixRlimitType) -> Resource {
     match kind {
         PosixRlimitType::RlimitCpu => Resource::Cpu,
         PosixRlimitType::RlimitFsize => Resource::Fsize,

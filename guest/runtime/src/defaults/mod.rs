@@ -14,6 +14,6 @@ pub use capability::{
     all as all_capabilities, capabilities, clamp as clamp_capabilities, grantable, number, sets,
 };
 pub use device::{device_rules, devices, privileged_device_rules};
-pub use limit::{clamp_oom_score_adjust, clamp_rlimits};
+pub use limit::{clamp_oom_score_adjust, clamp_rlimits, resource};
 pub use mount::{SHM_SIZE_BYTES, masked_paths, mounts, privileged_mounts, readonly_paths};
 pub use seccomp::profile as seccomp_profile;

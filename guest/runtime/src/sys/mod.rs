@@ -3,6 +3,7 @@
 #![expect(unsafe_code, reason = "thin wrappers over system calls; each block says why it is sound")]
 
 pub mod bpf;
+pub mod enter;
 pub mod exec;
 
 use std::fs;

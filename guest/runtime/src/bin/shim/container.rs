@@ -11,7 +11,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd, RawFd};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use guest_runtime::cgroup::{Cgroup, CgroupError};
@@ -26,8 +26,7 @@ use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::error::LibcontainerError;
 use libcontainer::syscall::syscall::SyscallType;
 use oci_spec::runtime::{
-    Capabilities, Capability, LinuxNamespaceType, LinuxResources, LinuxSeccomp, LinuxSeccompOperator,
-    Process, Spec,
+    Capabilities, LinuxNamespaceType, LinuxResources, LinuxSeccomp, LinuxSeccompOperator, Process, Spec,
 };
 use rustix::fs::{Gid, Uid, fchown};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
@@ -36,8 +35,9 @@ use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer};
 use rustix::termios::tcsetwinsize;
 use thiserror::Error;
 
+use crate::enter::{Ends, Entry};
 use crate::mount::ReadOnlyCgroups;
-use crate::program::{Confinement, Failure, Outcome, Program, window};
+use crate::program::{Failure, Outcome, Program, Report, window};
 use crate::trace::{self, Events};
 
 /// Room in an output pipe: fewer and larger reads under load. The kernel's default is 64 KiB.
@@ -118,7 +118,6 @@ pub struct Runtime {
     grantable: Capabilities,
     events: Events,
     created: Option<Created>,
-    made_execs: u64,
 }
 
 struct Created {
@@ -138,7 +137,6 @@ impl Runtime {
             grantable: defaults::grantable()?,
             events,
             created: None,
-            made_execs: 0,
         })
     }
 
@@ -279,8 +277,8 @@ impl Runtime {
         foreign: &[RawFd],
     ) -> Result<(Container, Made), RuntimeError> {
         let user = spec.process().as_ref().map(|process| process.user().uid()).unwrap_or_default();
-        let (program, outcome) = Program::new(wanted.size, None, foreign)
-            .map_err(setup("make a pipe for the program's outcome"))?;
+        let (program, outcome) =
+            Program::new(wanted.size, foreign).map_err(setup("make a pipe for the program's outcome"))?;
         let (builder, wiring) = self.wire(program, wanted, user)?;
         self.events.clear();
         let built = builder
@@ -310,49 +308,30 @@ impl Runtime {
     }
 
     /// Makes and starts another process.
-    pub fn exec(
-        &mut self,
-        process: &Process,
-        wanted: &Wanted,
-        foreign: &[RawFd],
-    ) -> Result<Made, RuntimeError> {
-        let mut process = self.correct(process.clone(), wanted.terminal)?;
+    pub fn exec(&mut self, process: &Process, wanted: &Wanted) -> Result<Made, RuntimeError> {
+        let process = self.correct(process.clone(), wanted.terminal)?;
         let user = process.user().uid();
         let created = self.created.as_ref().ok_or_else(not_created)?;
-        let confinement = created.seccomp.clone().map(|seccomp| {
-            let granted = process.capabilities().clone().unwrap_or_default();
-            process.set_capabilities(Some(with_sys_admin(granted.clone())));
-            Confinement { seccomp, capabilities: granted }
-        });
-        self.made_execs += 1;
-        let name = format!("process-{}.json", self.made_execs);
-        let runtime = self.dir.join(RUNTIME_DIR);
-        record::write(&runtime, &name, &process)?;
-        let program = Program::new(wanted.size, confinement, foreign)
-            .map_err(setup("make a pipe for the program's outcome"));
-        let made = program.and_then(|program| self.build_exec(&runtime.join(&name), wanted, user, program));
-        fs::remove_file(runtime.join(&name)).map_err(setup("remove the process's description"))?;
-        sys::trim_heap();
-        made
-    }
-
-    fn build_exec(
-        &mut self,
-        description: &Path,
-        wanted: &Wanted,
-        user: u32,
-        (program, outcome): (Program, Outcome),
-    ) -> Result<Made, RuntimeError> {
-        let (builder, wiring) = self.wire(program, wanted, user)?;
-        self.events.clear();
-        let pid = builder
-            .as_tenant()
-            .with_process(Some(description))
-            .with_detach(true)
-            .build()
-            .map_err(|error| self.explain("run the process", &error, &outcome))?;
-        let streams = wiring.take(user, wanted.size)?;
-        Ok(Made { pid: pid.as_raw(), streams, outcome })
+        let init = created.record.init.map_or(0, |init| init.pid);
+        let entry =
+            Entry { cgroup: &created.cgroup, init, process: &process, seccomp: created.seccomp.as_ref() };
+        let (report, outcome) = Report::new().map_err(setup("make a pipe for the program's outcome"))?;
+        let run = |ends| entry.fork(ends, report).map_err(setup("run the process"));
+        if wanted.terminal {
+            let (near, far) = UnixStream::pair().map_err(setup("make a socket for the terminal"))?;
+            let pid = run(Ends::Terminal(far.into()))?;
+            return match terminal_streams(&near, user, wanted.size) {
+                Ok(streams) => Ok(Made { pid, streams, outcome }),
+                // The child says it better.
+                Err(error) => {
+                    Err(outcome.wait().map_or_else(|| setup("take the terminal")(error), Into::into))
+                }
+            };
+        }
+        let Pipes { stdin, stdout, stderr, streams } =
+            Pipes::new(wanted.stdin, user).map_err(setup("make the process's pipes"))?;
+        let pid = run(Ends::Pipes([stdin, stdout, stderr]))?;
+        Ok(Made { pid, streams, outcome })
     }
 
     /// A builder with the container's ends of the streams, and ours.
@@ -443,21 +422,6 @@ fn not_created() -> RuntimeError {
     invalid("the container has not been created")
 }
 
-/// Adds CAP_SYS_ADMIN to what a process starts with, but not to what its program can ever regain.
-fn with_sys_admin(
-    mut capabilities: oci_spec::runtime::LinuxCapabilities,
-) -> oci_spec::runtime::LinuxCapabilities {
-    let add = |set: &Option<Capabilities>| {
-        let mut set = set.clone().unwrap_or_default();
-        set.insert(Capability::SysAdmin);
-        Some(set)
-    };
-    let effective = add(capabilities.effective());
-    let permitted = add(capabilities.permitted());
-    capabilities.set_effective(effective).set_permitted(permitted);
-    capabilities
-}
-
 /// See the module's documentation.
 fn exchange_masks(mut seccomp: LinuxSeccomp) -> LinuxSeccomp {
     let syscalls = seccomp.syscalls().clone().map(|mut syscalls| {
@@ -533,9 +497,7 @@ impl Wiring {
     fn take(self, user: u32, size: Option<ConsoleSize>) -> Result<Streams, RuntimeError> {
         match self {
             Self::Pipes(streams) => Ok(streams),
-            Self::Terminal(console) => {
-                terminal_streams(&console.listener, user, size).map_err(setup("take the terminal"))
-            }
+            Self::Terminal(console) => console.accept(user, size).map_err(setup("take the terminal")),
         }
     }
 }
@@ -553,11 +515,17 @@ impl Drop for ConsoleSocket {
     }
 }
 
-fn terminal_streams(listener: &UnixListener, user: u32, size: Option<ConsoleSize>) -> io::Result<Streams> {
-    // The runtime connected and sent before it reported success: neither call waits.
-    listener.set_nonblocking(true)?;
-    let (connection, _) = listener.accept()?;
-    let master = receive_descriptor(&connection)?;
+impl ConsoleSocket {
+    fn accept(&self, user: u32, size: Option<ConsoleSize>) -> io::Result<Streams> {
+        // The runtime connected and sent before it reported success: neither call waits.
+        self.listener.set_nonblocking(true)?;
+        let (connection, _) = self.listener.accept()?;
+        terminal_streams(&connection, user, size)
+    }
+}
+
+fn terminal_streams(connection: &UnixStream, user: u32, size: Option<ConsoleSize>) -> io::Result<Streams> {
+    let master = receive_descriptor(connection)?;
     if let Some(size) = size {
         tcsetwinsize(&master, window(size))?;
     }
@@ -596,13 +564,5 @@ mod tests {
         assert_eq!((argument.value(), argument.value_two()), (0, Some(0x7e02_0000)));
         let socket = profile.syscalls().iter().flatten().find(|rule| rule.names() == &["socket"]).unwrap();
         assert_eq!(socket.args().as_ref().unwrap()[0].value(), 40);
-    }
-
-    #[test]
-    fn the_right_to_install_a_filter_is_not_in_the_bounding_set() {
-        let sets = with_sys_admin(defaults::sets(&defaults::capabilities()));
-        assert!(sets.effective().as_ref().unwrap().contains(&Capability::SysAdmin));
-        assert!(sets.permitted().as_ref().unwrap().contains(&Capability::SysAdmin));
-        assert!(!sets.bounding().as_ref().unwrap().contains(&Capability::SysAdmin));
     }
 }

@@ -9,7 +9,8 @@
 //! | `server` | the loop, and which request is legal when |
 //! | `client` | one connection: frames, or a stream with a bounded queue |
 //! | `process` | one process: its descriptors, input queue and end |
-//! | `container` | libcontainer: create, start, exec; what it needs corrected in a spec |
+//! | `container` | libcontainer: create and start; what it needs corrected in a spec |
+//! | `enter` | running another process in the container |
 //! | `mount` | what libcontainer leaves undone of a container's mounts |
 //! | `program` | the last steps inside the container, up to `execve` |
 //! | `log` | the json-file format and its rotation |
@@ -20,6 +21,7 @@
 
 mod client;
 mod container;
+mod enter;
 mod init;
 mod log;
 mod mount;

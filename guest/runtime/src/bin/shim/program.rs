@@ -15,13 +15,12 @@ use guest_runtime::defaults;
 use guest_runtime::lookup::{self, LookupError};
 use guest_runtime::shim::{ConsoleSize, ErrorKind};
 use guest_runtime::sys::exec;
-use libcontainer::seccomp::initialize_seccomp;
 use libcontainer::workload::{Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError};
-use oci_spec::runtime::{Capabilities, LinuxCapabilities, LinuxSeccomp, Spec};
+use oci_spec::runtime::{Capabilities, Spec};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::termios::{Winsize, tcsetwinsize};
-use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
+use rustix::thread::CapabilitySet;
 use serde::{Deserialize, Serialize};
 
 /// How long after the start signal a program may take to be executed. Beyond, it counts as running.
@@ -34,20 +33,11 @@ pub struct Failure {
     pub message: String,
 }
 
-/// What an exec'd process must be confined by: libcontainer 0.7 leaves the seccomp filter of a container off its later
-/// processes. The filter is installed here, which takes CAP_SYS_ADMIN, which the process was given for this moment only.
-#[derive(Debug, Clone)]
-pub struct Confinement {
-    pub seccomp: LinuxSeccomp,
-    pub capabilities: LinuxCapabilities,
-}
-
 /// Finds and executes a process's program.
 #[derive(Clone)]
 pub struct Program {
-    report: Rc<OwnedFd>,
+    report: Rc<Report>,
     size: Option<ConsoleSize>,
-    confinement: Option<Confinement>,
     foreign: Vec<RawFd>,
     found: RefCell<PathBuf>,
     home: RefCell<Option<String>>,
@@ -62,57 +52,58 @@ pub struct Outcome {
 impl Program {
     /// A program that will be executed in a terminal of this size, if it has one. `foreign` are the shim's own
     /// descriptors: the process lets go of them as early as it can.
-    pub fn new(
-        size: Option<ConsoleSize>,
-        confinement: Option<Confinement>,
-        foreign: &[RawFd],
-    ) -> io::Result<(Self, Outcome)> {
-        let (reader, writer) = pipe_with(PipeFlags::CLOEXEC)?;
+    pub fn new(size: Option<ConsoleSize>, foreign: &[RawFd]) -> io::Result<(Self, Outcome)> {
+        let (report, outcome) = Report::new()?;
         let program = Self {
-            report: Rc::new(writer),
+            report: Rc::new(report),
             size,
-            confinement,
             foreign: foreign.to_vec(),
             found: RefCell::default(),
             home: RefCell::default(),
         };
-        Ok((program, Outcome { pipe: File::from(reader) }))
+        Ok((program, outcome))
     }
 
     fn fail(&self, error: &LookupError) -> String {
         let failure = Failure { kind: error.kind(), message: error.to_string() };
-        self.tell(&failure);
+        self.report.tell(&failure);
         failure.message
-    }
-
-    fn tell(&self, failure: &Failure) {
-        if let Ok(text) = serde_json::to_vec(failure) {
-            // A failure is short enough for one write into an empty pipe. If the shim is gone, nobody wants to know.
-            let _ = rustix::io::write(&*self.report, &text);
-        }
     }
 
     fn other(&self, step: &str, error: &dyn std::error::Error) -> ExecutorError {
         let message = format!("{step}: {}", crate::trace::chain(error));
-        self.tell(&Failure { kind: ErrorKind::Other, message: message.clone() });
+        self.report.tell(&Failure { kind: ErrorKind::Other, message: message.clone() });
         ExecutorError::Other(message)
-    }
-
-    fn confine(&self, confinement: &Confinement) -> Result<(), ExecutorError> {
-        initialize_seccomp(&confinement.seccomp)
-            .map_err(|error| self.other("cannot install the seccomp filter", &error))?;
-        let wanted = &confinement.capabilities;
-        let sets = CapabilitySets {
-            effective: kernel_set(wanted.effective()),
-            permitted: kernel_set(wanted.permitted()),
-            inheritable: kernel_set(wanted.inheritable()),
-        };
-        set_capabilities(None, sets)
-            .map_err(|error| self.other("cannot drop capabilities", &io::Error::from(error)))
     }
 }
 
-fn kernel_set(capabilities: &Option<Capabilities>) -> CapabilitySet {
+/// The child's end of the pipe. Closes by itself at `execve`.
+pub struct Report(OwnedFd);
+
+impl Report {
+    pub fn new() -> io::Result<(Self, Outcome)> {
+        let (reader, writer) = pipe_with(PipeFlags::CLOEXEC)?;
+        Ok((Self(writer), Outcome { pipe: File::from(reader) }))
+    }
+
+    /// Tells the shim.
+    pub fn tell(&self, failure: &Failure) {
+        if let Ok(text) = serde_json::to_vec(failure) {
+            // A failure is short enough for one write into an empty pipe. If the shim is gone, nobody wants to know.
+            let _ = rustix::io::write(&self.0, &text);
+        }
+    }
+}
+
+/// What the kernel said of a program that it did not execute.
+pub fn refused(program: PathBuf, error: &io::Error) -> Failure {
+    let errno = error.raw_os_error().unwrap_or(rustix::io::Errno::INVAL.raw_os_error());
+    let error = LookupError::Refused { program, errno };
+    Failure { kind: error.kind(), message: error.to_string() }
+}
+
+/// Capabilities as the kernel numbers them.
+pub fn kernel_set(capabilities: &Option<Capabilities>) -> CapabilitySet {
     let bits =
         capabilities.iter().flatten().fold(0, |bits, capability| bits | 1 << defaults::number(*capability));
     CapabilitySet::from_bits_retain(bits)
@@ -151,9 +142,6 @@ impl Executor for Program {
             let _ = tcsetwinsize(rustix::stdio::stdin(), window(size));
         }
         exec::reset_signals().map_err(|error| self.other("cannot reset signals", &error))?;
-        if let Some(confinement) = &self.confinement {
-            self.confine(confinement)?;
-        }
         let program = self.found.take();
         let error = exec::execute(&program, &arguments, &environment);
         let errno = error.raw_os_error().unwrap_or(rustix::io::Errno::INVAL.raw_os_error());
@@ -206,10 +194,10 @@ mod tests {
 
     #[test]
     fn silence_means_executed_and_a_failure_is_told() {
-        let (program, outcome) = Program::new(None, None, &[]).unwrap();
+        let (program, outcome) = Program::new(None, &[]).unwrap();
         drop(program);
         assert_eq!(outcome.wait(), None);
-        let (program, outcome) = Program::new(None, None, &[]).unwrap();
+        let (program, outcome) = Program::new(None, &[]).unwrap();
         program.fail(&LookupError::NotInPath { program: "foo".into() });
         drop(program);
         let failure = outcome.wait().unwrap();

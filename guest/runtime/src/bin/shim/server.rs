@@ -27,6 +27,7 @@ use crate::client::{Attachment, Client, Mode};
 use crate::container::{Runtime, RuntimeError};
 use crate::log::{LogFile, Stream};
 use crate::process::Process;
+use crate::program::Outcome;
 use crate::report;
 use crate::trace::Events;
 
@@ -587,19 +588,14 @@ impl Server {
     }
 
     fn start_exec(&mut self, index: usize) -> Result<Reply, Refusal> {
-        let foreign = self.descriptors();
         let Some(process) = self.processes[index].as_mut() else { return Err(self.unknown()) };
         process.started = true;
         let Some(description) = process.description.take() else { return Err(self.unknown()) };
-        let result = self
-            .runtime
-            .exec(&description, &process.wanted(), &foreign)
-            .map_err(Refusal::from)
-            .and_then(|made| {
+        let result =
+            self.runtime.exec(&description, &process.wanted()).map_err(Refusal::from).and_then(|made| {
                 let pid = made.pid;
                 process.adopt(made).map_err(|source| Refusal::Io { step: "watch the process", source })?;
-                // libcontainer has already waited for the program's execution.
-                match process.outcome.take().and_then(|outcome| outcome.said()) {
+                match process.outcome.take().and_then(Outcome::wait) {
                     Some(failure) => Err(RuntimeError::from(failure).into()),
                     None => Ok(Reply::Started { pid }),
                 }
