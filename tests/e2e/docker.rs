@@ -13,7 +13,7 @@ crate::scenarios![
     our_lists_read_like_the_stock_clients,
 ];
 
-fn docker(engine: &Engine, arguments: &[&str]) -> Result<Finished> {
+pub(crate) fn docker(engine: &Engine, arguments: &[&str]) -> Result<Finished> {
     match engine.docker(arguments) {
         Some(command) => tests_harness::run(command),
         None => bail!(

@@ -6,7 +6,9 @@ mod bad_input;
 mod crash;
 mod docker;
 mod exec;
+mod faults;
 mod files;
+mod health;
 mod images;
 mod life;
 mod network;
@@ -65,9 +67,10 @@ fn test(arguments: &Arguments) -> Result<ExitCode> {
     scenarios.extend(bad_input::scenarios());
     scenarios.extend(life::scenarios());
     scenarios.extend(settings::scenarios());
+    scenarios.extend(health::scenarios());
     // Last: these kill what the others stand on.
     scenarios.extend(match stage {
-        Stage::Native => crash::native_scenarios(),
+        Stage::Native => crash::native_scenarios().into_iter().chain(faults::native_scenarios()).collect(),
         Stage::Qemu => crash::machine_scenarios(),
     });
     if arguments.list {

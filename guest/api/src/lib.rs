@@ -12,6 +12,7 @@ pub mod container;
 pub mod error;
 pub mod event;
 pub mod exec;
+pub mod fault;
 pub mod files;
 pub mod filter;
 pub mod frame;

@@ -115,6 +115,7 @@ async fn open(settings: &Arc<Settings>) -> anyhow::Result<(Arc<Services>, TaskTr
     let containers = Arc::new(Containers::open(Arc::new(context), tasks.clone()).await?);
     let images = ImagesService::new(images, events.clone());
     let execs = Execs::new(containers.clone(), tasks.clone());
+    execs.restore().await;
     let system = System {
         settings: settings.clone(),
         engine_id,

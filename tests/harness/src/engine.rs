@@ -84,12 +84,23 @@ impl Engine {
     /// Starts the engine, or the machine with the engine in it, and waits until it answers.
     pub fn boot(&self) -> Result<()> {
         match self.stage {
-            Stage::Native => self.boot_native(),
+            Stage::Native => self.boot_native(None),
             Stage::Qemu => self.engine(["machine", "start"])?.ok().map(drop),
         }
     }
 
-    fn boot_native(&self) -> Result<()> {
+    /// Starts the native engine so that it ends, as if killed, when it comes to this fault point.
+    pub fn boot_with_fault(&self, point: &str) -> Result<()> {
+        self.boot_native(Some(point))
+    }
+
+    /// Waits until the native engine has ended by itself.
+    pub fn await_end(&self) -> Result<()> {
+        let mut child = self.lock().take().context("the engine does not run")?;
+        wait_until("the engine ends at its fault point", END_TIME_MAX, || Ok(child.try_wait()?)).map(drop)
+    }
+
+    fn boot_native(&self, fault: Option<&str>) -> Result<()> {
         let log = std::fs::File::options().create(true).append(true).open(self.path("guest-engine.log"))?;
         let mut child = Command::new(self.program("guest-engine"))
             .arg("--native")
@@ -100,6 +111,7 @@ impl Engine {
             .arg("--bundled-images")
             .arg(self.path("bundled"))
             .args(["--insecure-registry", &self.registry_name()])
+            .envs(fault.map(|point| ("ENGINE_FAULT", point)))
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)

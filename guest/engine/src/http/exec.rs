@@ -11,8 +11,8 @@ use super::hijack::{Client, hijack};
 use super::request::{Call, decode};
 use super::respond::{self, Answer};
 use crate::failure::Failure;
-use crate::relay::{DetachKeys, relay};
-use crate::services::exec::Running;
+use crate::relay::{DetachKeys, End, relay};
+use crate::services::exec::{Execs, Running};
 
 pub async fn create(services: &Services, call: Call, container: &str) -> Answer {
     let config: ExecCreate = call.json().await?;
@@ -48,21 +48,29 @@ pub async fn start(services: &Arc<Services>, mut call: Call, id: &str) -> Answer
     Ok(hijack(&services.tasks, call, tty, move |client| async move {
         let running = execs.start_attached(&id, start.console_size).await;
         match client {
-            Client::Upgraded(stream) => attached(stream, running, keys, tty).await,
-            Client::Body(stream) => attached(stream, running, keys, tty).await,
+            Client::Upgraded(stream) => attached(stream, (&execs, &id), running, keys, tty).await,
+            Client::Body(stream) => attached(stream, (&execs, &id), running, keys, tty).await,
         }
     }))
 }
 
 /// Relays until the output has ended; the client hears of that only when the exit code is known.
-async fn attached<C>(client: C, running: Result<Running, Failure>, keys: DetachKeys, tty: bool)
-where
+async fn attached<C>(
+    client: C,
+    (execs, id): (&Execs, &str),
+    running: Result<Running, Failure>,
+    keys: DetachKeys,
+    tty: bool,
+) where
     C: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
 {
     match running {
         Ok(running) => {
             let keys = (running.tty && running.stdin).then_some(keys);
-            relay(client, running.stream, running.stdin, keys, running.end.known()).await;
+            let end = relay(client, running.stream, running.stdin, keys, running.end.known()).await;
+            if end == End::Detached {
+                execs.detached(id);
+            }
         }
         Err(failure) => {
             // The connection is a stream already: the sentence goes into it, as dockerd does.

@@ -42,6 +42,7 @@ pub use capacity::Capacity;
 pub use commit::CommitQuery;
 pub use create::for_version;
 pub use driver::Attachment;
+pub use health::end as end_process;
 pub use inspect::NEVER;
 pub use list::ListQuery;
 pub use log::LogQuery;

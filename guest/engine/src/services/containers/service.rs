@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use guest_api::container::WaitError;
+use guest_api::fault;
 use guest_api::{
     ApiVersion, ContainerConfig, ContainerCreate, ContainerCreated, ContainerInspect, ContainerSummary,
     HostConfig, WaitResult,
@@ -216,7 +217,11 @@ impl Containers {
         let held = mounts::take(&self.context, &record.id, wanted).await?;
         record.mounts.clone_from(&held.points);
         let (snapshotter, key) = (self.context.snapshotter(), record.id.clone());
-        let prepare = run::blocking(move || snapshotter.prepare(&key, chain));
+        let prepare = run::blocking(move || {
+            let prepared = snapshotter.prepare(&key, chain);
+            fault::point("create.after-snapshot");
+            prepared
+        });
         let made = if record.mounts.is_empty() {
             // The two slow ones at once.
             let (prepared, saved) = tokio::join!(prepare, self.context.save(record));
@@ -229,6 +234,7 @@ impl Containers {
             }
             .await
         };
+        fault::point("create.after-record");
         let Err(failure) = made else { return Ok(()) };
         if let Err(also) = run::remove(&self.context, record, true).await {
             tracing::warn!(container = record.short_id(), error = %also, "left behind");

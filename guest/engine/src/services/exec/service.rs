@@ -1,7 +1,8 @@
 //! The exec service: remembers what was asked for, starts it through the container's shim, and how it ended.
 //!
-//! An exec is `Created → Running → Ended`; one that could not be started ends with 126 or 127. Records live in
-//! memory: they mean nothing after a restart of the engine, and clients ask within moments.
+//! An exec is `Created → Running → Ended`; one that could not be started ends with 126 or 127. What is known of each is
+//! kept in its container's run folder as well ([`keep`]), so that an engine that was restarted knows them, and the end
+//! of those that run.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,15 +14,19 @@ use tokio::net::UnixStream;
 use tokio::sync::watch;
 use tokio_util::task::TaskTracker;
 
+use super::keep::{self, Kept, KeptState};
 use crate::failure::Failure;
 use crate::services::containers::{
-    Containers, Request, Shim, Streams, Verdict, View, admit, describe, exec_failure, shim_failure,
+    Containers, Request, Shim, Streams, Verdict, View, admit, describe, end_process, exec_failure,
+    shim_failure,
 };
 
 /// How long the end of an exec is remembered.
 const REMEMBERED: Duration = Duration::from_secs(300);
 /// Execs remembered; more than this and the oldest ended ones go early.
 const REMEMBERED_MAX: usize = 4096;
+/// Exit code of an exec whose end nobody noted.
+const LOST_CODE: i32 = 137;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
@@ -112,10 +117,56 @@ impl Execs {
         let exec =
             Exec { container: view.record.id.clone(), config, state: watch::Sender::new(State::Created) };
         self.event(&view, "exec_create", &id, &exec.config, &[]);
+        let folder = self.containers.context().run_folder(&exec.container);
+        keep::write(&folder, &id, &Kept { config: exec.config.clone(), state: KeptState::Created });
         let mut execs = self.lock();
-        forget_old(&mut execs, Instant::now());
+        for (old, exec) in forget_old(&mut execs, Instant::now()) {
+            keep::remove(&self.containers.context().run_folder(&exec.container), &old);
+        }
         execs.insert(id.clone(), Arc::new(exec));
         Ok(id)
+    }
+
+    /// Knows the execs of an earlier engine again. A process that nobody knows, such as a health check's, is ended.
+    pub async fn restore(self: &Arc<Self>) {
+        for view in self.containers.views() {
+            let Some(_) = view.live else { continue };
+            let context = self.containers.context();
+            let folder = context.run_folder(&view.record.id);
+            let shim = Shim::at(&folder);
+            let kept = keep::all(&folder);
+            // A shim that does not answer now has no processes to know.
+            let there = shim.state().await.map(|state| state.execs).unwrap_or_default();
+            for id in there.keys().filter(|id| !kept.contains_key(*id)) {
+                let (shim, id) = (shim.clone(), id.clone());
+                self.tasks.spawn(async move { end_process(&shim, &id).await });
+            }
+            for (id, Kept { config, state }) in kept {
+                let now = match (state, there.get(&id)) {
+                    (KeptState::Created, _) => State::Created,
+                    (KeptState::Running, Some(pid)) => State::Running { pid: *pid },
+                    // The engine was killed between its end and the note of it.
+                    (KeptState::Running, None) => State::Ended { code: LOST_CODE, at: Instant::now() },
+                    (KeptState::Ended { code }, _) => State::Ended { code, at: Instant::now() },
+                };
+                let container = view.record.id.clone();
+                let exec = Arc::new(Exec { container, config, state: watch::Sender::new(now) });
+                self.lock().insert(id.clone(), exec.clone());
+                if let State::Running { .. } = now {
+                    let (service, view, shim) = (self.clone(), view.clone(), shim.clone());
+                    self.tasks.spawn(async move { service.follow(&id, &exec, &view, &shim).await });
+                }
+            }
+        }
+    }
+
+    /// The client typed the keys that detach.
+    pub fn detached(&self, id: &str) {
+        if let Ok(exec) = self.find(id)
+            && let Ok(view) = self.containers.view(&exec.container)
+        {
+            self.event(&view, "exec_detach", id, &exec.config, &[]);
+        }
     }
 
     /// Starts an exec and leaves it alone.
@@ -253,6 +304,8 @@ impl Execs {
             }
         };
         exec.state.send_replace(State::Running { pid });
+        let kept = Kept { config: exec.config.clone(), state: KeptState::Running };
+        keep::write(&context.run_folder(&exec.container), id, &kept);
         let (service, exec, id) = (self.clone(), exec.clone(), id.to_owned());
         self.tasks.spawn(async move { service.follow(&id, &exec, &view, &shim).await });
         Ok(stream)
@@ -267,6 +320,10 @@ impl Execs {
             Err(_) => 137,
         };
         exec.state.send_replace(State::Ended { code, at: Instant::now() });
+        if waited.is_ok() {
+            let kept = Kept { config: exec.config.clone(), state: KeptState::Ended { code } };
+            keep::write(&self.containers.context().run_folder(&exec.container), id, &kept);
+        }
         self.event(view, "exec_die", id, &exec.config, &[("exitCode", code.to_string())]);
         if waited.is_ok()
             && let Err(error) = shim.ask("forget", ShimRequest::Forget { id: id.to_owned() }).await
@@ -318,7 +375,7 @@ impl Execs {
 
     fn event(&self, view: &View, action: &str, id: &str, config: &ExecCreate, more: &[(&str, String)]) {
         let action = match action {
-            "exec_die" => action.to_owned(),
+            "exec_die" | "exec_detach" => action.to_owned(),
             _ => format!("{action}: {}", config.cmd.as_deref().unwrap_or_default().join(" ")),
         };
         let mut attributes = view.record.event_attributes();
@@ -328,16 +385,18 @@ impl Execs {
     }
 }
 
-fn forget_old(execs: &mut HashMap<String, Arc<Exec>>, now: Instant) {
+fn forget_old(execs: &mut HashMap<String, Arc<Exec>>, now: Instant) -> Vec<(String, Arc<Exec>)> {
     let age = |exec: &Exec| match *exec.state.borrow() {
         State::Ended { at, .. } => Some(now.saturating_duration_since(at)),
         State::Created | State::Running { .. } => None,
     };
-    execs.retain(|_, exec| age(exec).is_none_or(|age| age < REMEMBERED));
+    let old = |exec: &Exec| age(exec).is_some_and(|age| age >= REMEMBERED);
+    let mut forgotten: Vec<_> = execs.extract_if(|_, exec| old(exec)).collect();
     if execs.len() >= REMEMBERED_MAX {
         let oldest = execs.iter().filter_map(|(id, exec)| Some((age(exec)?, id.clone()))).max();
-        oldest.map(|(_, id)| execs.remove(&id));
+        forgotten.extend(oldest.and_then(|(_, id)| execs.remove_entry(&id)));
     }
+    forgotten
 }
 
 #[cfg(test)]

@@ -166,7 +166,12 @@ impl Entry<'_> {
     }
 
     fn execute(&self) -> Failure {
-        let environment = self.process.env().clone().unwrap_or_default();
+        let mut environment = self.process.env().clone().unwrap_or_default();
+        if !environment.iter().any(|entry| entry.starts_with("HOME=")) {
+            // The container's own file: this is inside by now.
+            let accounts = fs::read_to_string("/etc/passwd").unwrap_or_default();
+            environment.push(format!("HOME={}", home(&accounts, self.process.user().uid())));
+        }
         let arguments = self.process.args().clone().unwrap_or_default();
         let named = arguments.first().cloned().unwrap_or_default();
         let program = match lookup::find(&named, &environment) {
@@ -179,6 +184,15 @@ impl Entry<'_> {
         let error = exec::execute(&program, &arguments, &environment);
         refused(program, &error)
     }
+}
+
+/// The home folder of a user.
+fn home(accounts: &str, uid: u32) -> &str {
+    let found = accounts.lines().find_map(|line| {
+        let mut fields = line.split(':').skip(2);
+        (fields.next()?.parse() == Ok(uid)).then(|| fields.nth(2)).flatten()
+    });
+    found.filter(|home| !home.is_empty()).unwrap_or("/")
 }
 
 fn libc_cloexec() -> i32 {
@@ -218,4 +232,19 @@ fn open_terminal(socket: &OwnedFd, user: u32) -> io::Result<OwnedFd> {
     control.push(SendAncillaryMessage::ScmRights(&masters));
     sendmsg(socket, &[io::IoSlice::new(b"t")], &mut control, SendFlags::NOSIGNAL)?;
     Ok(slave)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_home_is_found_by_number() {
+        let accounts =
+            "root:x:0:0:root:/root:/bin/sh\nnonsense\njoe:x:1000:1000::/home/joe:/bin/sh\nno:x:7:7:::\n";
+        assert_eq!(
+            [home(accounts, 0), home(accounts, 1000), home(accounts, 7), home(accounts, 8)],
+            ["/root", "/home/joe", "/", "/"]
+        );
+    }
 }
