@@ -1,6 +1,7 @@
 //! The engine killed at each step of create, start, stop and remove: a restarted one has no orphan, and goes on.
 
 use crate::Scenario;
+use crate::docker::docker;
 use anyhow::{Context, Result, bail, ensure};
 use std::path::Path;
 use std::time::Duration;
@@ -44,24 +45,24 @@ fn killed_at_any_step(engine: &Engine) -> Result<()> {
 
 fn at_point(engine: &Engine, point: &str, command: &[&str], running: bool) -> Result<()> {
     if running {
-        engine.engine(["run", "-d", "--name", NAME, IMAGE, "sleep", "1000"])?.ok()?;
+        docker(engine, &["run", "-d", "--name", NAME, IMAGE, "sleep", "1000"])?.ok()?;
     }
     engine.end_native(true)?;
     engine.boot_with_fault(point)?;
-    let outcome = engine.engine(command.iter().copied())?;
+    let outcome = docker(engine, command)?;
+    engine.await_end().with_context(|| format!("{outcome:?}"))?;
     ensure!(outcome.code != 0, "`{}` succeeded although the engine was killed", command.join(" "));
-    engine.await_end()?;
     engine.boot()?;
     // Whatever became of it, it can be had and removed, and its name is free again.
-    let names = engine.engine(["ps", "-a", "--format", "{{.Names}}"])?.ok()?;
+    let names = docker(engine, &["ps", "-a", "--format", "{{.Names}}"])?.ok()?;
     if names.lines().any(|name| name == NAME) {
-        engine.engine(["start", NAME])?.ok()?;
-        let state = engine.engine(["inspect", "-f", "{{.State.Status}}", NAME])?.ok()?;
+        docker(engine, &["start", NAME])?.ok()?;
+        let state = docker(engine, &["inspect", "-f", "{{.State.Status}}", NAME])?.ok()?;
         ensure!(state == "running", "{state}");
-        engine.engine(["rm", "-f", NAME])?.ok()?;
+        docker(engine, &["rm", "-f", NAME])?.ok()?;
     }
     expect_nothing(engine)?;
-    engine.engine(["run", "--rm", "--name", NAME, IMAGE, "true"])?.ok()?;
+    docker(engine, &["run", "--rm", "--name", NAME, IMAGE, "true"])?.ok()?;
     expect_nothing(engine)
 }
 
