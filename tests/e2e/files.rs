@@ -110,26 +110,22 @@ fn a_copy_does_not_leave_the_container(engine: &Engine) -> Result<()> {
 fn a_copy_into_a_volume_lands_in_the_volume(engine: &Engine) -> Result<()> {
     let file = engine.path("for-the-volume");
     std::fs::write(&file, "kept")?;
-    // A folder that both the container and we can name, wherever it runs: made by a container of its own.
-    let run = ["create", "--name", "keeper", "-v", "/tmp/files-volume:/data", IMAGE, "cat", "/data/file"];
-    let created = docker(engine, &run)?;
-    if created.code != 0 && created.stderr.contains("bind source path does not exist") {
-        // In the machine folders are not made by naming them.
-        return Ok(());
-    }
-    created.ok()?;
-    docker(engine, &["start", "-a", "keeper"])?;
+    docker(engine, &["create", "--name", "keeper", "-v", "files-kept:/data", IMAGE, "cat", "/data/file"])?
+        .ok()?;
     docker(engine, &["cp", &file.display().to_string(), "keeper:/data/file"])?.ok()?;
     let said = docker(engine, &["start", "-a", "keeper"])?.ok()?;
     ensure!(said == "kept", "{said}");
     let exported = names(&bytes(engine, &["export", "keeper"])?)?;
     ensure!(!exported.contains(&"data/file".to_owned()), "an export has no volumes: {exported:?}");
-    docker(engine, &["run", "--rm", "-v", "/tmp/files-volume:/data", IMAGE, "rm", "/data/file"])?.ok()?;
+    // It is there for others too.
+    let said = docker(engine, &["run", "--rm", "-v", "files-kept:/x:ro", IMAGE, "cat", "/x/file"])?.ok()?;
+    ensure!(said == "kept", "{said}");
     remove(engine, "keeper")?;
-    if let Err(error) = std::fs::remove_dir("/tmp/files-volume") {
-        ensure!(error.kind() == std::io::ErrorKind::NotFound, "{error}");
-    }
-    Ok(())
+    docker(engine, &["create", "--name", "fixed", "-v", "files-kept:/data:ro", IMAGE, "true"])?.ok()?;
+    docker(engine, &["cp", &file.display().to_string(), "fixed:/data/x"])?
+        .fails_with(1, "mounted volume is marked read-only")?;
+    remove(engine, "fixed")?;
+    docker(engine, &["volume", "rm", "files-kept"])?.ok().map(drop)
 }
 
 fn read_only_places_are_refused(engine: &Engine) -> Result<()> {
