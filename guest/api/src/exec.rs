@@ -22,6 +22,8 @@ pub struct ExecCreate {
     /// Connect standard output.
     pub attach_stdout: bool,
     /// Keys that detach, such as `ctrl-p,ctrl-q`; empty means the default.
+    // Go reads names in any case, and docker-py writes this one so.
+    #[serde(alias = "detachKeys")]
     pub detach_keys: String,
     /// Extra environment, `NAME=value`.
     pub env: Option<Vec<String>>,

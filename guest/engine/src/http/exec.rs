@@ -8,6 +8,7 @@ use tokio::io::AsyncWriteExt;
 
 use super::Services;
 use super::hijack::{Client, hijack};
+use super::reframe::{Reframed, Shape};
 use super::request::{Call, decode};
 use super::respond::{self, Answer};
 use crate::failure::Failure;
@@ -37,19 +38,24 @@ pub async fn start(services: &Arc<Services>, mut call: Call, id: &str) -> Answer
     let body =
         body.map_err(|error| Failure::invalid(format!("cannot read the request body: {error}")))?.to_bytes();
     let start: ExecStart = decode(&body)?;
-    let tty = services.execs.check_start(id, &start)?;
+    let tty = services.execs.check_start(id)?;
     if start.detach {
         services.execs.start_detached(id).await?;
         return Ok(respond::empty(200));
     }
     let (_, keys) = services.execs.streams(id)?;
     let keys = DetachKeys::parse(&keys).map_err(|error| Failure::invalid(error.to_string()))?;
-    let (execs, id) = (services.execs.clone(), id.to_owned());
-    Ok(hijack(&services.tasks, call, tty, move |client| async move {
+    let shape = match (tty, start.tty) {
+        (true, false) => Shape::AddFrames,
+        (false, true) => Shape::DropFrames,
+        _ => Shape::AsItIs,
+    };
+    let (execs, id, raw) = (services.execs.clone(), id.to_owned(), start.tty);
+    Ok(hijack(&services.tasks, call, raw, move |client| async move {
         let running = execs.start_attached(&id, start.console_size).await;
         match client {
-            Client::Upgraded(stream) => attached(stream, (&execs, &id), running, keys, tty).await,
-            Client::Body(stream) => attached(stream, (&execs, &id), running, keys, tty).await,
+            Client::Upgraded(stream) => attached(stream, shape, (&execs, &id), running, keys, raw).await,
+            Client::Body(stream) => attached(stream, shape, (&execs, &id), running, keys, raw).await,
         }
     }))
 }
@@ -57,16 +63,18 @@ pub async fn start(services: &Arc<Services>, mut call: Call, id: &str) -> Answer
 /// Relays until the output has ended; the client hears of that only when the exit code is known.
 async fn attached<C>(
     client: C,
+    shape: Shape,
     (execs, id): (&Execs, &str),
     running: Result<Running, Failure>,
     keys: DetachKeys,
-    tty: bool,
+    raw: bool,
 ) where
     C: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
 {
     match running {
         Ok(running) => {
             let keys = (running.tty && running.stdin).then_some(keys);
+            let client = Reframed::new(client, shape);
             let end = relay(client, running.stream, running.stdin, keys, running.end.known()).await;
             if end == End::Detached {
                 execs.detached(id);
@@ -77,7 +85,7 @@ async fn attached<C>(
             let mut client = client;
             let text = format!("{}\r\n", failure.message);
             let header = Header { stream: Stream::Stdout, length: u32::try_from(text.len()).unwrap_or(0) };
-            let frame = if tty { Vec::new() } else { header.encode().to_vec() };
+            let frame = if raw { Vec::new() } else { header.encode().to_vec() };
             // The client may have gone.
             let _ = client.write_all(&[frame.as_slice(), text.as_bytes()].concat()).await;
             let _ = client.shutdown().await;

@@ -14,6 +14,7 @@ mod images;
 mod lenient;
 mod listener;
 mod networks;
+mod reframe;
 mod registry;
 mod request;
 mod respond;

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use futures_util::{SinkExt, StreamExt};
-use guest_api::frame::{HEADER_LENGTH, Header};
 use hyper::header::{CONNECTION, HeaderValue, UPGRADE};
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
@@ -14,6 +13,7 @@ use tokio_tungstenite::tungstenite::protocol::Role;
 
 use super::Services;
 use super::attach::Session;
+use super::reframe::Unframer;
 use super::request::Call;
 use super::respond::{self, Answer};
 use crate::failure::Failure;
@@ -94,61 +94,5 @@ where
     tokio::select! {
         () = &mut shown => {}
         () = &mut typed => shown.await,
-    }
-}
-
-/// Takes the headers out of a multiplexed stream, however it is cut.
-#[derive(Default)]
-struct Unframer {
-    header: Vec<u8>,
-    left: usize,
-}
-
-impl Unframer {
-    fn payload(&mut self, mut bytes: &[u8]) -> Vec<u8> {
-        let mut payload = Vec::with_capacity(bytes.len());
-        while !bytes.is_empty() {
-            if self.left > 0 {
-                let (now, later) = bytes.split_at(bytes.len().min(self.left));
-                payload.extend_from_slice(now);
-                self.left -= now.len();
-                bytes = later;
-                continue;
-            }
-            let (now, later) = bytes.split_at(bytes.len().min(HEADER_LENGTH - self.header.len()));
-            self.header.extend_from_slice(now);
-            bytes = later;
-            if let Ok(header) = <[u8; HEADER_LENGTH]>::try_from(self.header.as_slice()) {
-                self.left = Header::decode(header).map_or(0, |header| header.length as usize);
-                self.header.clear();
-            }
-        }
-        payload
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use guest_api::frame::Stream;
-    use proptest::prelude::*;
-
-    use super::*;
-
-    proptest! {
-        #[test]
-        fn payloads_come_out_whole_however_frames_are_cut(
-            parts in proptest::collection::vec(proptest::collection::vec(any::<u8>(), 0..50), 0..10),
-            cut in 1_usize..20,
-        ) {
-            let mut stream = Vec::new();
-            for part in &parts {
-                let header = Header { stream: Stream::Stderr, length: part.len() as u32 };
-                stream.extend_from_slice(&header.encode());
-                stream.extend_from_slice(part);
-            }
-            let mut unframer = Unframer::default();
-            let payload: Vec<u8> = stream.chunks(cut).flat_map(|chunk| unframer.payload(chunk)).collect();
-            prop_assert_eq!(payload, parts.concat());
-        }
     }
 }

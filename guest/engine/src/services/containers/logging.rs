@@ -104,16 +104,12 @@ pub fn verify(config: &LogConfig) -> Result<(), Failure> {
         ));
     }
     let unlimited = option("max-size").is_none_or(|size| size == "-1");
+    let compress = option("compress").and_then(|value| boolean(value)) == Some(true);
     let files: u32 = option("max-file").and_then(|files| files.parse().ok()).unwrap_or(1);
-    if driver == Driver::JsonFile && unlimited {
-        if files > 1 {
-            return Err(Failure::invalid("invalid log options: max-file cannot be set without max-size"));
-        }
-        if option("compress").and_then(|value| boolean(value)) == Some(true) {
-            return Err(Failure::invalid(
-                "compress cannot be true when max-file is less than 2 or max-size is not set",
-            ));
-        }
+    if driver == Driver::JsonFile && compress && (unlimited || files < 2) {
+        return Err(Failure::invalid(
+            "compress cannot be true when max-file is less than 2 or max-size is not set",
+        ));
     }
     Ok(())
 }
@@ -330,7 +326,10 @@ mod tests {
         assert_eq!(refusal("asdf", &[]), "logger: no log driver named 'asdf' is registered");
         assert_eq!(refusal("json-file", &[("x", "1")]), "unknown log opt 'x' for json-file log driver");
         assert_eq!(refusal("local", &[("labels", "1")]), "unknown log opt 'labels' for local log driver");
-        assert!(refusal("json-file", &[("max-file", "3")]).contains("without max-size"));
+        assert!(verify(&config("json-file", &[("max-file", "3")])).is_ok());
+        assert!(
+            refusal("json-file", &[("max-file", "3"), ("compress", "true")]).contains("max-size is not set")
+        );
         assert!(refusal("syslog", &[("syslog-address", "ftp://x")]).contains("syslog-address"));
         assert!(refusal("json-file", &[("max-size", "big")]).contains("'big'"));
     }

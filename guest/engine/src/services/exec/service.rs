@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use guest_api::exec::{ExecCreate, ExecInspect, ExecProcess, ExecStart};
+use guest_api::exec::{ExecCreate, ExecInspect, ExecProcess};
 use guest_runtime::shim::{ConsoleSize, Request as ShimRequest, Stdin};
 use tokio::net::UnixStream;
 use tokio::sync::watch;
@@ -175,15 +175,11 @@ impl Execs {
         self.run(id, &exec, None, false).await.map(drop)
     }
 
-    /// What an attached start needs to know before it answers: the failures it can answer properly end here.
-    pub fn check_start(&self, id: &str, start: &ExecStart) -> Result<bool, Failure> {
+    /// Whether it has a terminal, which a start must know before it answers: failures it can answer properly end here.
+    pub fn check_start(&self, id: &str) -> Result<bool, Failure> {
         let exec = self.find(id)?;
         self.container(&exec.container)?;
         match *exec.state.borrow() {
-            State::Created if start.tty != exec.config.tty => {
-                // dockerd goes by the exec's own setting.
-                Ok(exec.config.tty)
-            }
             State::Created => Ok(exec.config.tty),
             State::Running { .. } => {
                 Err(Failure::conflict(format!("Error: Exec command {id} is already running")))
