@@ -177,6 +177,10 @@ async fn route(services: &Arc<Services>, call: Call) -> Answer {
             containers::update(services, call, id).await
         }
         (method, ["containers", id, "exec"]) if method == POST => exec::create(services, call, id).await,
+        // A link: `parent/alias`.
+        (method, ["containers", parent, alias]) if method == DELETE => {
+            containers::remove(services, &call, &format!("{parent}/{alias}")).await
+        }
         (method, ["containers", id]) if method == DELETE => containers::remove(services, &call, id).await,
 
         (method, ["exec", id, "start"]) if method == POST => exec::start(services, call, id).await,

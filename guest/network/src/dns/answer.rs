@@ -107,7 +107,7 @@ pub fn read_hostile(bytes: &[u8]) {
     impl Names for Everything {
         fn resolve(&self, name: &str, six: bool) -> Resolution {
             let address = if six { IpAddr::from([0_u16; 8]) } else { IpAddr::from([10, 0, 0, 1]) };
-            if name.len() % 3 == 0 {
+            if name.len().is_multiple_of(3) {
                 Resolution::Unknown
             } else {
                 Resolution::Ours(vec![address; name.len()])
