@@ -289,6 +289,7 @@ fn leavings(engine: &Engine) -> Result<Vec<String>> {
 
 fn refused_requests_leave_nothing(engine: &Engine) -> Result<()> {
     ok(engine, "network create --subnet 10.95.0.0/30 tight")?;
+    ok(engine, "network create ample")?;
     sleeper(engine, "only", "--network tight")?;
     let before = leavings(engine)?;
     let networks = ok(engine, "network ls -q")?;
@@ -304,12 +305,17 @@ fn refused_requests_leave_nothing(engine: &Engine) -> Result<()> {
         "failed to parse",
     )?;
     refused(&["network", "create", "-o", "com.docker.network.bridge.name=lo", "x"], 1, "lo")?;
+    refused(
+        &["network", "create", "-d", "macvlan", "-o", "parent=none0", "x"],
+        1,
+        "there is no interface `none0`",
+    )?;
     refused(&["network", "create", "tight"], 1, "network with name tight already exists")?;
     refused(&["network", "create", "bridge"], 1, "operation is not permitted on predefined bridge network")?;
     refused(&["network", "rm", "bridge"], 1, "bridge is a pre-defined network and cannot be removed")?;
     refused(&["run", "--rm", "--network", "tight", IMAGE, "true"], 125, "no available IPv4 addresses")?;
     refused(
-        &["run", "--rm", "--network", "name=bridge", "--network", "name=tight", IMAGE, "true"],
+        &["run", "--rm", "--network", "name=ample", "--network", "name=tight", IMAGE, "true"],
         125,
         "no available IPv4",
     )?;
@@ -320,7 +326,7 @@ fn refused_requests_leave_nothing(engine: &Engine) -> Result<()> {
         "cannot assign requested address",
     )?;
     refused(&["run", "--rm", "--network", "bridge", IMAGE, "nowhere"], 127, "executable file not found")?;
-    ensure!(leavings(engine)? == before, "{:?} is not {before:?}", leavings(engine)?);
+    wait_until("what was begun is taken back", PATIENCE, || Ok((leavings(engine)? == before).then_some(())))?;
     ensure!(ok(engine, "network ls -q")? == networks, "networks");
-    clear(engine, "only", "tight")
+    clear(engine, "only", "tight ample")
 }

@@ -27,7 +27,7 @@ impl Networks {
     async fn raise_now(&self, record: &NetworkRecord) -> Result<(), Failure> {
         match record.driver {
             Driver::Bridge => self.raise_bridge(record).await,
-            Driver::Macvlan | Driver::Ipvlan => Ok(()),
+            Driver::Macvlan | Driver::Ipvlan => check_parent(record),
             Driver::Host | Driver::Null => Ok(()),
         }
     }
@@ -118,4 +118,29 @@ impl Networks {
             }
         }
     }
+}
+
+/// A macvlan or ipvlan network hangs on an interface of the host, which has to be there.
+fn check_parent(record: &NetworkRecord) -> Result<(), Failure> {
+    // Not /sys/class/net, which shows the namespace sysfs was mounted in.
+    let table = std::fs::read_to_string("/proc/thread-self/net/dev").unwrap_or_default();
+    let is_there = table
+        .lines()
+        .filter_map(|line| line.split_once(':'))
+        .any(|(name, _)| name.trim() == record.interface);
+    if is_there {
+        return Ok(());
+    }
+    let driver = record.driver.name();
+    Err(if record.options.contains_key("parent") {
+        Failure::invalid(format!(
+            "there is no interface `{}` on this computer for the {driver} network {} to hang on; make it first, or \
+             name another one with `-o parent=`",
+            record.interface, record.name
+        ))
+    } else {
+        Failure::invalid(format!(
+            "a {driver} network needs an interface of this computer to hang on: name it with `-o parent=`"
+        ))
+    })
 }

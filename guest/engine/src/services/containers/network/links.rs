@@ -23,9 +23,8 @@ pub fn resolve(index: &Index, links: &mut Option<Vec<String>>) -> Result<(), Fai
         let (name, alias) = parse(link)?;
         let view = index
             .find(name)
-            .map_err(|failure| {
-                Failure::new(failure.kind, format!("could not get container for {name}: {failure}"))
-            })?
+            // Not "not found": clients would look for the image.
+            .map_err(|failure| Failure::invalid(format!("could not get container for {name}: {failure}")))?
             .view();
         if view.record.host.network_mode == "host" {
             return Err(Failure::invalid(
