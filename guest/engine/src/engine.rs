@@ -8,11 +8,13 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use guest_images::{Images, Options, Proxies};
+use guest_protocol::port;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::config::Settings;
+use crate::host::{self, HostLeases};
 use crate::http::{Listeners, Services, bind_unix};
 use crate::services::containers::{Capacity, Containers, Context};
 use crate::services::events::Events;
@@ -31,7 +33,9 @@ pub async fn run(settings: Settings, ready: Option<OwnedFd>) -> anyhow::Result<(
     let settings = Arc::new(settings);
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     // First of all, so that a second engine ends here and touches nothing of the first one's.
-    let (services, tasks) = open(&settings).await?;
+    let outside = settings.vsock.map(|_| HostLeases::new());
+    let (outside, keeper) = outside.unzip();
+    let (services, tasks) = open(&settings, outside).await?;
     let listeners = Listeners {
         unix: settings
             .socket
@@ -41,6 +45,11 @@ pub async fn run(settings: Settings, ready: Option<OwnedFd>) -> anyhow::Result<(
         vsock: settings.vsock.map(Listeners::bind_vsock).transpose()?,
     };
     let stop = CancellationToken::new();
+    if let Some(keeper) = keeper {
+        let (networks, connections) = (services.networks.clone(), Listeners::bind_vsock(port::FORWARD)?);
+        tasks.spawn(host::serve(connections, networks.clone(), tasks.clone(), stop.clone()));
+        keeper.start(move || networks.held_outside(), stop.clone());
+    }
     let serving = tokio::spawn(listeners.serve(services.clone(), tasks.clone(), stop.clone()));
     if let Some(ready) = ready {
         File::from(ready).write_all(b"\n").context("cannot tell that the API answers")?;
@@ -69,7 +78,10 @@ pub async fn run(settings: Settings, ready: Option<OwnedFd>) -> anyhow::Result<(
     Ok(())
 }
 
-async fn open(settings: &Arc<Settings>) -> anyhow::Result<(Arc<Services>, TaskTracker)> {
+async fn open(
+    settings: &Arc<Settings>,
+    outside: Option<HostLeases>,
+) -> anyhow::Result<(Arc<Services>, TaskTracker)> {
     for folder in [&settings.data_root, &settings.run_root] {
         std::fs::create_dir_all(folder)
             .with_context(|| format!("cannot make the folder `{}`", folder.display()))?;
@@ -92,6 +104,7 @@ async fn open(settings: &Arc<Settings>) -> anyhow::Result<(Arc<Services>, TaskTr
         &engine_id,
         store.clone(),
         events.clone(),
+        outside,
     )?);
     let tasks = TaskTracker::new();
     let volumes = {

@@ -10,6 +10,7 @@ mod config;
 mod engine;
 mod failure;
 mod fsck;
+mod host;
 mod http;
 mod moment;
 mod pieces;

@@ -97,7 +97,7 @@ impl Leases {
         match request {
             Request::Acquire { container, ports } => match self.acquire(container, &ports).await {
                 Ok(ports) => Ok(Response::Granted { ports }),
-                Err(error) => Err(Failure::new(FailureKind::Failed, sentence(&error))),
+                Err(why) => Err(Failure::new(FailureKind::Failed, why)),
             },
             Request::Release { container } => {
                 self.release(&container).await;
@@ -110,12 +110,13 @@ impl Leases {
         }
     }
 
-    async fn acquire(&self, container: String, ports: &[PortRequest]) -> Result<Vec<GrantedPort>, BindError> {
+    async fn acquire(&self, container: String, ports: &[PortRequest]) -> Result<Vec<GrantedPort>, String> {
         let mut held = self.held.lock().await;
         if let Some(before) = held.remove(&container) {
             before.close().await;
         }
-        let forwarder = Forwarder::bind(&container, ports, &self.sink)?;
+        let forwarder =
+            Forwarder::bind(&container, ports, &self.sink).map_err(|error| refusal(&error, &held))?;
         let granted = forwarder.ports().to_vec();
         debug!(container, ports = ?granted, "lease granted");
         held.insert(container, forwarder);
@@ -170,6 +171,26 @@ impl Leases {
             forwarder.close().await;
         }
     }
+}
+
+/// Why a lease is not granted; a port that another container has is told by the container, not by this process.
+fn refusal(error: &BindError, held: &HashMap<String, Forwarder>) -> String {
+    if let BindError::InUse { address, transport, .. } = error {
+        let clashes = |port: &GrantedPort| {
+            let overlap = port.address == address.ip()
+                || port.address.is_ipv4() == address.is_ipv4()
+                    && (port.address.is_unspecified() || address.ip().is_unspecified());
+            port.transport == *transport && port.port == address.port() && overlap
+        };
+        let holder = held.iter().find(|(_, forwarder)| forwarder.ports().iter().any(clashes));
+        if let Some((container, _)) = holder {
+            let container: String = container.chars().take(12).collect();
+            return format!(
+                "Bind for {address} failed: port is already allocated (published by container {container})"
+            );
+        }
+    }
+    sentence(error)
 }
 
 fn same_ports(held: &[GrantedPort], wanted: &[GrantedPort]) -> bool {
@@ -272,7 +293,10 @@ mod tests {
         let port = granted[0].port;
         assert!(!is_free(port));
         let refused = engine.acquire("b", port).await.unwrap_err();
-        assert!(refused.message.contains("is in use by"), "{refused}");
+        assert!(
+            refused.message.contains("port is already allocated (published by container a)"),
+            "{refused}"
+        );
         // The same container again is no conflict with itself.
         assert_eq!(engine.acquire("a", port).await.unwrap(), granted);
         assert_eq!(engine.ask(Request::Release { container: "a".into() }).await, Ok(Response::Done));

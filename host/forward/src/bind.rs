@@ -17,7 +17,7 @@ const TRIES_MAX: u32 = 32;
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
     /// Somebody else listens there.
-    #[error("port {address}/{transport} of the host is in use{}", by(.holder.as_ref()))]
+    #[error("failed to bind host port for {address}/{transport}: address already in use{}", by(.holder.as_ref()))]
     InUse {
         /// The address and port.
         address: SocketAddr,
@@ -72,7 +72,7 @@ pub enum BindError {
 }
 
 fn by(holder: Option<&Holder>) -> String {
-    holder.map_or_else(|| " by a process of another user".into(), |holder| format!(" by {holder}"))
+    holder.map_or_else(|| " (by another user's process)".into(), |holder| format!(" (held by {holder})"))
 }
 
 /// Binds one request: sockets that listen (TCP) or are bound (UDP), one for each address, all at the same port.
@@ -190,7 +190,7 @@ mod tests {
         let error = bind(&request(Transport::Tcp, &[LOCAL, OTHER], number, number)).unwrap_err();
         let text = error.to_string();
         assert!(text.contains(&format!("127.0.0.2:{number}/tcp")), "{text}");
-        assert!(text.contains(&format!("(process {})", std::process::id())), "{text}");
+        assert!(text.contains(&format!("process {}", std::process::id())), "{text}");
         std::net::TcpListener::bind((LOCAL, number)).unwrap();
     }
 

@@ -16,7 +16,7 @@ pub struct Holder {
 
 impl fmt::Display for Holder {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(formatter, "`{}` (process {})", self.name, self.pid)
+        write!(formatter, "process {}, `{}`", self.pid, self.name)
     }
 }
 

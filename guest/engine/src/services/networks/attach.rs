@@ -260,7 +260,11 @@ impl Networks {
         }
         drop(state);
         let (ports, lease) = member.map(|member| (member.ports, member.lease)).unwrap_or_default();
-        self.ports.release(&ports);
+        match &self.outside {
+            Some(outside) if !ports.is_empty() => outside.release(container),
+            Some(_) => {}
+            None => self.ports.release(&ports),
+        }
         match std::fs::remove_file(self.member_path(container)) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                 tracing::warn!(container = &container[..12], %error, "a network record stays behind");

@@ -1,14 +1,16 @@
 //! Publishing a running container's ports.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use guest_network::forwarding;
+use guest_network::{Protocol, forwarding};
+use guest_protocol::{GrantedPort, PortRequest, Transport};
 use ipnet::IpNet;
 
-use super::ports;
+use super::ports::{self, Lease, Published};
 use super::service::Networks;
 use super::state::{Member, Place, State};
 use crate::failure::Failure;
+use crate::host::{HostLeases, Targets};
 use crate::services::containers::Record;
 
 /// Where connections to a container's published ports go: its addresses on the networks that lead outside.
@@ -32,7 +34,84 @@ pub fn target(state: &State, member: &Member) -> ports::Target {
     ports::Target { v4, v6 }
 }
 
+/// Has the computer around the machine hold the ports.
+async fn acquire_outside(
+    outside: &HostLeases,
+    container: &str,
+    wanted: &[ports::Wanted],
+    target: ports::Target,
+) -> Result<Lease, Failure> {
+    let requests = wanted.iter().map(request).collect();
+    let granted = outside.acquire(container, requests).await;
+    let granted = granted.map_err(|error| Failure::broken(error.to_string()))?;
+    Ok(Lease::elsewhere(granted.iter().map(published).collect(), target))
+}
+
+fn request(wanted: &ports::Wanted) -> PortRequest {
+    let (first, last) = wanted.host_ports.unwrap_or((0, 0));
+    PortRequest {
+        transport: match wanted.protocol {
+            Protocol::Tcp => Transport::Tcp,
+            Protocol::Udp => Transport::Udp,
+            Protocol::Sctp => Transport::Sctp,
+        },
+        addresses: wanted.host.map_or_else(
+            || vec![Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()],
+            |host| vec![host],
+        ),
+        first: if last == 0 { 0 } else { first.max(1) },
+        last,
+        container_port: wanted.container_port,
+    }
+}
+
+fn published(granted: &GrantedPort) -> Published {
+    Published {
+        protocol: match granted.transport {
+            Transport::Tcp => Protocol::Tcp,
+            Transport::Udp => Protocol::Udp,
+            Transport::Sctp => Protocol::Sctp,
+        },
+        container_port: granted.container_port,
+        host: granted.address,
+        host_port: granted.port,
+    }
+}
+
+fn granted(published: &Published) -> GrantedPort {
+    GrantedPort {
+        transport: match published.protocol {
+            Protocol::Tcp => Transport::Tcp,
+            Protocol::Udp => Transport::Udp,
+            Protocol::Sctp => Transport::Sctp,
+        },
+        address: published.host,
+        port: published.host_port,
+        container_port: published.container_port,
+    }
+}
+
+impl Targets for Networks {
+    fn target(&self, container: &str, _: Transport, container_port: u16) -> Option<SocketAddr> {
+        let state = self.state();
+        let address = target(&state, state.members.get(container)?).address(false)?;
+        Some(SocketAddr::new(address, container_port))
+    }
+}
+
 impl Networks {
+    /// What running containers hold on the computer around the machine.
+    pub fn held_outside(&self) -> Vec<guest_protocol::Lease> {
+        let state = self.state();
+        let publishing = state.members.iter().filter(|(_, member)| !member.ports.is_empty());
+        publishing
+            .map(|(id, member)| guest_protocol::Lease {
+                container: id.clone(),
+                ports: member.ports.iter().map(granted).collect(),
+            })
+            .collect()
+    }
+
     /// Publishes what a container asks for, all or nothing.
     pub(super) async fn publish(&self, record: &Record) -> Result<(), Failure> {
         let wanted = ports::wanted(&record.config, &record.host)?;
@@ -64,7 +143,11 @@ impl Networks {
             let id = state.members.get(&record.id).and_then(|member| member.endpoints.first());
             id.map(|endpoint| endpoint.id[..12].to_owned()).unwrap_or_default()
         };
-        let lease = self.ports.acquire(&record.name, &wanted, target).map_err(|failure| {
+        let lease = match &self.outside {
+            None => self.ports.acquire(&record.name, &wanted, target),
+            Some(outside) => acquire_outside(outside, &record.id, &wanted, target).await,
+        };
+        let lease = lease.map_err(|failure| {
             Failure::new(
                 failure.kind,
                 format!(
@@ -97,7 +180,11 @@ impl Networks {
             }
             (member.record.name.clone(), member.ports.clone(), target(&state, member))
         };
-        let lease = self.ports.reacquire(&name, &published, target);
+        let lease = match &self.outside {
+            None => self.ports.reacquire(&name, &published, target),
+            // The session with the host tells it what is held.
+            Some(_) => Lease::elsewhere(published, target),
+        };
         if let Some(member) = self.state().members.get_mut(container) {
             member.lease = Some(lease);
         }

@@ -20,6 +20,7 @@ use super::state::{Net, Phase, State};
 use super::{options, show};
 use crate::config::{AddressPool, BridgeChoice, NetworkDefaults};
 use crate::failure::Failure;
+use crate::host::HostLeases;
 use crate::services::events::Events;
 use crate::store::{self, Store};
 
@@ -35,6 +36,8 @@ pub struct Networks {
     /// Folder of what is kept of running containers.
     pub(super) members: PathBuf,
     pub(super) ports: PortHost,
+    /// In the machine: ports are published on the computer around it.
+    pub(super) outside: Option<HostLeases>,
     store: Store,
     pools: Vec<AddressPool>,
 }
@@ -49,6 +52,7 @@ impl Networks {
         engine_id: &str,
         store: Store,
         events: Events,
+        outside: Option<HostLeases>,
     ) -> anyhow::Result<Self> {
         let stored: Vec<NetworkRecord> =
             store.all(store::NETWORKS)?.into_iter().map(|(_, record)| record).collect();
@@ -88,6 +92,7 @@ impl Networks {
             sandboxes: run.join("netns"),
             members: run.join("network"),
             ports: PortHost::default(),
+            outside,
             store,
             pools,
         })

@@ -1,7 +1,7 @@
 //! Where ports are published: the place whose addresses and other programs they have to get along with.
 //!
-//! Natively that is this computer. In the machine it is the guest for now; the host's side will be asked for a lease
-//! through the same door.
+//! Natively that is this computer. In the machine the computer around it is asked instead ([`crate::host`]), and a
+//! [`Lease`] only tells where connections go.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -51,6 +51,11 @@ pub struct Lease {
 impl Lease {
     fn new(target: Target) -> Self {
         Self { published: Vec::new(), targets: watch::Sender::new(target), held: Vec::new() }
+    }
+
+    /// Ports that somebody else holds for the container: the computer around the machine.
+    pub fn elsewhere(published: Vec<Published>, target: Target) -> Self {
+        Self { published, ..Self::new(target) }
     }
 
     /// Connections go there from now on.
