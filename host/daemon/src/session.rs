@@ -190,9 +190,11 @@ mod tests {
         assert_eq!(answer.await.unwrap().unwrap().kernel, "6.12");
         asks.send(Ask::PowerOff).await.unwrap();
         let requests = agent.await.unwrap();
-        assert!(
-            matches!(requests[0], Request::SetClock { unix_nanos } if unix_nanos > 1_700_000_000_000_000_000)
-        );
+        let is_now = |request: &Request| {
+            matches!(request, Request::SetClock { unix_nanos } if *unix_nanos > 1_700_000_000_000_000_000)
+        };
+        assert!(requests.iter().any(is_now), "{requests:?}");
+        assert_eq!(requests[0], Request::Configure { settings: None }, "before the engine is started");
         assert!(requests.contains(&Request::PowerOff));
         assert_eq!(driver.await.unwrap(), "the guest closed the control session");
         assert_eq!(*notices.lock().unwrap(), [Notice::Engine(EngineState::Ready)]);
