@@ -291,6 +291,8 @@ fn refused_requests_leave_nothing(engine: &Engine) -> Result<()> {
     ok(engine, "network create --subnet 10.95.0.0/30 tight")?;
     ok(engine, "network create ample")?;
     sleeper(engine, "only", "--network tight")?;
+    // The default bridge comes with the first container that needs it, and stays.
+    ok(engine, &format!("run --rm {IMAGE} true"))?;
     let before = leavings(engine)?;
     let networks = ok(engine, "network ls -q")?;
     let refused =
