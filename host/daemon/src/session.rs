@@ -190,9 +190,7 @@ mod tests {
         assert_eq!(answer.await.unwrap().unwrap().kernel, "6.12");
         asks.send(Ask::PowerOff).await.unwrap();
         let requests = agent.await.unwrap();
-        let is_now = |request: &Request| {
-            matches!(request, Request::SetClock { unix_nanos } if *unix_nanos > 1_700_000_000_000_000_000)
-        };
+        let is_now = |request: &Request| matches!(request, Request::SetClock { unix_nanos } if *unix_nanos > 1_700_000_000_000_000_000);
         assert!(requests.iter().any(is_now), "{requests:?}");
         assert_eq!(requests[0], Request::Configure { settings: None }, "before the engine is started");
         assert!(requests.contains(&Request::PowerOff));
