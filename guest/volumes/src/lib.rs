@@ -20,7 +20,7 @@ mod specification;
 mod tmpfs;
 
 pub use copy::{CopyError, fill};
-pub use local::{LocalVolumes, VolumeError};
+pub use local::{LocalVolumes, Problems, Recovered, VolumeError};
 pub use options::{DriverOptions, OptionError};
 pub use path::{clean, make_folders, open_beneath, open_within};
 pub use propagation::{PropagationError, check_shared, check_slave};

@@ -94,6 +94,15 @@ pub struct Recovered {
     pub remade: Vec<String>,
 }
 
+/// What a check found: sentences.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Problems {
+    /// What a crash left by design; recovery takes it away.
+    pub leftovers: Vec<String>,
+    /// What a person has to know.
+    pub damage: Vec<String>,
+}
+
 /// The folders of all local volumes. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct LocalVolumes {
@@ -225,20 +234,41 @@ impl LocalVolumes {
     }
 
     /// What is not as it should be, for a check that changes nothing: one sentence each.
-    pub fn problems(&self, known: &BTreeSet<String>) -> Result<Vec<String>, VolumeError> {
-        let mut problems = Vec::new();
+    pub fn problems(&self, known: &BTreeSet<String>) -> Result<Problems, VolumeError> {
+        let mut problems = Problems::default();
         for folder in [NEW, GONE] {
             for name in names(&self.root.join(folder))? {
-                problems.push(format!("volumes/{folder}/{name} was left by an interrupted operation"));
+                let path = self.root.join(folder).join(name);
+                problems.leftovers.push(format!("`{}` was left by an interrupted operation", path.display()));
             }
         }
-        for name in
-            names(&self.root)?.into_iter().filter(|name| !known.contains(name) && !name.starts_with('.'))
-        {
-            problems.push(format!("volumes/{name} belongs to no volume"));
+        for name in names(&self.root)?.into_iter().filter(|name| !known.contains(name)) {
+            let path = self.folder(&name);
+            if Self::check_name(&name).is_err() || !path.is_dir() {
+                continue;
+            }
+            let kept =
+                names(&path)?.iter().any(|entry| entry != DATA) || !names(&self.data(&name))?.is_empty();
+            let what = format!("`{}` belongs to no volume", path.display());
+            if kept {
+                let advice = format!("create the volume {name} to use the files in it, or delete the folder");
+                problems.damage.push(format!("{what}: {advice}"));
+            } else {
+                problems.leftovers.push(what);
+            }
         }
-        for name in known.iter().filter(|name| !self.data(name).is_dir()) {
-            problems.push(format!("volume {name} has no data folder"));
+        for name in known {
+            let filling = self.folder(name).join(FILLING);
+            if filling.exists() {
+                problems
+                    .leftovers
+                    .push(format!("`{}` was left by an interrupted operation", filling.display()));
+            }
+            // A removal that did not happen is taken back.
+            let data = self.data(name);
+            if !data.is_dir() && !self.root.join(GONE).join(name).is_dir() {
+                problems.damage.push(format!("the volume {name} has no folder `{}`", data.display()));
+            }
         }
         Ok(problems)
     }
@@ -514,7 +544,8 @@ mod tests {
         fs::create_dir(root.join("half-filled/_fill")).unwrap();
 
         let all = known(&["kept", "lost", "half-filled"]);
-        assert_eq!(volumes.problems(&all).unwrap().len(), 7);
+        let found = volumes.problems(&all).unwrap();
+        assert_eq!((found.leftovers.len(), found.damage.len()), (5, 2), "{found:?}");
         let recovered = volumes.recover(&all).unwrap();
         assert_eq!(recovered, Recovered { unknown: vec!["foreign".into()], remade: vec!["lost".into()] });
         assert!(volumes.data("kept").join("file").exists());

@@ -1,9 +1,10 @@
 //! `guest-engine fsck`: proves that a data root that no engine uses is consistent, and repairs what is safe.
 //!
-//! Each owner checks what it owns: the store its pages, images their blobs, layers and writable layers, containers their
-//! records and folders. Exit statuses are those of fsck(8).
+//! Each owner checks what it owns: the store its pages, images their blobs, layers and writable layers, containers and
+//! volumes their records and folders. Exit statuses are those of fsck(8).
 
 mod containers;
+mod volumes;
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -86,6 +87,7 @@ fn check(data_root: &Path, repair: bool) -> anyhow::Result<Findings> {
     pages(&path, &mut findings)?;
     let store = Store::open(&path)?;
     let owners = containers::check(&store, &data_root.join("containers"), repair, &mut findings)?;
+    volumes::check(&store, &data_root.join("volumes"), repair, &mut findings)?;
     let keys: HashSet<String> = owners.into_iter().collect();
     let images = guest_images::check(&data_root.join("images"), store.database(), &keys, repair)
         .map_err(anyhow::Error::new)

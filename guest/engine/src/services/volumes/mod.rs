@@ -9,4 +9,5 @@ mod service;
 #[cfg(test)]
 mod tests;
 
+pub use record::VolumeRecord;
 pub use service::Volumes;
