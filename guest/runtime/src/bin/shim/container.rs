@@ -36,7 +36,7 @@ use rustix::termios::tcsetwinsize;
 use thiserror::Error;
 
 use crate::enter::{Ends, Entry};
-use crate::mount::ReadOnlyCgroups;
+use crate::mount::{Propagation, ReadOnlyCgroups};
 use crate::program::{Failure, Outcome, Program, Report, window};
 use crate::trace::{self, Events};
 
@@ -181,6 +181,9 @@ impl Runtime {
                 && let Some(cgroups) = ReadOnlyCgroups::of(&spec)
             {
                 cgroups.apply(made.pid).map_err(setup("make the container's cgroups read-only"))?;
+            }
+            if let Some(propagation) = Propagation::of(&spec) {
+                propagation.apply(made.pid).map_err(setup("set how the container's mounts are passed on"))?;
             }
             // libcontainer always leaves it on.
             if keeps_alive {

@@ -1,8 +1,9 @@
 //! What libcontainer leaves undone of a container's mounts.
 //!
 //! With cgroup v1 it makes the folder and one mount in it per controller, and drops the options the spec gave: a
-//! container could write its own limits (those of version 2 it mounts as asked). Between creation and start the shim sets them right from inside the container's
-//! mount namespace, where nothing of the container runs yet.
+//! container could write its own limits (those of version 2 it mounts as asked). And it leaves every mount as private,
+//! shared or slave as the root was made, whatever the mount's own options say. Between creation and start the shim sets
+//! both right from inside the container's mount namespace, where nothing of the container runs yet.
 
 use std::fs::{self, File};
 use std::io;
@@ -11,7 +12,8 @@ use std::path::{Path, PathBuf};
 use guest_runtime::sys;
 use oci_spec::runtime::{LinuxNamespaceType, Mount, Spec};
 use rustix::fs::{FsWord, statfs};
-use rustix::mount::{MountFlags, mount_remount};
+use rustix::io::Errno;
+use rustix::mount::{MountFlags, MountPropagationFlags, mount_change, mount_remount};
 
 /// The kernel's `CGROUP_SUPER_MAGIC`, of version 1.
 const CGROUP_MAGIC: FsWord = 0x0027_e0eb;
@@ -27,8 +29,7 @@ pub struct ReadOnlyCgroups {
 impl ReadOnlyCgroups {
     /// `None` when the container may write them, sees none, or has the host's mounts.
     pub fn of(spec: &Spec) -> Option<Self> {
-        let mut namespaces = spec.linux().as_ref()?.namespaces().iter().flatten();
-        if !namespaces.any(|one| one.typ() == LinuxNamespaceType::Mount && one.path().is_none()) {
+        if !has_own_mounts(spec) {
             return None;
         }
         let mounts = spec.mounts().as_deref().unwrap_or_default();
@@ -62,6 +63,71 @@ impl ReadOnlyCgroups {
         }
         remount_read_only(&self.folder)
     }
+}
+
+/// Which mounts pass mounts on, and which do not.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Propagation {
+    places: Vec<(PathBuf, MountPropagationFlags)>,
+}
+
+impl Propagation {
+    /// `None` when no mount says, or the mounts are the host's own.
+    pub fn of(spec: &Spec) -> Option<Self> {
+        if !has_own_mounts(spec) {
+            return None;
+        }
+        let mounts = spec.mounts().iter().flatten();
+        let places: Vec<_> = mounts
+            .filter_map(|mount| {
+                let flags = mount.options().iter().flatten().rev().find_map(|option| propagation(option))?;
+                Some((mount.destination().clone(), flags))
+            })
+            .collect();
+        (!places.is_empty()).then_some(Self { places })
+    }
+
+    /// Makes them so, for the container of this init. Its program must not have been started.
+    pub fn apply(&self, init: i32) -> io::Result<()> {
+        let namespace = File::open(format!("/proc/{init}/ns/mnt"))?;
+        sys::in_mount_namespace(&namespace, || self.change())
+    }
+
+    fn change(&self) -> io::Result<()> {
+        for (place, flags) in &self.places {
+            match mount_change(place, *flags) {
+                // A later mount hides it.
+                Ok(()) | Err(Errno::INVAL | Errno::NOENT | Errno::NOTDIR) => {}
+                Err(error) => {
+                    let text = format!("{}: {}", place.display(), io::Error::from(error));
+                    return Err(io::Error::new(io::Error::from(error).kind(), text));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn propagation(option: &str) -> Option<MountPropagationFlags> {
+    let (word, deep) = match option.strip_prefix('r') {
+        Some(word) => (word, MountPropagationFlags::REC),
+        None => (option, MountPropagationFlags::empty()),
+    };
+    let kind = match word {
+        "private" => MountPropagationFlags::PRIVATE,
+        "shared" => MountPropagationFlags::SHARED,
+        "slave" => MountPropagationFlags::DOWNSTREAM,
+        "unbindable" => MountPropagationFlags::UNBINDABLE,
+        _ => return None,
+    };
+    Some(kind | deep)
+}
+
+/// Whether the container gets a mount namespace made for it.
+fn has_own_mounts(spec: &Spec) -> bool {
+    let linux = spec.linux().as_ref();
+    let mut namespaces = linux.and_then(|linux| linux.namespaces().as_ref()).into_iter().flatten();
+    namespaces.any(|one| one.typ() == LinuxNamespaceType::Mount && one.path().is_none())
 }
 
 fn is_read_only(mount: &Mount) -> bool {
@@ -108,6 +174,24 @@ mod tests {
         assert!(one.others.contains(&"/sys/fs/cgroup/memory".into()));
         assert_eq!(ReadOnlyCgroups::of(&with("/sys/fs/cgroup")), None);
         assert_eq!(ReadOnlyCgroups::of(&with("/sys")), None);
+    }
+
+    #[test]
+    fn mounts_pass_on_what_they_say() {
+        let with = |options: &[&str]| {
+            let mut mount = at("/there");
+            mount.set_options(Some(options.iter().map(|option| (*option).to_owned()).collect()));
+            Propagation::of(&spec(vec![mount])).map(|found| found.places[0].1)
+        };
+        let deep = MountPropagationFlags::REC;
+        assert_eq!(with(&["rbind", "ro"]), None);
+        assert_eq!(with(&["rbind", "rprivate"]), Some(MountPropagationFlags::PRIVATE | deep));
+        assert_eq!(with(&["bind", "slave", "ro"]), Some(MountPropagationFlags::DOWNSTREAM));
+        assert_eq!(
+            with(&["rprivate", "rshared"]),
+            Some(MountPropagationFlags::SHARED | deep),
+            "the last one"
+        );
     }
 
     #[test]
