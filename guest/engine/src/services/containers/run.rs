@@ -15,6 +15,7 @@ use guest_runtime::shim::{
     ConsoleSize, ErrorKind as ShimErrorKind, Exit, Request as ShimRequest, SPEC_FILE, STATE_FILE, ShimSpec,
     StateRecord, Stdin,
 };
+use guest_volumes::make_folders;
 use jiff::Timestamp;
 use tokio::net::UnixStream;
 use tokio::process::Child;
@@ -276,7 +277,8 @@ fn prepare_files(
     let extra_groups = record.host.group_add.as_deref().unwrap_or_default();
     let user = user::resolve(&record.config.user, extra_groups, &passwd, &group)?;
     if !record.config.working_dir.is_empty() {
-        rootfs::make_folders(&rootfs, Path::new(&record.config.working_dir))
+        rootfs::open(&rootfs)
+            .and_then(|root| make_folders(root, Path::new(&record.config.working_dir)))
             .map_err(io("cannot make the working directory"))?;
     }
     std::fs::create_dir_all(&data).map_err(io("cannot make the container's folder"))?;

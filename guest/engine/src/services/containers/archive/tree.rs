@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::Context as _;
 use guest_images::Snapshotter;
+use guest_volumes::make_folders;
 use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags, Stat};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
@@ -189,9 +190,9 @@ fn alone(place: &Path, engines: &Path, mounts: &[Mounted]) -> anyhow::Result<Tre
 
 fn show(tree: &Tree, mount: &Mounted) -> io::Result<()> {
     if std::fs::metadata(&mount.source)?.is_dir() {
-        rootfs::make_folders(&tree.path, &mount.destination)?;
+        make_folders(&tree.root, &mount.destination)?;
     } else if let Some(parent) = mount.destination.parent() {
-        rootfs::make_folders(&tree.path, parent)?;
+        make_folders(&tree.root, parent)?;
         let flags = OFlags::CREATE | OFlags::WRONLY | OFlags::CLOEXEC;
         let mode = Mode::from_raw_mode(0o755);
         drop(rustix::fs::openat2(&tree.root, &mount.destination, flags, mode, ResolveFlags::IN_ROOT)?);
