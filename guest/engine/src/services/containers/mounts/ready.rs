@@ -147,7 +147,14 @@ async fn mount_part(
                 ));
             }
             match error.kind() {
-                io::ErrorKind::NotFound => Failure::not_found(format!("cannot access path {shown}: {error}")),
+                io::ErrorKind::NotFound => {
+                    let missing =
+                        whole.ancestors().take_while(|path| path.symlink_metadata().is_err()).last();
+                    Failure::not_found(format!(
+                        "cannot access path {shown}: lstat {}: no such file or directory",
+                        missing.unwrap_or(&whole).display()
+                    ))
+                }
                 _ => Failure::internal(format!("cannot access path {shown}"), error),
             }
         };
