@@ -17,6 +17,7 @@ mod registries;
 mod run;
 mod settings;
 mod streams;
+mod volumes;
 
 use anyhow::Result;
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -64,6 +65,7 @@ fn test(arguments: &Arguments) -> Result<ExitCode> {
     scenarios.extend(docker::scenarios());
     scenarios.extend(registries::scenarios());
     scenarios.extend(files::scenarios());
+    scenarios.extend(volumes::scenarios());
     scenarios.extend(bad_input::scenarios());
     scenarios.extend(life::scenarios());
     scenarios.extend(settings::scenarios());
