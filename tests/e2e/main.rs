@@ -42,6 +42,15 @@ macro_rules! scenarios {
 use scenarios;
 
 fn main() -> ExitCode {
+    if std::env::args().nth(1).as_deref() == Some(networks::ECHO) {
+        return match networks::echo() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("error: {error:?}");
+                ExitCode::FAILURE
+            }
+        };
+    }
     let mut arguments = Arguments::from_args();
     // One engine, and a machine of two processors: scenarios after one another, unless asked otherwise.
     arguments.test_threads.get_or_insert(1);

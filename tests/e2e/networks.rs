@@ -1,8 +1,10 @@
 //! Networks of the user's own: topologies, isolation, names, published ports, and what bad requests leave behind.
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpStream, UdpSocket};
 use std::time::Duration;
-use tests_harness::{Engine, Finished, IMAGE, Stage, wait_until};
+use tests_harness::{Engine, Finished, IMAGE, Layer, Stage, TestImage, wait_until};
 
 crate::scenarios![
     packets_cross_two_routers,
@@ -13,10 +15,15 @@ crate::scenarios![
     links_of_the_default_network,
     one_container_uses_anothers_network,
     ports_are_published,
+    published_ports_carry_streams_and_datagrams,
+    a_port_of_another_program_is_refused,
     networks_and_names_survive_the_engine,
     refused_requests_leave_nothing,
 ];
 
+/// The argument that makes this program answer datagrams.
+pub(crate) const ECHO: &str = "answer-datagrams";
+const ECHO_IMAGE: &str = "echo:test";
 const PATIENCE: Duration = Duration::from_secs(90);
 
 fn docker(engine: &Engine, arguments: &[&str]) -> Result<Finished> {
@@ -225,6 +232,71 @@ fn one_container_uses_anothers_network(engine: &Engine) -> Result<()> {
     clear(engine, "owner", "shared")
 }
 
+/// What is sent comes back after the sender's half-close; datagrams come back as they were.
+fn published_ports_carry_streams_and_datagrams(engine: &Engine) -> Result<()> {
+    // No tool in the test image answers datagrams, so this program does.
+    let own = std::fs::read(std::env::current_exe()?)?;
+    engine.load(&TestImage::new(vec![Layer::program("echo", &own)?]), ECHO_IMAGE)?;
+    let serve = "while :; do nc -l -p 80 -e cat; done";
+    docker(engine, &["run", "-d", "--name", "echo", "-p", "127.0.0.1::80", IMAGE, "sh", "-c", serve])?
+        .ok()?;
+    let answer = ["run", "-d", "--name", "udp", "-p", "127.0.0.1::81/udp", ECHO_IMAGE, "/echo", ECHO];
+    docker(engine, &answer)?.ok()?;
+    let (stream, datagrams) = (ok(engine, "port echo 80/tcp")?, ok(engine, "port udp 81/udp")?);
+    let sent = vec![b'x'; 256 << 10];
+    wait_until("the stream comes back", PATIENCE, || {
+        let Ok(mut client) = TcpStream::connect(&stream) else { return Ok(None) };
+        client.set_read_timeout(Some(Duration::from_secs(20)))?;
+        let mut writer = client.try_clone()?;
+        let heard = std::thread::scope(|scope| {
+            // Before the container listens, the connection ends at once.
+            scope.spawn(|| {
+                let written = writer.write_all(&sent);
+                written.and_then(|()| writer.shutdown(Shutdown::Write))
+            });
+            let mut heard = Vec::new();
+            client.read_to_end(&mut heard).map(|_| heard)
+        });
+        Ok(heard.is_ok_and(|heard| heard == sent).then_some(()))
+    })?;
+    let client = UdpSocket::bind("127.0.0.1:0")?;
+    client.set_read_timeout(Some(Duration::from_secs(2)))?;
+    client.connect(&datagrams)?;
+    wait_until("a datagram comes back", PATIENCE, || {
+        let mut buffer = [0; 64];
+        let heard = client.send(b"ping").and_then(|_| client.recv(&mut buffer));
+        Ok(heard.is_ok_and(|count| &buffer[..count] == b"ping").then_some(()))
+    })?;
+    ok(engine, "rm -f echo udp")?;
+    ok(engine, &format!("rmi {ECHO_IMAGE}"))?;
+    std::net::TcpListener::bind(&stream).context("a removed container's port is free again")?;
+    Ok(())
+}
+
+/// Answers every datagram with itself, for ever: what this program does in a container, called with [`ECHO`].
+pub(crate) fn echo() -> Result<()> {
+    let socket = UdpSocket::bind("0.0.0.0:81")?;
+    let mut buffer = [0; 2048];
+    loop {
+        let (count, peer) = socket.recv_from(&mut buffer)?;
+        socket.send_to(&buffer[..count], peer)?;
+    }
+}
+
+/// Somebody else's port is refused, with the one who has it, and nothing is left of the container.
+fn a_port_of_another_program_is_refused(engine: &Engine) -> Result<()> {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0")?;
+    let publish = format!("{}:80", taken.local_addr()?);
+    let refused = docker(engine, &["run", "--name", "late", "-p", &publish, IMAGE, "true"])?;
+    let holder = format!("process {}", std::process::id());
+    ensure!(
+        refused.stderr.contains("address already in use") && refused.stderr.contains(&holder),
+        "{refused:?}"
+    );
+    refused.fails_with(125, &taken.local_addr()?.to_string())?;
+    ok(engine, "rm late").map(drop)
+}
+
 fn ports_are_published(engine: &Engine) -> Result<()> {
     let serve = "while :; do echo served | nc -l -p 80; done";
     docker(
@@ -236,19 +308,16 @@ fn ports_are_published(engine: &Engine) -> Result<()> {
     ensure!(at.starts_with("127.0.0.1:"), "{at}");
     let listed = ok(engine, "ps --filter name=pub --format {{.Ports}}")?;
     ensure!(listed.contains(&format!("{at}->80/tcp")) && listed.contains("->81/udp"), "{listed}");
-    // The machine's ports are the machine's own: only natively can they be reached from here.
-    if engine.stage == Stage::Native {
-        wait_until("the published port answers", PATIENCE, || {
-            let mut stream = match std::net::TcpStream::connect(&at) {
-                Ok(stream) => stream,
-                Err(_) => return Ok(None),
-            };
-            stream.set_read_timeout(Some(Duration::from_secs(5)))?;
-            let mut heard = String::new();
-            let heard = std::io::Read::read_to_string(&mut stream, &mut heard).map(|_| heard);
-            Ok(heard.ok().filter(|heard| heard.trim() == "served").map(drop))
-        })?;
-    }
+    wait_until("the published port answers", PATIENCE, || {
+        let mut stream = match TcpStream::connect(&at) {
+            Ok(stream) => stream,
+            Err(_) => return Ok(None),
+        };
+        stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+        let mut heard = String::new();
+        let heard = stream.read_to_string(&mut heard).map(|_| heard);
+        Ok(heard.ok().filter(|heard| heard.trim() == "served").map(drop))
+    })?;
     let port = at.rsplit(':').next().unwrap_or_default();
     docker(engine, &["run", "-d", "--name", "late", "-p", &format!("127.0.0.1:{port}:80"), IMAGE, "true"])?
         .fails_with(125, "port is already allocated")?;

@@ -22,9 +22,11 @@ fn a_pushed_image_comes_back(engine: &Engine) -> Result<()> {
         format!("{}/pushed/one:1", engine.registry_name()),
         format!("{}/pushed/two:1", engine.registry_name()),
     );
-    for name in [&first, &second] {
-        docker(engine, &["tag", IMAGE, name])?.ok()?;
-    }
+    // With a layer that no other scenario has pushed.
+    docker(engine, &["run", "--name", "pushed", IMAGE, "touch", "/pushed"])?.ok()?;
+    docker(engine, &["commit", "pushed", &first])?.ok()?;
+    docker(engine, &["rm", "pushed"])?.ok()?;
+    docker(engine, &["tag", &first, &second])?.ok()?;
     let said = docker(engine, &["push", &first])?.ok()?;
     ensure!(said.contains(": Preparing") && said.contains(": Pushed"), "{said}");
     let line = said.lines().last().unwrap_or_default();

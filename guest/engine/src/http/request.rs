@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use guest_api::version::{NEWEST, OLDEST};
@@ -18,6 +19,9 @@ use crate::failure::Failure;
 
 /// Longest JSON body read: a create with a large environment fits many times.
 const BODY_MAX_BYTES: usize = 8 << 20;
+/// What is read of a body that nobody wants; as much as dockerd.
+const DISCARDED_MAX_BYTES: usize = 256 << 10;
+const DISCARDED_TIME_MAX: Duration = Duration::from_secs(1);
 
 /// A request taken apart.
 pub struct Call {
@@ -70,6 +74,14 @@ impl Call {
         }
         content_type?;
         decode(&bytes)
+    }
+
+    /// Takes what the client is still sending, for a while: one whose connection closes while it writes may never read the
+    /// answer.
+    pub async fn discard_body(self) {
+        let body = Limited::new(self.request.into_body(), DISCARDED_MAX_BYTES).collect();
+        // Nothing in it matters, nor how it ends.
+        drop(tokio::time::timeout(DISCARDED_TIME_MAX, body).await);
     }
 
     /// The body, and whether its type is JSON's: the complaint about that waits until it is known that there is one.
