@@ -48,7 +48,9 @@ pub enum BindError {
         address: SocketAddr,
     },
     /// The host has no such address.
-    #[error("failed to bind host port at {0}: cannot assign requested address (the host has no such address)")]
+    #[error(
+        "failed to bind host port at {0}: cannot assign requested address (the host has no such address)"
+    )]
     NoSuchAddress(IpAddr),
     /// SCTP is not carried into the machine.
     #[error("sctp ports cannot be published through the machine (port {0}): only tcp and udp can")]
