@@ -12,7 +12,6 @@ pub mod container;
 pub mod error;
 pub mod event;
 pub mod exec;
-pub mod fault;
 pub mod files;
 pub mod filter;
 pub mod frame;

@@ -15,7 +15,7 @@ use bytes::Bytes;
 use futures_util::{StreamExt, future::BoxFuture, stream::BoxStream};
 use tokio::sync::{Semaphore, mpsc, watch};
 
-use crate::{ContentStore, Digest, Error, Kind, Options, Result, content::Ingest, fault};
+use crate::{ContentStore, Digest, Error, Kind, Options, Result, content::Ingest};
 
 /// Tries in all, for a connection that brings a few bytes each time.
 const TRIES_MAX: u32 = 50;
@@ -151,7 +151,7 @@ impl Inner {
             (ingest, failure) = self.attempt(digest, size, source, ingest, state).await?;
             let Some(failure) = failure else {
                 state.send_replace(State::Verifying);
-                fault::point("pull-blob-arrived");
+                guest_fault::point("pull-blob-arrived");
                 return blocking(move || ingest.finish(Some((digest, size)))).await.map(|_| ());
             };
             fruitless = if ingest.length() > before { 1 } else { fruitless + 1 };

@@ -36,7 +36,6 @@ mod digest;
 mod download;
 mod error;
 mod extract;
-mod fault;
 mod image;
 mod images;
 pub mod instructions;

@@ -18,7 +18,6 @@ use crate::{
     LayerProgress, Platform, Progress, PulledImage, Reference, Result,
     database::{ImageRecord, NAMES, RECORDS},
     download::{BlobSource, State, blocking},
-    fault,
     images::{names_by_id, now},
     lease::Lease,
     load::Wanted,
@@ -378,7 +377,7 @@ impl Images {
             }
         };
         drop(ground);
-        fault::point("pull-layers-placed");
+        guest_fault::point("pull-layers-placed");
 
         let layers = works
             .iter()
@@ -407,7 +406,7 @@ impl Images {
         blocking(move || {
             let _lease = lease;
             inner.commit(id, &record, &names)?;
-            fault::point("pull-committed");
+            guest_fault::point("pull-committed");
             let names = names_by_id(&inner.store.read()?.open_table(NAMES)?)?.remove(&id).unwrap_or_default();
             inner.image(id, record, names)
         })
@@ -570,7 +569,7 @@ impl LayerWork {
         blocking(move || {
             let Written { temporary, unpacked, _alive } = written;
             let _lease = lease;
-            fault::point("pull-layer-unpacked");
+            guest_fault::point("pull-layer-unpacked");
             snapshotter.place(temporary, &unpacked, blob, parent).map(|(_, record)| record.size)
         })
         .await

@@ -16,7 +16,6 @@ use crate::{
     Digest, Error, Hasher, ImageLayer, Kind, Progress, Result, UploadProgress,
     compression::Compression,
     download::blocking,
-    fault,
     manifest::{DOCKER_LAYER, Descriptor, OCI_LAYER},
     places::Place,
     registry::{Failure, Mount, Session},
@@ -213,7 +212,7 @@ impl<'a> PushLayer<'a> {
                 reached.session.insert(session)
             }
         };
-        fault::point("push-upload-begun");
+        guest_fault::point("push-upload-begun");
         let sent = Arc::new(AtomicU64::new(0));
         let open = |offset: u64| {
             let mut file = self.push.images.0.content.open_blob(&blob.digest)?;

@@ -18,7 +18,6 @@ use crate::{
     Credentials, Digest, Error, Image, ImageId, Images, Kind, Platform, Progress, Reference, Result,
     database::{self, NAMES, RECORDS},
     download::blocking,
-    fault,
     images::Inner,
     lease::Lease,
     manifest::{CONFIG_BYTES_MAX, DOCKER_CONFIG, Descriptor},
@@ -132,14 +131,14 @@ impl Push {
             )
             .await;
         let layers = self.layers(&image).await?;
-        fault::point("push-layers-sent");
+        guest_fault::point("push-layers-sent");
         let config = Descriptor::new(DOCKER_CONFIG, id, image.config_json.len() as u64);
         let sent = self.manifest_for(&image, &config, &layers).await?;
         self.send_config(&config).await?;
-        fault::point("push-config-sent");
+        guest_fault::point("push-config-sent");
         let tag = name.tag().unwrap_or("latest");
         self.persistently(|| self.repository.put_manifest(tag, &sent.media_type, &sent.bytes)).await?;
-        fault::point("push-manifest-sent");
+        guest_fault::point("push-manifest-sent");
         let digest = Digest::of(&sent.bytes);
         let (inner, digested) = (self.images.0.clone(), name.with_digest(digest));
         // The image cannot go while its new name is written.

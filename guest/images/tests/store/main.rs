@@ -6,6 +6,8 @@
 mod check;
 mod crash;
 mod docker_registry;
+#[cfg(debug_assertions)]
+mod faults;
 mod full;
 mod hostile;
 mod load;

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context as _;
-use guest_api::{ErrorKind, fault};
+use guest_api::ErrorKind;
 use guest_images::{Images, Snapshotter};
 use guest_runtime::shim::{
     ConsoleSize, ErrorKind as ShimErrorKind, Exit, Request as ShimRequest, SPEC_FILE, STATE_FILE, ShimSpec,
@@ -173,7 +173,7 @@ async fn start_steps(
         });
     }
     mounted?;
-    fault::point("start.after-mount");
+    guest_fault::point("start.after-mount");
     let attached = attached?;
 
     let ready = mounts::make_ready(context, record, undo).await?;
@@ -184,7 +184,7 @@ async fn start_steps(
     };
     prepared.await.map_err(|error| Failure::internal("preparing the container failed", &error))??;
 
-    fault::point("start.after-files");
+    guest_fault::point("start.after-files");
     let (shim, child) = Shim::launch(&context.shim, &run_folder)
         .await
         .map_err(|error| Failure::internal("cannot start the container's shim", &error))?;
@@ -200,9 +200,9 @@ async fn start_steps(
             Ok(())
         }
     });
-    fault::point("start.after-shim");
+    guest_fault::point("start.after-shim");
     let pid = shim.create().await.map_err(create_failure)?;
-    fault::point("start.after-create");
+    guest_fault::point("start.after-create");
     if temporary {
         // The container has mounts of its own now.
         let cleared = tokio::task::spawn_blocking(move || mounts::clear(&run_folder)).await;
@@ -221,9 +221,9 @@ async fn start_steps(
     let started_at = Timestamp::now();
     let run_record = RunRecord { started_at, stopped_by_user: false };
     write_run_record(context, record, &run_record)?;
-    fault::point("start.after-record");
+    guest_fault::point("start.after-record");
     shim.start(None).await.map_err(create_failure)?;
-    fault::point("start.after-start");
+    guest_fault::point("start.after-start");
     Ok(Started { shim, live: Live { pid, started_at }, child: take(&child) })
 }
 
@@ -390,7 +390,7 @@ pub async fn tear_down(
                 Err(error) => warn("the shim does not end", &error),
             }
         }
-        fault::point("stop.after-shim");
+        guest_fault::point("stop.after-shim");
         if let Err(error) = unmount_rootfs(context, &record.id).await {
             warn("the root file system stays mounted", &error);
         }
@@ -452,7 +452,7 @@ pub async fn remove_run_folder(context: &Arc<Context>, id: &str) -> Result<(), F
 /// Done again, it completes what was interrupted.
 pub async fn remove(context: &Arc<Context>, record: &Record, volumes: bool) -> Result<(), Failure> {
     clear_run_folder(context, record).await?;
-    fault::point("remove.after-run");
+    guest_fault::point("remove.after-run");
     if !volumes {
         mounts::keep_volumes(context, record).await?;
     }
@@ -460,9 +460,9 @@ pub async fn remove(context: &Arc<Context>, record: &Record, volumes: bool) -> R
     // way round it would leave a container that cannot be started.
     let removed = context.store.remove(store::CONTAINERS, &record.id).await;
     removed.map_err(|error| Failure::internal("cannot remove the container's record", &error))?;
-    fault::point("remove.after-record");
+    guest_fault::point("remove.after-record");
     remove_leavings(context, &record.id).await?;
-    fault::point("remove.after-snapshot");
+    guest_fault::point("remove.after-snapshot");
     mounts::release(context, record, volumes).await;
     // It may have been the last to stand on the layers of an image that is gone.
     let collected = context.images.collect_orphans(&record.image_id).await;

@@ -9,7 +9,6 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use guest_api::container::WaitError;
-use guest_api::fault;
 use guest_api::{
     ApiVersion, ContainerConfig, ContainerCreate, ContainerCreated, ContainerInspect, ContainerSummary,
     HostConfig, WaitResult,
@@ -219,7 +218,7 @@ impl Containers {
         let (snapshotter, key) = (self.context.snapshotter(), record.id.clone());
         let prepare = run::blocking(move || {
             let prepared = snapshotter.prepare(&key, chain);
-            fault::point("create.after-snapshot");
+            guest_fault::point("create.after-snapshot");
             prepared
         });
         let made = if record.mounts.is_empty() {
@@ -234,7 +233,7 @@ impl Containers {
             }
             .await
         };
-        fault::point("create.after-record");
+        guest_fault::point("create.after-record");
         let Err(failure) = made else { return Ok(()) };
         if let Err(also) = run::remove(&self.context, record, true).await {
             tracing::warn!(container = record.short_id(), error = %also, "left behind");

@@ -15,7 +15,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use guest_api::HostConfig;
-use guest_api::fault;
 use guest_api::health::{Health, HealthResult, HealthStatus};
 use guest_runtime::shim::{Exit, ProcessId, Request as ShimRequest};
 use jiff::Timestamp;
@@ -534,7 +533,7 @@ impl Driver {
         let Some(run) = self.run.take() else { return };
         let places = self.context.networks.places(&self.record.id);
         let told = run::tear_down(&self.context, &self.record, Some((&run.shim, run.child))).await;
-        fault::point("stop.after-teardown");
+        guest_fault::point("stop.after-teardown");
         self.note_end(exit.or(told));
         self.unwatched();
         self.runs_ended += 1;

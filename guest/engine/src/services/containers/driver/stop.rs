@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use guest_api::{ErrorKind, fault};
+use guest_api::ErrorKind;
 use guest_runtime::shim::Request as ShimRequest;
 use tokio::time::Instant;
 
@@ -128,7 +128,7 @@ impl Driver {
             return Err(Failure::conflict(guest_api::error::not_running(&self.record.id)));
         };
         run.shim.kill(signal, None).await.map_err(run::shim_failure)?;
-        fault::point("stop.after-signal");
+        guest_fault::point("stop.after-signal");
         self.event("kill", &[("signal", signal.to_string())]);
         Ok(())
     }
