@@ -1,6 +1,6 @@
 //! The contract between a device model and whatever carries it to the guest.
 //!
-//! A transport (vhost-user today, virtio-mmio in the VM process next) owns feature negotiation, queue addresses and
+//! A transport (virtio-mmio in the VM process, vhost-user towards QEMU) owns feature negotiation, queue addresses and
 //! interrupts' wiring. A model owns features, configuration space and the work on its queues. They meet in
 //! [`VirtioDevice`]: the transport starts and stops one queue at a time, and both verbs may be repeated.
 //!
@@ -31,8 +31,16 @@ pub type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u32)]
 pub enum DeviceKind {
+    /// A network card (§5.1).
+    Net = 1,
     /// A disk (§5.2).
     Block = 2,
+    /// A console (§5.3).
+    Console = 3,
+    /// A source of randomness (§5.4).
+    Rng = 4,
+    /// A memory balloon (§5.5).
+    Balloon = 5,
     /// A socket device (§5.10).
     Vsock = 19,
 }
@@ -47,19 +55,38 @@ impl DeviceKind {
 impl fmt::Display for DeviceKind {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.write_str(match self {
+            Self::Net => "net",
             Self::Block => "block",
+            Self::Console => "console",
+            Self::Rng => "rng",
+            Self::Balloon => "balloon",
             Self::Vsock => "vsock",
         })
     }
 }
 
-/// How a model tells the driver that one queue's used ring has grown.
+/// How a model tells the driver that something has happened: one per queue, handed over with it.
 ///
 /// The transport decides what it becomes: an eventfd for QEMU, an interrupt status bit and an irqfd on virtio-mmio.
 pub trait Interrupt: Send + Sync {
     /// Raises the interrupt of this queue. Does not block. Called only when the driver wants to hear of it.
     fn signal_used(&self) -> io::Result<()>;
+
+    /// Tells the driver that configuration space has changed; whose queue is used for it does not matter. Does not
+    /// block. Without effect on transports that cannot tell.
+    fn signal_config(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// Tells the driver that this queue is broken and that only a reset helps (virtio 1.3 §2.1.2). Does not block.
+    /// Without effect on transports that cannot tell.
+    fn needs_reset(&self) {}
 }
+
+/// What a model cannot learn anew from its host or its driver, for a saved machine: bytes that only the same kind of
+/// device reads.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct DeviceState(pub Vec<u8>);
 
 /// Everything a model needs to work on one queue.
 pub struct QueueResources {
@@ -105,6 +132,14 @@ pub enum DeviceError {
         #[source]
         source: io::Error,
     },
+    /// Saved state that this device did not write.
+    #[error("the {kind} device cannot go on from {length} bytes of saved state")]
+    InvalidState {
+        /// The device asked.
+        kind: DeviceKind,
+        /// How many bytes there were.
+        length: usize,
+    },
     /// The device's thread has ended.
     #[error("the thread of the {kind} device has ended")]
     Gone {
@@ -129,6 +164,12 @@ pub trait VirtioDevice: Send {
     /// Reads configuration space. Bytes beyond its end read as zero.
     fn read_config(&self, offset: u64, data: &mut [u8]);
 
+    /// Counts the changes that the device itself has made to configuration space, so that a driver notices when it has
+    /// read half of one (virtio 1.3 §2.5.1).
+    fn config_generation(&self) -> u32 {
+        0
+    }
+
     /// Writes configuration space. What is not writable is ignored.
     fn write_config(&mut self, offset: u64, data: &[u8]);
 
@@ -147,6 +188,19 @@ pub trait VirtioDevice: Send {
 
     /// Stops every queue and forgets everything the driver did: negotiated features, connections.
     fn reset(&mut self);
+
+    /// What a machine that is saved keeps of the device, beside features and queues. Called while no queue runs.
+    fn save(&self) -> DeviceState {
+        DeviceState::default()
+    }
+
+    /// Goes on from what [`Self::save`] returned. Comes before [`Self::ack_features`].
+    fn restore(&mut self, state: &DeviceState) -> Result<(), DeviceError> {
+        match state.0.is_empty() {
+            true => Ok(()),
+            false => Err(DeviceError::InvalidState { kind: self.kind(), length: state.0.len() }),
+        }
+    }
 }
 
 /// Answers a read of configuration space that consists of `space`.

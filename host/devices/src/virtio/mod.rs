@@ -3,6 +3,7 @@
 pub mod block;
 pub mod buffers;
 pub mod device;
+pub mod mmio;
 pub mod vhost_user;
 pub mod vsock;
 
@@ -11,4 +12,6 @@ mod driver;
 pub(crate) mod ring;
 pub(crate) mod worker;
 
-pub use device::{DeviceError, DeviceKind, Interrupt, Memory, QueueResources, QueueState, VirtioDevice};
+pub use device::{
+    DeviceError, DeviceKind, DeviceState, Interrupt, Memory, QueueResources, QueueState, VirtioDevice,
+};

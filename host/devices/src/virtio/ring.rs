@@ -27,6 +27,36 @@ pub(crate) struct Chain<'a> {
     pub writable: Buffers<'a>,
 }
 
+/// A queue of at most `maximum` entries, with this size and these guest addresses, from its beginning.
+///
+/// Fails on sizes and alignments that no driver may choose. Whether the rings lie in memory is not looked at.
+pub(crate) fn queue(
+    maximum: u16,
+    size: u16,
+    addresses: Addresses,
+    event_idx: bool,
+) -> Result<Queue, virtio_queue::Error> {
+    let mut queue = Queue::new(maximum)?;
+    queue.try_set_size(size)?;
+    queue.try_set_desc_table_address(GuestAddress(addresses.descriptors))?;
+    queue.try_set_avail_ring_address(GuestAddress(addresses.available))?;
+    queue.try_set_used_ring_address(GuestAddress(addresses.used))?;
+    queue.set_event_idx(event_idx);
+    queue.set_ready(true);
+    Ok(queue)
+}
+
+/// Where the parts of a queue lie in guest memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Addresses {
+    /// The descriptor table.
+    pub descriptors: u64,
+    /// The driver's ring of available chains.
+    pub available: u64,
+    /// The device's ring of used chains.
+    pub used: u64,
+}
+
 /// A running queue.
 pub(crate) struct Ring {
     kind: DeviceKind,
@@ -168,6 +198,7 @@ impl Ring {
     fn fail(&mut self, error: &virtio_queue::Error) {
         if !self.broken {
             self.broken = true;
+            self.interrupt.needs_reset();
             warn!(device = %self.kind, queue = self.index, %error, "broken queue; stopped until it is set up again");
         }
     }

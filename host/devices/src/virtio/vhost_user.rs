@@ -45,6 +45,7 @@ use vm_memory::{
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::virtio::device::{Interrupt, Memory, QueueResources, VirtioDevice};
+use crate::virtio::ring::{self, Addresses};
 
 /// A device that is being served. Dropping it closes the connection and waits for the thread.
 pub struct Server {
@@ -133,8 +134,7 @@ impl Interrupt for Call {
 #[derive(Default)]
 struct Vring {
     size: u16,
-    /// Guest addresses of descriptor table, available ring and used ring.
-    addresses: Option<(u64, u64, u64)>,
+    addresses: Option<Addresses>,
     next_available: u16,
     /// Present while the ring is started.
     kick: Option<EventFd>,
@@ -254,21 +254,15 @@ impl Session {
 fn queue(
     maximum: u16,
     vring: &Vring,
-    (descriptors, available, used): (u64, u64, u64),
+    addresses: Addresses,
     event_idx: bool,
     memory: &Memory,
 ) -> Result<Queue, virtio_queue::Error> {
-    let mut queue = Queue::new(maximum)?;
-    queue.try_set_size(vring.size)?;
-    queue.try_set_desc_table_address(GuestAddress(descriptors))?;
-    queue.try_set_avail_ring_address(GuestAddress(available))?;
-    queue.try_set_used_ring_address(GuestAddress(used))?;
-    queue.set_event_idx(event_idx);
+    let mut queue = ring::queue(maximum, vring.size, addresses, event_idx)?;
     queue.set_next_avail(vring.next_available);
     // The front end says where to read on; where we left off writing only the used ring itself knows.
     let next_used = queue.used_idx(&*memory.memory(), std::sync::atomic::Ordering::Acquire)?;
     queue.set_next_used(next_used.0);
-    queue.set_ready(true);
     Ok(queue)
 }
 
@@ -355,8 +349,11 @@ impl VhostUserBackendReqHandlerMut for Session {
         available: u64,
         _log: u64,
     ) -> VhostResult<()> {
-        let addresses =
-            (self.guest_address(descriptor)?, self.guest_address(available)?, self.guest_address(used)?);
+        let addresses = Addresses {
+            descriptors: self.guest_address(descriptor)?,
+            available: self.guest_address(available)?,
+            used: self.guest_address(used)?,
+        };
         self.vring(index as usize)?.addresses = Some(addresses);
         Ok(())
     }
