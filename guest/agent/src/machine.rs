@@ -42,8 +42,8 @@ pub fn gather(engine: EngineState) -> GuestInfo {
 
 /// Size and use of the data disk, zeros when it is not mounted.
 fn disk_usage() -> (u64, u64) {
-    let mountinfo = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    if crate::mounts::mounted_below(&mountinfo, disk::DATA).is_empty() {
+    let mounts = guest_mountinfo::read().unwrap_or_default();
+    if crate::mounts::mounted_below(&mounts, disk::DATA).is_empty() {
         return (0, 0);
     }
     let Ok(usage) = rustix::fs::statvfs(disk::DATA) else { return (0, 0) };

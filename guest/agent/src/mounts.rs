@@ -6,9 +6,10 @@ use std::ffi::CString;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, symlink};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use guest_mountinfo::Mount;
 use rustix::mount::{MountFlags, MountPropagationFlags};
 
 /// The root of the cgroup v2 tree.
@@ -19,7 +20,7 @@ const AGENT_CGROUP: &str = "/sys/fs/cgroup/system/agent";
 /// processes cannot pass controllers on to children.
 const ENGINE_CGROUP: &str = "/sys/fs/cgroup/system/engine";
 
-struct Mount {
+struct Planned {
     kind: &'static str,
     target: &'static str,
     flags: MountFlags,
@@ -31,16 +32,16 @@ const PLAIN: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV).union(Moun
 
 /// In the order of mounting: a target may lie in an earlier one.
 #[rustfmt::skip]
-const MOUNTS: &[Mount] = &[
-    Mount { kind: "proc", target: "/proc", flags: PLAIN, data: "" },
-    Mount { kind: "sysfs", target: "/sys", flags: PLAIN, data: "" },
-    Mount { kind: "devtmpfs", target: "/dev", flags: MountFlags::NOSUID, data: "mode=0755" },
-    Mount { kind: "devpts", target: "/dev/pts", flags: MountFlags::NOSUID.union(MountFlags::NOEXEC), data: "mode=0620,gid=5,ptmxmode=0666" },
-    Mount { kind: "tmpfs", target: "/dev/shm", flags: MountFlags::NOSUID.union(MountFlags::NODEV), data: "mode=1777" },
-    Mount { kind: "mqueue", target: "/dev/mqueue", flags: PLAIN, data: "" },
-    Mount { kind: "tmpfs", target: "/run", flags: MountFlags::NOSUID.union(MountFlags::NODEV), data: "mode=0755" },
-    Mount { kind: "tmpfs", target: "/tmp", flags: MountFlags::NOSUID.union(MountFlags::NODEV), data: "mode=1777" },
-    Mount { kind: "cgroup2", target: CGROUPS, flags: PLAIN, data: "nsdelegate,memory_recursiveprot" },
+const MOUNTS: &[Planned] = &[
+    Planned { kind: "proc", target: "/proc", flags: PLAIN, data: "" },
+    Planned { kind: "sysfs", target: "/sys", flags: PLAIN, data: "" },
+    Planned { kind: "devtmpfs", target: "/dev", flags: MountFlags::NOSUID, data: "mode=0755" },
+    Planned { kind: "devpts", target: "/dev/pts", flags: MountFlags::NOSUID.union(MountFlags::NOEXEC), data: "mode=0620,gid=5,ptmxmode=0666" },
+    Planned { kind: "tmpfs", target: "/dev/shm", flags: MountFlags::NOSUID.union(MountFlags::NODEV), data: "mode=1777" },
+    Planned { kind: "mqueue", target: "/dev/mqueue", flags: PLAIN, data: "" },
+    Planned { kind: "tmpfs", target: "/run", flags: MountFlags::NOSUID.union(MountFlags::NODEV), data: "mode=0755" },
+    Planned { kind: "tmpfs", target: "/tmp", flags: MountFlags::NOSUID.union(MountFlags::NODEV), data: "mode=1777" },
+    Planned { kind: "cgroup2", target: CGROUPS, flags: PLAIN, data: "nsdelegate,memory_recursiveprot" },
 ];
 
 /// Makes the root a mount that containers can pivot away from.
@@ -127,21 +128,9 @@ fn make_folder(path: &str) -> Result<()> {
         .with_context(|| format!("cannot make the folder {path}"))
 }
 
-/// The mount points at or below `root` in the text of `/proc/self/mountinfo`, those mounted last first: the order
-/// in which they can be unmounted.
-pub fn mounted_below(mountinfo: &str, root: &str) -> Vec<String> {
-    let target = |line: &str| Some(unescape(line.split(' ').nth(4)?));
-    let below =
-        |path: &String| path.strip_prefix(root).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
-    let mut targets: Vec<String> = mountinfo.lines().filter_map(target).filter(below).collect();
-    targets.reverse();
-    targets
-}
-
-/// Space, tab, newline and backslash are written as octal numbers in mountinfo.
-fn unescape(text: &str) -> String {
-    let escapes = [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")];
-    escapes.iter().fold(text.to_owned(), |text, (escape, plain)| text.replace(escape, plain))
+/// The mount points at or below `root`, those mounted last first: the order in which they can be unmounted.
+pub fn mounted_below(mounts: &[Mount], root: &str) -> Vec<PathBuf> {
+    guest_mountinfo::below(mounts, Path::new(root)).rev().map(|mount| mount.point.clone()).collect()
 }
 
 #[cfg(test)]
@@ -156,14 +145,14 @@ mod tests {
             21 1 254:0 / /var/lib/engineering rw - ext4 /dev/vdb rw\n\
             22 20 0:40 / /var/lib/engine/a\\040b/merged rw - overlay overlay rw\n\
             bad line\n";
-        let targets = mounted_below(mountinfo, "/var/lib/engine");
-        assert_eq!(targets, ["/var/lib/engine/a b/merged", "/var/lib/engine"]);
+        let targets = mounted_below(&guest_mountinfo::parse(mountinfo.as_bytes()), "/var/lib/engine");
+        assert_eq!(targets, [Path::new("/var/lib/engine/a b/merged"), Path::new("/var/lib/engine")]);
     }
 
     #[test]
     fn every_mount_point_comes_after_the_mount_it_lies_in() {
         for (index, mount) in MOUNTS.iter().enumerate() {
-            let parent = |other: &&Mount| mount.target.starts_with(&format!("{}/", other.target));
+            let parent = |other: &&Planned| mount.target.starts_with(&format!("{}/", other.target));
             assert!(MOUNTS[index..].iter().find(parent).is_none(), "{} comes too early", mount.target);
         }
     }

@@ -173,19 +173,13 @@ pub(crate) fn bind(folder: &Path, target: &Path) -> Result<()> {
 
 /// Whether something is mounted at `target`.
 pub(crate) fn is_mounted(target: &Path) -> Result<bool> {
-    let table = fs::read_to_string("/proc/self/mountinfo")
-        .map_err(|source| Error::io("read", Path::new("/proc/self/mountinfo"), source))?;
     let target = match fs::canonicalize(target) {
         Err(source) if source.kind() == io::ErrorKind::NotFound => return Ok(false),
         result => result.map_err(|source| Error::io("find", target, source))?,
     };
-    let escaped = target
-        .to_string_lossy()
-        .replace('\\', "\\134")
-        .replace(' ', "\\040")
-        .replace('\t', "\\011")
-        .replace('\n', "\\012");
-    Ok(table.lines().any(|line| line.split(' ').nth(4) == Some(&escaped)))
+    let mounts = guest_mountinfo::read()
+        .map_err(|source| Error::io("read", Path::new("/proc/thread-self/mountinfo"), source))?;
+    Ok(mounts.iter().any(|mount| mount.point == target))
 }
 
 #[cfg(test)]

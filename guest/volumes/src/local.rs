@@ -463,17 +463,8 @@ fn mounted_below(folder: &Path) -> Result<Option<PathBuf>, VolumeError> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         other => other.map_err(fail)?,
     };
-    let table = fs::read_to_string("/proc/self/mountinfo").map_err(fail)?;
-    let escaped = real
-        .to_string_lossy()
-        .replace('\\', "\\134")
-        .replace(' ', "\\040")
-        .replace('\t', "\\011")
-        .replace('\n', "\\012");
-    let inside = |place: &&str| {
-        place.strip_prefix(&*escaped).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
-    };
-    Ok(table.lines().filter_map(|line| line.split(' ').nth(4)).find(inside).map(PathBuf::from))
+    let mounts = guest_mountinfo::read().map_err(fail)?;
+    Ok(guest_mountinfo::below(&mounts, &real).next().map(|mount| mount.point.clone()))
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use guest_mountinfo::Mount;
 use thiserror::Error;
 
 /// Why mounts cannot be passed on.
@@ -45,35 +46,24 @@ pub fn check_slave(source: &Path) -> Result<(), PropagationError> {
 fn check(source: &Path, tags: &[&str], wanted: &'static str) -> Result<(), PropagationError> {
     let path = fs::canonicalize(source)
         .map_err(|error| PropagationError::Source { path: source.to_owned(), source: error })?;
-    let table = fs::read_to_string("/proc/self/mountinfo").map_err(PropagationError::Table)?;
-    let (mount, optional) = mount_of(&table, &path).unwrap_or_default();
-    if optional.iter().any(|field| tags.iter().any(|tag| field.starts_with(tag))) {
+    let mounts = guest_mountinfo::read().map_err(PropagationError::Table)?;
+    let mount = mount_of(&mounts, &path);
+    if mount
+        .is_some_and(|mount| mount.optional.iter().any(|field| tags.iter().any(|tag| field.starts_with(tag))))
+    {
         return Ok(());
     }
+    let mount = mount.map(|mount| mount.point.display().to_string()).unwrap_or_default();
     Err(PropagationError::Private { path: source.to_owned(), mount, wanted })
 }
 
-/// The mount a path is on, and its optional fields.
-fn mount_of<'a>(table: &'a str, path: &Path) -> Option<(String, Vec<&'a str>)> {
-    let mut best: Option<(PathBuf, Vec<&str>)> = None;
-    for line in table.lines() {
-        let mut fields = line.split(' ');
-        let Some(place) = fields.nth(4).map(unescape) else { continue };
-        let optional = fields.skip(1).take_while(|field| *field != "-").collect();
-        // Of two at one place the later one is on top.
-        if path.starts_with(&place)
-            && best.as_ref().is_none_or(|(known, _)| place.as_os_str().len() >= known.as_os_str().len())
-        {
-            best = Some((place, optional));
-        }
-    }
-    best.map(|(place, optional)| (place.display().to_string(), optional))
-}
-
-/// A path of the table: space, tab, line feed and backslash are written as octal numbers.
-fn unescape(text: &str) -> PathBuf {
-    let plain = [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")];
-    PathBuf::from(plain.iter().fold(text.to_owned(), |text, (code, letter)| text.replace(code, letter)))
+/// The mount a path is on.
+fn mount_of<'a>(mounts: &'a [Mount], path: &Path) -> Option<&'a Mount> {
+    // Of two at one place the later one is on top, and `max_by_key` takes the last of equals.
+    mounts
+        .iter()
+        .filter(|mount| path.starts_with(&mount.point))
+        .max_by_key(|mount| mount.point.as_os_str().len())
 }
 
 #[cfg(test)]
@@ -85,11 +75,12 @@ mod tests {
 
     #[test]
     fn the_longest_mount_point_is_the_one() {
-        let found = |path: &str| mount_of(TABLE, Path::new(path)).unwrap();
-        assert_eq!(found("/etc"), ("/".to_owned(), vec!["shared:1"]));
-        assert_eq!(found("/mnt/x"), ("/mnt".to_owned(), vec!["master:7", "propagate_from:2"]));
-        assert_eq!(found("/mnt/with space/y"), ("/mnt/with space".to_owned(), vec![]));
-        assert_eq!(found("/mntx").0, "/");
+        let mounts = guest_mountinfo::parse(TABLE.as_bytes());
+        let found = |path: &str| mount_of(&mounts, Path::new(path)).unwrap();
+        assert_eq!(found("/etc").optional, ["shared:1"]);
+        assert_eq!(found("/mnt/x").optional, ["master:7", "propagate_from:2"]);
+        assert_eq!(found("/mnt/with space/y").point, Path::new("/mnt/with space"));
+        assert_eq!(found("/mntx").point, Path::new("/"));
     }
 
     #[test]

@@ -149,23 +149,23 @@ fn unmountable(error: &anyhow::Error) -> String {
 
 /// Unmounts everything at and below [`DATA`]. Returns what stayed busy and was detached instead.
 pub fn take_down() -> io::Result<Vec<String>> {
-    let mountinfo = fs::read_to_string("/proc/self/mountinfo")?;
+    let mounts = guest_mountinfo::read()?;
     let mut busy = Vec::new();
     let deadline = Instant::now() + BUSY_TIME_MAX;
-    for target in mounts::mounted_below(&mountinfo, DATA) {
+    for target in mounts::mounted_below(&mounts, DATA) {
         if unmount_patiently(&target, deadline).is_err() {
             // Nothing more is written, and what was is on the disk; then the mount may go when it likes. Failing
             // here too leaves the journal to the next boot.
             let read_only = rustix::mount::mount_remount(&target, MountFlags::RDONLY, c"");
             let detached = rustix::mount::unmount(&target, UnmountFlags::DETACH);
-            busy.push(format!("{target} (read-only: {read_only:?}, detached: {detached:?})"));
+            busy.push(format!("{} (read-only: {read_only:?}, detached: {detached:?})", target.display()));
         }
     }
     Ok(busy)
 }
 
 /// A killed container's mount namespace is taken apart a moment after its last process has gone.
-fn unmount_patiently(target: &str, deadline: Instant) -> rustix::io::Result<()> {
+fn unmount_patiently(target: &Path, deadline: Instant) -> rustix::io::Result<()> {
     loop {
         match rustix::mount::unmount(target, UnmountFlags::NOFOLLOW) {
             Err(Errno::BUSY) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(10)),

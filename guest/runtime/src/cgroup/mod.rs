@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use guest_mountinfo::Mount;
 use rustix::process::{Pid, Signal, kill_process};
 use thiserror::Error;
 
@@ -92,9 +93,9 @@ impl Cgroup {
         if !plain || relative.as_os_str().is_empty() {
             return Err(invalid());
         }
-        let mounts = Path::new("/proc/self/mountinfo");
-        let table = fs::read_to_string(mounts).map_err(failed("read", mounts))?;
-        let folders = hierarchies(&table)
+        let table = Path::new("/proc/thread-self/mountinfo");
+        let mounts = guest_mountinfo::read().map_err(failed("read", table))?;
+        let folders = hierarchies(mounts)
             .into_iter()
             .map(|hierarchy| Hierarchy { root: hierarchy.root.join(relative), ..hierarchy })
             .collect();
@@ -294,31 +295,22 @@ fn counter(text: &str, name: &str) -> Option<u64> {
     text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.trim().parse().ok())
 }
 
-/// The mounted hierarchies of a mountinfo table.
-fn hierarchies(table: &str) -> Vec<Hierarchy> {
+/// The mounted hierarchies.
+fn hierarchies(mounts: Vec<Mount>) -> Vec<Hierarchy> {
     let mut found: Vec<Hierarchy> = Vec::new();
-    for line in table.lines() {
-        let Some((before, after)) = line.split_once(" - ") else { continue };
-        let unified = match after.split(' ').next() {
-            Some("cgroup") => false,
-            Some("cgroup2") => true,
+    for mount in mounts {
+        let unified = match mount.kind.as_str() {
+            "cgroup" => false,
+            "cgroup2" => true,
             _ => continue,
         };
-        let mut fields = before.split(' ').skip(3);
         // A mount of a part of a hierarchy (a container's own view of it) does not start at the root.
-        let (Some("/"), Some(point)) = (fields.next(), fields.next()) else { continue };
-        let hierarchy = Hierarchy { root: unescape(point), unified };
-        if !found.contains(&hierarchy) {
+        let hierarchy = Hierarchy { root: mount.point, unified };
+        if mount.root == Path::new("/") && !found.contains(&hierarchy) {
             found.push(hierarchy);
         }
     }
     found
-}
-
-/// Undoes mountinfo's octal escapes of space, tab, newline and backslash.
-fn unescape(field: &str) -> PathBuf {
-    let text = [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")];
-    PathBuf::from(text.iter().fold(field.to_owned(), |text, (escape, plain)| text.replace(escape, plain)))
 }
 
 #[cfg(test)]
@@ -331,15 +323,16 @@ mod tests {
             30 22 0:26 / /sys/fs/cgroup/cpu rw,relatime shared:9 - cgroup cgroup rw,cpu\n\
             31 22 0:27 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n\
             32 22 0:27 /part /other rw - cgroup2 cgroup2 rw\n";
-        let roots: Vec<_> =
-            hierarchies(hybrid).into_iter().map(|found| (found.root, found.unified)).collect();
+        let roots: Vec<_> = hierarchies(guest_mountinfo::parse(hybrid.as_bytes()))
+            .into_iter()
+            .map(|found| (found.root, found.unified))
+            .collect();
         assert_eq!(
             roots,
             [("/sys/fs/cgroup/cpu".into(), false), ("/sys/fs/cgroup/unified".into(), true)]
                 as [(PathBuf, bool); 2]
         );
-        assert_eq!(hierarchies("31 22 0:27 / /a\\040b rw - cgroup2 cgroup2 rw")[0].root, Path::new("/a b"));
-        assert!(hierarchies("nonsense\n\n- \n").is_empty());
+        assert!(hierarchies(Vec::new()).is_empty());
     }
 
     #[test]

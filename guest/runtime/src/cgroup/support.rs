@@ -5,7 +5,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::unescape;
+use guest_mountinfo::Mount;
 
 /// What can be limited. A limit that cannot is left out with a word to the user, as dockerd does.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -61,8 +61,7 @@ pub struct Support {
 impl Support {
     /// Looks at what is mounted.
     pub fn detect() -> io::Result<Self> {
-        let table = fs::read_to_string("/proc/self/mountinfo")?;
-        let mounts = controllers(&table);
+        let mounts = controllers(guest_mountinfo::read()?);
         let mut support =
             if mounts.v1.is_empty() { Self::of_v2(mounts.v2.as_deref()) } else { Self::of_v1(&mounts.v1) };
         support.namespaces = Path::new("/proc/self/ns/cgroup").exists();
@@ -141,22 +140,19 @@ struct Mounts {
     v2: Option<PathBuf>,
 }
 
-fn controllers(table: &str) -> Mounts {
+fn controllers(table: Vec<Mount>) -> Mounts {
     let mut mounts = Mounts::default();
-    for line in table.lines() {
-        let Some((before, after)) = line.split_once(" - ") else { continue };
-        let Some(point) = before.split(' ').nth(4).map(unescape) else { continue };
-        let mut fields = after.split(' ');
-        match (fields.next(), fields.nth(1)) {
-            (Some("cgroup2"), _) => _ = mounts.v2.get_or_insert(point),
-            (Some("cgroup"), Some(options)) => {
-                let known = options.split(',').filter(|option| {
+    for mount in table {
+        match mount.kind.as_str() {
+            "cgroup2" => _ = mounts.v2.get_or_insert(mount.point),
+            "cgroup" => {
+                let known = mount.options.split(',').filter(|option| {
                     !matches!(*option, "rw" | "ro" | "xattr" | "clone_children")
                         && !option.starts_with("name=")
                         && !option.starts_with("release_agent=")
                 });
                 for controller in known {
-                    mounts.v1.entry(controller.to_owned()).or_insert_with(|| point.clone());
+                    mounts.v1.entry(controller.to_owned()).or_insert_with(|| mount.point.clone());
                 }
             }
             _ => {}
@@ -174,11 +170,11 @@ mod tests {
         let hybrid = "30 22 0:26 / /sys/fs/cgroup/cpu,cpuacct rw shared:9 - cgroup cgroup rw,cpu,cpuacct\n\
             31 22 0:28 / /sys/fs/cgroup/systemd rw - cgroup cgroup rw,xattr,name=systemd\n\
             32 22 0:27 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\nbroken\n";
-        let mounts = controllers(hybrid);
+        let mounts = controllers(guest_mountinfo::parse(hybrid.as_bytes()));
         assert_eq!(mounts.v1.keys().collect::<Vec<_>>(), ["cpu", "cpuacct"]);
         assert_eq!(mounts.v1["cpu"], Path::new("/sys/fs/cgroup/cpu,cpuacct"));
         assert_eq!(mounts.v2, Some("/sys/fs/cgroup/unified".into()));
-        assert_eq!(controllers(""), Mounts::default());
+        assert_eq!(controllers(Vec::new()), Mounts::default());
     }
 
     #[test]

@@ -210,27 +210,7 @@ fn show(tree: &Tree, mount: &Mounted) -> io::Result<()> {
 
 /// Where things are mounted, as this thread sees it; the last mounted first.
 fn mount_points() -> io::Result<Vec<PathBuf>> {
-    let table = std::fs::read_to_string("/proc/thread-self/mountinfo")?;
-    Ok(table.lines().rev().filter_map(|line| Some(unescape(line.split(' ').nth(4)?))).collect())
-}
-
-/// A path of the kernel's table, where blanks are written as `\040`.
-fn unescape(text: &str) -> PathBuf {
-    let mut parts = text.split('\\');
-    let mut path = parts.next().unwrap_or_default().to_owned();
-    for part in parts {
-        match part.get(..3).and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
-            Some(byte) => {
-                path.push(char::from(byte));
-                path.push_str(&part[3..]);
-            }
-            None => {
-                path.push('\\');
-                path.push_str(part);
-            }
-        }
-    }
-    PathBuf::from(path)
+    Ok(guest_mountinfo::read()?.into_iter().rev().map(|mount| mount.point).collect())
 }
 
 /// The folder of all places.
@@ -325,13 +305,6 @@ mod tests {
         assert_eq!((kind("/bin", false), kind("/bin", true)), (Some(false), Some(true)));
         assert_eq!((kind("/", false), kind("/usr/out", true), kind("/x", false)), (Some(true), None, None));
         std::fs::remove_dir_all(base).unwrap();
-    }
-
-    #[test]
-    fn paths_in_the_table_of_mounts_are_read() {
-        assert_eq!(unescape("/a\\040b\\134c"), Path::new("/a b\\c"));
-        assert_eq!(unescape("/plain"), Path::new("/plain"));
-        assert_eq!(unescape("/odd\\x"), Path::new("/odd\\x"));
     }
 
     #[test]
