@@ -5,6 +5,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -16,11 +17,13 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::virtio::block;
-use crate::virtio::device::{DeviceKind, Interrupt, Memory, QueueResources};
+use crate::virtio::device::{
+    DeviceError, DeviceKind, Interrupt, Memory, QueueResources, QueueState, VirtioDevice,
+};
+use crate::virtio::mmio::MmioDevice;
 use crate::virtio::ring::Ring;
-use crate::virtio::vsock;
 use crate::virtio::worker::{Model, Rings};
+use crate::virtio::{balloon, block, console, rng, vsock};
 
 const MEMORY_BYTES: usize = 1 << 18;
 const SIZE: u16 = 16;
@@ -210,6 +213,155 @@ pub fn block(mut data: &[u8]) {
     }
 }
 
+/// Feeds a source of randomness.
+pub fn rng(data: &[u8]) {
+    feed(data, DeviceKind::Rng, 1, 0, &mut rng::model(), |_| {});
+}
+
+/// Feeds a console whose other end reads and writes, or sleeps.
+pub fn console(data: &[u8]) {
+    let Ok(poll) = mio::Poll::new() else { return };
+    let Ok((host, guest)) = UnixStream::pair() else { return };
+    let Ok(mut model) = console::model(guest, poll.registry()) else { return };
+    let mut host = Some(host);
+    feed(data, DeviceKind::Console, 2, 0, &mut model, |shape| {
+        let flags = rustix::net::SendFlags::DONTWAIT | rustix::net::SendFlags::NOSIGNAL;
+        match (shape & 3, &host) {
+            (1, Some(socket)) => {
+                let _full = rustix::net::send(socket, b"hello", flags);
+            }
+            (2, Some(socket)) => {
+                let _empty = rustix::net::recv(socket, &mut [0; 4096][..], rustix::net::RecvFlags::DONTWAIT);
+            }
+            (3, _) => host = None,
+            _ => {}
+        }
+    });
+}
+
+/// Feeds a balloon; no range outside of guest memory may be given back.
+pub fn balloon(data: &[u8]) {
+    let discard = |start: GuestAddress, length| {
+        let end = start.0.checked_add(length).expect("a range over the end of all addresses");
+        assert!(length > 0 && end <= MEMORY_BYTES as u64, "not a range of guest memory");
+    };
+    let mut model = balloon::model(balloon::Backend { discard: Box::new(discard) });
+    feed(data, DeviceKind::Balloon, 4, u64::MAX, &mut model, |_| {});
+}
+
+/// Feeds a device of `queues` queues, either with chains of two buffers or with memory and rings as they come. `meanwhile`
+/// is what happens on the host between two chains.
+fn feed(
+    mut data: &[u8],
+    kind: DeviceKind,
+    queues: usize,
+    features: u64,
+    model: &mut impl Model,
+    mut meanwhile: impl FnMut(u8),
+) {
+    let mode = byte(&mut data);
+    let Some(mut guest) = Guest::new(kind, queues, mode & 2 != 0) else { return };
+    model.ack_features(features);
+    if mode & 1 == 0 {
+        guest.write(0, data);
+        (0..queues).for_each(|queue| model.kicked(queue));
+        guest.run(model);
+        return;
+    }
+    while !data.is_empty() {
+        let shape = byte(&mut data);
+        let length = usize::from(byte(&mut data)).min(data.len());
+        let (content, rest) = data.split_at(length);
+        data = rest;
+        guest.write(DATA, content);
+        let queue = usize::from(shape >> 4) % queues;
+        let cut = u32::from(shape & 15).min(length as u32);
+        let room = u32::from(shape) * 8;
+        let readable = [(DATA, cut, false), (DATA + u64::from(cut), length as u32 - cut, false)];
+        let writable = (DATA + 0x1_0000, room, true);
+        guest.publish(queue, u16::from(shape), &[readable[0], readable[1], writable]);
+        model.kicked(queue);
+        meanwhile(shape);
+        guest.run(model);
+    }
+    for (index, ring) in guest.rings.iter_mut().enumerate() {
+        if let Some(ring) = ring {
+            model.stopping(index, ring);
+        }
+    }
+}
+
+/// A device of two queues that does nothing, and knows whether its transport keeps the order of things.
+#[derive(Default)]
+struct Inert {
+    negotiated: bool,
+    running: [Option<QueueResources>; 2],
+}
+
+impl VirtioDevice for Inert {
+    fn kind(&self) -> DeviceKind {
+        DeviceKind::Rng
+    }
+
+    fn features(&self) -> u64 {
+        1 << 32 | 1 << 29
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[16, 256]
+    }
+
+    fn read_config(&self, _offset: u64, data: &mut [u8]) {
+        data.fill(0);
+    }
+
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    fn ack_features(&mut self, features: u64) {
+        assert_eq!(features & !self.features(), 0, "features that were not offered");
+        self.negotiated = true;
+    }
+
+    fn start_queue(&mut self, index: usize, resources: QueueResources) -> Result<(), DeviceError> {
+        assert!(self.negotiated, "a queue before the features");
+        assert!(resources.queue.size() <= self.queue_sizes()[index], "a queue too large");
+        self.running[index] = Some(resources);
+        Ok(())
+    }
+
+    fn stop_queue(&mut self, index: usize) -> Option<QueueState> {
+        self.running[index].take().map(|resources| resources.queue.state())
+    }
+
+    fn reset(&mut self) {
+        *self = Self::default();
+    }
+}
+
+/// Feeds the registers of virtio-mmio with accesses: what, where, and up to eight bytes.
+pub fn mmio(mut data: &[u8]) {
+    let Ok(memory) = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY_BYTES)]) else { return };
+    let Ok(interrupt) = EventFd::new(EFD_NONBLOCK) else { return };
+    let Ok(device) = MmioDevice::new(Box::new(Inert::default()), Memory::new(memory), interrupt) else {
+        return;
+    };
+    while !data.is_empty() {
+        let shape = byte(&mut data);
+        // Most registers lie in the first 256 bytes, on a multiple of four.
+        let offset = match shape & 3 {
+            0 => u64::from(byte(&mut data)) | u64::from(byte(&mut data)) << 8,
+            _ => u64::from(byte(&mut data) & !3),
+        };
+        let width = if shape & 4 == 0 { 4 } else { usize::from(shape >> 5) + 1 };
+        let mut value: Vec<u8> = (0..width).map(|_| byte(&mut data)).collect();
+        match shape & 24 {
+            0 => device.read(offset, &mut value),
+            8 => drop(device.save()),
+            _ => device.write(offset, &value),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -221,6 +373,10 @@ mod tests {
         fn devices_survive_any_bytes(data in prop::collection::vec(any::<u8>(), 0..2000)) {
             vsock(&data);
             block(&data);
+            rng(&data);
+            console(&data);
+            balloon(&data);
+            mmio(&data);
         }
     }
 

@@ -202,29 +202,3 @@ pub trait VirtioDevice: Send {
         }
     }
 }
-
-/// Answers a read of configuration space that consists of `space`.
-pub(crate) fn read_config_bytes(space: &[u8], offset: u64, data: &mut [u8]) {
-    data.fill(0);
-    let start = usize::try_from(offset).unwrap_or(usize::MAX).min(space.len());
-    let count = data.len().min(space.len() - start);
-    data[..count].copy_from_slice(&space[start..start + count]);
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn configuration_space_ends_in_zeroes() {
-        let check = |offset, expected: [u8; 4]| {
-            let mut data = [0xff; 4];
-            read_config_bytes(&[1, 2, 3, 4, 5], offset, &mut data);
-            assert_eq!(data, expected);
-        };
-        check(0, [1, 2, 3, 4]);
-        check(3, [4, 5, 0, 0]);
-        check(5, [0; 4]);
-        check(u64::MAX, [0; 4]);
-    }
-}

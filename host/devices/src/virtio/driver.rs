@@ -33,11 +33,18 @@ pub fn memory(bytes: usize) -> Arc<GuestMemoryMmap> {
     Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), bytes)]).unwrap())
 }
 
-struct EventInterrupt(EventFd);
+struct EventInterrupt {
+    call: EventFd,
+    config: EventFd,
+}
 
 impl Interrupt for EventInterrupt {
     fn signal_used(&self) -> io::Result<()> {
-        self.0.write(1)
+        self.call.write(1)
+    }
+
+    fn signal_config(&self) -> io::Result<()> {
+        self.config.write(1)
     }
 }
 
@@ -50,6 +57,8 @@ pub struct DriverQueue {
     pub used: GuestAddress,
     pub kick: EventFd,
     pub call: EventFd,
+    /// Written when configuration space has changed.
+    pub config: EventFd,
     event_idx: bool,
     free: Vec<u16>,
     /// Length of the chain that starts at each descriptor.
@@ -73,6 +82,7 @@ impl DriverQueue {
             used,
             kick: EventFd::new(EFD_NONBLOCK).unwrap(),
             call: EventFd::new(EFD_NONBLOCK).unwrap(),
+            config: EventFd::new(EFD_NONBLOCK).unwrap(),
             event_idx,
             free: (0..size).rev().collect(),
             chains: vec![Vec::new(); usize::from(size)],
@@ -94,7 +104,10 @@ impl DriverQueue {
             memory: Memory::from(Arc::clone(&self.memory)),
             queue,
             kick: self.kick.try_clone().unwrap(),
-            interrupt: Arc::new(EventInterrupt(self.call.try_clone().unwrap())),
+            interrupt: Arc::new(EventInterrupt {
+                call: self.call.try_clone().unwrap(),
+                config: self.config.try_clone().unwrap(),
+            }),
         }
     }
 

@@ -1,15 +1,20 @@
 //! Virtio device models and the transports that carry them (virtio 1.3).
 
+pub mod balloon;
 pub mod block;
 pub mod buffers;
+pub mod console;
 pub mod device;
 pub mod mmio;
+pub mod rng;
 pub mod vhost_user;
 pub mod vsock;
 
+mod config;
 #[cfg(test)]
 mod driver;
 pub(crate) mod ring;
+mod threaded;
 pub(crate) mod worker;
 
 pub use device::{

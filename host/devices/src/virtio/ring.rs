@@ -9,12 +9,12 @@ use std::time::Instant;
 
 use tracing::warn;
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
-use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueState, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryLoadGuard, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::throttle::Throttle;
-use crate::virtio::buffers::Buffers;
+use crate::virtio::buffers::{Buffers, MAX_DESCRIPTORS};
 use crate::virtio::device::{DeviceKind, Interrupt, Memory, QueueResources};
 
 /// One chain taken from a ring.
@@ -107,16 +107,7 @@ impl Ring {
 
     /// Takes the next available chain.
     pub fn take<'a>(&mut self, memory: &'a GuestMemoryMmap) -> Option<Chain<'a>> {
-        if self.broken {
-            return None;
-        }
-        let chain = match self.queue.iter(memory) {
-            Ok(mut chains) => chains.next()?,
-            Err(error) => {
-                self.fail(&error);
-                return None;
-            }
-        };
+        let chain = self.next(memory)?;
         let head = chain.head_index();
         let (readable, writable) = Buffers::of_chain(memory, chain).unwrap_or_else(|error| {
             if let Some(suppressed) = self.throttle.admit(Instant::now()) {
@@ -125,6 +116,38 @@ impl Ring {
             Default::default()
         });
         Some(Chain { head, readable, writable })
+    }
+
+    /// Takes the next available chain of a queue whose buffers are not data: the guest's ranges of memory that the device
+    /// might write. They may lie anywhere.
+    pub fn take_ranges(&mut self, memory: &GuestMemoryMmap) -> Option<(u16, Vec<(GuestAddress, u32)>)> {
+        let chain = self.next(memory)?;
+        let head = chain.head_index();
+        let ranges =
+            chain.writable().take(MAX_DESCRIPTORS).map(|range| (range.addr(), range.len())).collect();
+        Some((head, ranges))
+    }
+
+    fn next<'a>(&mut self, memory: &'a GuestMemoryMmap) -> Option<DescriptorChain<&'a GuestMemoryMmap>> {
+        if self.broken {
+            return None;
+        }
+        match self.queue.iter(memory) {
+            Ok(mut chains) => chains.next(),
+            Err(error) => {
+                self.fail(&error);
+                None
+            }
+        }
+    }
+
+    /// Tells the driver that configuration space has changed.
+    pub fn signal_config(&mut self) {
+        if let Err(error) = self.interrupt.signal_config()
+            && let Some(suppressed) = self.throttle.admit(Instant::now())
+        {
+            warn!(device = %self.kind, queue = self.index, suppressed, %error, "cannot interrupt the driver");
+        }
     }
 
     /// Gives back the last `count` chains taken, as if they had not been taken.

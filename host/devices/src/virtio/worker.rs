@@ -50,6 +50,10 @@ pub(crate) trait Model: Send + 'static {
     /// Works on what was noted; `true` when it stopped with work left, only to let others have a turn.
     fn run(&mut self, rings: &mut Rings) -> bool;
 
+    /// Takes note that a queue is about to stop: chains that were taken and not yet handed back go back now, in the
+    /// order that [`Ring::untake`] wants.
+    fn stopping(&mut self, _index: usize, _ring: &mut Ring) {}
+
     /// When `run` must come at the latest even if nothing happens.
     fn deadline(&self) -> Option<Instant>;
 
@@ -110,13 +114,13 @@ impl<M: Send + 'static> Worker<M> {
         kind: DeviceKind,
         name: &str,
         queues: usize,
-        build: impl FnOnce(Registry) -> T,
+        build: impl FnOnce(Registry) -> io::Result<T>,
     ) -> io::Result<Self> {
         assert!(queues <= MAX_QUEUES, "a device has at most {MAX_QUEUES} queues");
         let poll = Poll::new()?;
         let waker = Arc::new(Waker::new(poll.registry(), WAKE)?);
         let (sender, commands) = mpsc::channel();
-        let model = build(poll.registry().try_clone()?);
+        let model = build(poll.registry().try_clone()?)?;
         let rings = (0..queues).map(|_| None).collect();
         let looper = Loop { kind, poll, commands, model, rings };
         let thread = thread::Builder::new().name(name.to_owned()).spawn(move || looper.run())?;
@@ -263,6 +267,7 @@ impl<T: Model> Loop<T> {
 
     fn stop(&mut self, index: usize) -> Option<QueueState> {
         let mut ring = self.rings.get_mut(index)?.take()?;
+        self.model.stopping(index, &mut ring);
         ring.flush();
         if let Err(error) = self.poll.registry().deregister(&mut SourceFd(&ring.kick().as_raw_fd())) {
             error!(device = %self.kind, queue = index, %error, "cannot stop watching a kick");

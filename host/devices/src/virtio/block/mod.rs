@@ -24,17 +24,14 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
     VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
 };
-use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
-use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 pub use self::file::Backend;
 pub(crate) use self::queue::Queues;
 use self::request::{MAX_RANGE_SECTORS, MAX_RANGES};
 use crate::counter::Counter;
-use crate::virtio::device::{
-    DeviceError, DeviceKind, QueueResources, QueueState, VirtioDevice, read_config_bytes,
-};
-use crate::virtio::worker::Worker;
+use crate::virtio::config::ConfigSpace;
+use crate::virtio::device::DeviceKind;
+use crate::virtio::threaded::{Front, Threaded};
 
 /// Size of every queue. QEMU's own default, so that the segment limit below fits there too.
 const QUEUE_SIZE: u16 = 128;
@@ -70,11 +67,8 @@ pub struct Counters {
 
 /// The disk.
 pub struct Block {
-    read_only: bool,
-    config: Vec<u8>,
-    queue_sizes: Vec<u16>,
     counters: Arc<Counters>,
-    worker: Worker<()>,
+    front: Front<()>,
 }
 
 impl Block {
@@ -82,13 +76,14 @@ impl Block {
     pub fn new(backend: Backend, queues: usize) -> io::Result<Self> {
         let queues = queues.clamp(1, MAX_QUEUES);
         let counters = Arc::new(Counters::default());
-        let config = config_space(backend.sectors(), queues as u16);
-        let read_only = backend.read_only();
+        let config = ConfigSpace::new(config_space(backend.sectors(), queues as u16));
+        let features = features(backend.read_only());
         let shared = Arc::clone(&counters);
-        let worker = Worker::spawn(DeviceKind::Block, "block", queues, move |_registry| {
-            Queues::new(backend, queues, shared)
-        })?;
-        Ok(Self { read_only, config, queue_sizes: vec![QUEUE_SIZE; queues], counters, worker })
+        let front =
+            Front::spawn(DeviceKind::Block, features, vec![QUEUE_SIZE; queues], config, move |_registry| {
+                Queues::new(backend, queues, shared)
+            })?;
+        Ok(Self { counters, front })
     }
 
     /// Makes a disk of an open file; see [`Backend::new`].
@@ -107,7 +102,21 @@ pub(crate) fn model(backend: Backend, queues: usize) -> Queues {
     Queues::new(backend, queues, Arc::default())
 }
 
-/// The configuration space (virtio 1.3 §5.2.4).
+fn features(read_only: bool) -> u64 {
+    let kind = match read_only {
+        true => 1 << VIRTIO_BLK_F_RO,
+        false => 1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES,
+    };
+    1 << VIRTIO_BLK_F_SEG_MAX
+        | 1 << VIRTIO_BLK_F_BLK_SIZE
+        | 1 << VIRTIO_BLK_F_TOPOLOGY
+        | 1 << VIRTIO_BLK_F_FLUSH
+        | 1 << VIRTIO_BLK_F_MQ
+        | kind
+}
+
+/// The configuration space (virtio 1.3 §5.2.4). Nothing in it is writable: the cache mode, the only candidate, is not
+/// offered.
 fn config_space(sectors: u64, queues: u16) -> Vec<u8> {
     let mut config = Vec::with_capacity(60);
     config.extend(sectors.to_le_bytes()); // capacity
@@ -129,52 +138,10 @@ fn config_space(sectors: u64, queues: u16) -> Vec<u8> {
     config
 }
 
-impl VirtioDevice for Block {
-    fn kind(&self) -> DeviceKind {
-        DeviceKind::Block
-    }
+impl Threaded for Block {
+    type Message = ();
 
-    fn features(&self) -> u64 {
-        let mut features = 1 << VIRTIO_F_VERSION_1
-            | 1 << VIRTIO_RING_F_INDIRECT_DESC
-            | 1 << VIRTIO_RING_F_EVENT_IDX
-            | 1 << VIRTIO_BLK_F_SEG_MAX
-            | 1 << VIRTIO_BLK_F_BLK_SIZE
-            | 1 << VIRTIO_BLK_F_TOPOLOGY
-            | 1 << VIRTIO_BLK_F_FLUSH
-            | 1 << VIRTIO_BLK_F_MQ;
-        features |= match self.read_only {
-            true => 1 << VIRTIO_BLK_F_RO,
-            false => 1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES,
-        };
-        features
-    }
-
-    fn queue_sizes(&self) -> &[u16] {
-        &self.queue_sizes
-    }
-
-    fn read_config(&self, offset: u64, data: &mut [u8]) {
-        read_config_bytes(&self.config, offset, data);
-    }
-
-    fn write_config(&mut self, _offset: u64, _data: &[u8]) {
-        // Nothing in it is writable: the cache mode, the only candidate, is not offered.
-    }
-
-    fn ack_features(&mut self, features: u64) {
-        self.worker.ack_features(features);
-    }
-
-    fn start_queue(&mut self, index: usize, resources: QueueResources) -> Result<(), DeviceError> {
-        self.worker.start_queue(index, resources)
-    }
-
-    fn stop_queue(&mut self, index: usize) -> Option<QueueState> {
-        self.worker.stop_queue(index)
-    }
-
-    fn reset(&mut self) {
-        self.worker.reset();
+    fn front(&self) -> &Front<()> {
+        &self.front
     }
 }

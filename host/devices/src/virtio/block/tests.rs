@@ -14,6 +14,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::request::MAX_RANGE_SECTORS;
 use super::*;
+use crate::virtio::VirtioDevice;
 use crate::virtio::driver::{self, DriverQueue, Piece};
 
 const DISK_BYTES: u64 = 16 << 20;

@@ -26,18 +26,16 @@ use std::sync::Arc;
 use mio::Registry;
 use rustix::net::SocketType;
 use rustix::net::sockopt::socket_type;
-use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
-use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 pub use packet::Cid;
 
 use self::muxer::{Muxer, Ports};
 pub(crate) use self::queue::Queues;
 use crate::counter::Counter;
-use crate::virtio::device::{
-    DeviceError, DeviceKind, QueueResources, QueueState, VirtioDevice, read_config_bytes,
-};
-use crate::virtio::worker::{Mailbox, Worker};
+use crate::virtio::config::ConfigSpace;
+use crate::virtio::device::DeviceKind;
+use crate::virtio::threaded::{Front, Threaded};
+use crate::virtio::worker::Mailbox;
 
 /// Receive, transmit and event queue. Nothing is ever reported on the third.
 const QUEUE_SIZES: [u16; 3] = [256, 256, 64];
@@ -88,8 +86,17 @@ impl Counters {
     }
 }
 
-pub(crate) enum Message {
-    Connect { port: u32, preface: Vec<u8>, socket: OwnedFd },
+/// What the thread is asked for.
+pub enum Message {
+    /// Opens a stream to the guest.
+    Connect {
+        /// The guest's port.
+        port: u32,
+        /// What the guest gets first.
+        preface: Vec<u8>,
+        /// The host's end.
+        socket: OwnedFd,
+    },
 }
 
 /// Why a socket was not taken.
@@ -135,9 +142,8 @@ impl Handle {
 
 /// The socket device.
 pub struct Vsock {
-    guest: Cid,
     counters: Arc<Counters>,
-    worker: Worker<Message>,
+    front: Front<Message>,
 }
 
 impl Vsock {
@@ -145,15 +151,16 @@ impl Vsock {
     pub fn new(guest: Cid, backend: Backend) -> io::Result<Self> {
         let counters = Arc::new(Counters::default());
         let shared = Arc::clone(&counters);
-        let worker = Worker::spawn(DeviceKind::Vsock, "vsock", QUEUE_SIZES.len(), move |registry| {
+        let config = ConfigSpace::new(guest.0.to_le_bytes().to_vec());
+        let front = Front::spawn(DeviceKind::Vsock, 0, QUEUE_SIZES.to_vec(), config, move |registry| {
             Queues::new(Muxer::new(guest, registry, backend, shared))
         })?;
-        Ok(Self { guest, counters, worker })
+        Ok(Self { counters, front })
     }
 
     /// A handle to open streams to the guest with.
     pub fn handle(&self) -> Handle {
-        Handle { mailbox: self.worker.mailbox() }
+        Handle { mailbox: self.front.mailbox() }
     }
 
     /// What the device has done.
@@ -167,40 +174,10 @@ pub(crate) fn model(guest: Cid, registry: Registry, backend: Backend) -> Queues 
     Queues::new(Muxer::new(guest, registry, backend, Arc::default()))
 }
 
-impl VirtioDevice for Vsock {
-    fn kind(&self) -> DeviceKind {
-        DeviceKind::Vsock
-    }
+impl Threaded for Vsock {
+    type Message = Message;
 
-    fn features(&self) -> u64 {
-        1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX
-    }
-
-    fn queue_sizes(&self) -> &[u16] {
-        &QUEUE_SIZES
-    }
-
-    fn read_config(&self, offset: u64, data: &mut [u8]) {
-        read_config_bytes(&self.guest.0.to_le_bytes(), offset, data);
-    }
-
-    fn write_config(&mut self, _offset: u64, _data: &[u8]) {
-        // Nothing in it is writable.
-    }
-
-    fn ack_features(&mut self, features: u64) {
-        self.worker.ack_features(features);
-    }
-
-    fn start_queue(&mut self, index: usize, resources: QueueResources) -> Result<(), DeviceError> {
-        self.worker.start_queue(index, resources)
-    }
-
-    fn stop_queue(&mut self, index: usize) -> Option<QueueState> {
-        self.worker.stop_queue(index)
-    }
-
-    fn reset(&mut self) {
-        self.worker.reset();
+    fn front(&self) -> &Front<Message> {
+        &self.front
     }
 }

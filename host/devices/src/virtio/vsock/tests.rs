@@ -15,6 +15,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use super::connection::BUFFER_BYTES;
 use super::packet::{HEADER_BYTES, Header, Operation, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, TYPE_STREAM};
 use super::*;
+use crate::virtio::VirtioDevice;
 use crate::virtio::driver::{self, DriverQueue, Piece};
 
 const GUEST: Cid = Cid(3);
