@@ -209,7 +209,12 @@ impl Snapshotter {
     }
 
     /// Unmounts; fine when nothing is mounted there.
-    pub fn unmount(&self, target: &Path) -> Result<()> {
+    ///
+    /// It takes turns with [`mount`](Self::mount) of the same key: a place that goes away between being found mounted
+    /// and being bound would show an empty folder at the other.
+    pub fn unmount(&self, key: &str, target: &Path) -> Result<()> {
+        let turn = self.mounting(key);
+        let _mine = lock(&turn);
         overlay::unmount(target)?;
         lock(&self.0.mounted).remove(target);
         Ok(())

@@ -99,8 +99,8 @@ async fn a_mounted_snapshot_shows_the_layers_and_keeps_changes_to_itself() {
     assert_eq!(snapshotter.usage("two").expect("usage").inodes, 0);
     assert_eq!(snapshotter.list().expect("list").len(), 2);
     for (key, target) in [("one", &one), ("two", &two)] {
-        snapshotter.unmount(target).expect("unmounted");
-        snapshotter.unmount(target).expect("unmounted twice is fine");
+        snapshotter.unmount(key, target).expect("unmounted");
+        snapshotter.unmount(key, target).expect("unmounted twice is fine");
         snapshotter.remove(key).expect("removed");
         snapshotter.remove(key).expect("removed twice is fine");
     }
@@ -129,7 +129,7 @@ async fn a_hundred_and_fifty_layers_can_be_mounted() {
         (read(target.join("f0")), read(target.join("f149")), read(target.join("top"))),
         ("f0".into(), "f149".into(), "f149".into())
     );
-    images.snapshotter().unmount(&target).expect("unmounted");
+    images.snapshotter().unmount("many", &target).expect("unmounted");
 }
 
 #[tokio::test]
@@ -173,7 +173,7 @@ async fn a_snapshot_on_nothing_is_a_folder() {
     images.snapshotter().prepare("empty", None).expect("prepared");
     images.snapshotter().mount("empty", &target).expect("mounted");
     std::fs::write(target.join("x"), "x").expect("write");
-    images.snapshotter().unmount(&target).expect("unmounted");
+    images.snapshotter().unmount("empty", &target).expect("unmounted");
     assert_eq!(images.snapshotter().usage("empty").expect("usage").inodes, 1);
 }
 
@@ -224,10 +224,39 @@ async fn two_mounts_of_a_snapshot_are_one_file_system() {
     std::fs::write(one.join("new"), "seen").expect("written");
     assert_eq!(read(two.join("new")), "seen");
     // The second outlives the first, and a third joins it.
-    snapshotter.unmount(&one).expect("unmounted");
+    snapshotter.unmount("twice", &one).expect("unmounted");
     snapshotter.mount_beside("twice", &one, Some(&two)).expect("mounted");
     std::fs::write(two.join("newer"), "seen").expect("written");
     assert_eq!(read(one.join("newer")), "seen");
-    snapshotter.unmount(&one).expect("unmounted");
-    snapshotter.unmount(&two).expect("unmounted");
+    snapshotter.unmount("twice", &one).expect("unmounted");
+    snapshotter.unmount("twice", &two).expect("unmounted");
+}
+
+#[tokio::test]
+async fn a_place_that_goes_away_meanwhile_is_not_shown_empty() {
+    if !in_own_mounts("snapshot::a_place_that_goes_away_meanwhile_is_not_shown_empty") {
+        return;
+    }
+    let store = Store::new();
+    let images = loaded(&store, &small()).await;
+    let chain = images.list().await.expect("listed")[0].chain();
+    let snapshotter = images.snapshotter();
+    snapshotter.prepare("busy", chain).expect("prepared");
+    let (one, two) = (store.path().join("one"), store.path().join("two"));
+    snapshotter.mount("busy", &one).expect("mounted");
+    std::fs::write(one.join("there"), "there").expect("written");
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for _ in 0..300 {
+                snapshotter.unmount("busy", &one).expect("unmounted");
+                snapshotter.mount("busy", &one).expect("mounted");
+            }
+        });
+        for round in 0..300 {
+            snapshotter.mount_beside("busy", &two, Some(&one)).expect("mounted");
+            assert!(two.join("there").exists(), "round {round} shows an empty folder");
+            snapshotter.unmount("busy", &two).expect("unmounted");
+        }
+    });
+    snapshotter.unmount("busy", &one).expect("unmounted");
 }

@@ -238,8 +238,9 @@ async fn mount_rootfs(context: &Arc<Context>, id: &str) -> Result<(), Failure> {
 
 async fn unmount_rootfs(context: &Arc<Context>, id: &str) -> Result<(), Failure> {
     let (snapshotter, target, folder) = (context.snapshotter(), context.rootfs(id), context.run_folder(id));
+    let id = id.to_owned();
     blocking(move || {
-        let unmounted = snapshotter.unmount(&target);
+        let unmounted = snapshotter.unmount(&id, &target);
         if let Err(error) = peers::unmount_shm(&folder) {
             tracing::warn!(folder = %folder.display(), %error, "shared memory stays mounted");
         }

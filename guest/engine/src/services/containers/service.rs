@@ -127,7 +127,8 @@ impl Containers {
             let swept = async {
                 run::reap(&self.context, &name).await?;
                 let (snapshotter, target) = (self.context.snapshotter(), self.context.rootfs(&name));
-                run::blocking(move || snapshotter.unmount(&target)).await?;
+                let key = name.clone();
+                run::blocking(move || snapshotter.unmount(&key, &target)).await?;
                 run::remove_run_folder(&self.context, &name).await
             };
             if let Err(error) = swept.await {

@@ -221,6 +221,7 @@ fn views(context: &Context) -> PathBuf {
 /// Where a container's root is mounted for one operation; unmounted when dropped, which blocks.
 struct Place {
     snapshotter: Snapshotter,
+    id: String,
     path: PathBuf,
 }
 
@@ -230,11 +231,12 @@ impl Place {
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let place = Self {
             snapshotter: context.snapshotter(),
+            id: id.to_owned(),
             path: views(context).join(format!("{}-{number}", &id[..12])),
         };
-        let (id, running) = (id.to_owned(), context.rootfs(id));
+        let running = context.rootfs(id);
         run::blocking(move || {
-            place.snapshotter.mount_beside(&id, &place.path, Some(&running))?;
+            place.snapshotter.mount_beside(&place.id, &place.path, Some(&running))?;
             Ok(place)
         })
         .await
@@ -243,7 +245,7 @@ impl Place {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        if let Err(error) = self.snapshotter.unmount(&self.path) {
+        if let Err(error) = self.snapshotter.unmount(&self.id, &self.path) {
             tracing::warn!(path = %self.path.display(), %error, "a container's files stay mounted");
         }
         if let Err(error) = std::fs::remove_dir(&self.path) {
