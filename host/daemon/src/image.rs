@@ -50,6 +50,11 @@ impl VmImage {
         self.dir.join("kernel")
     }
 
+    /// The kernel as an ELF file, which an image with a kernel of its own has.
+    pub(crate) fn vmlinux(&self) -> Option<PathBuf> {
+        Some(self.dir.join("vmlinux")).filter(|path| path.is_file())
+    }
+
     pub(crate) fn initramfs(&self) -> PathBuf {
         self.dir.join("initramfs")
     }

@@ -323,6 +323,7 @@ impl Supervisor {
             cpus: settings.cpus,
             memory_mib: settings.memory_mib,
             kernel: image.kernel(),
+            vmlinux: image.vmlinux(),
             initramfs: image.initramfs(),
             cmdline: image.cmdline,
             disk: DiskSpec { path: dir.join("disk.raw"), size_bytes: settings.disk_gib << 30 },

@@ -143,6 +143,7 @@ mod tests {
             cpus: 1,
             memory_mib: 512,
             kernel: "/none".into(),
+            vmlinux: None,
             initramfs: "/none".into(),
             cmdline: String::new(),
             disk: DiskSpec { path: "/none".into(), size_bytes: 1 << 30 },

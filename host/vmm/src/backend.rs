@@ -7,19 +7,44 @@ use host_hypervisor::qemu;
 
 pub use host_hypervisor::Accelerator;
 
-use crate::spec::BackendChoice;
+use crate::spec::{BackendChoice, NetworkSpec};
 
 /// A choice, with its reason.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Backend {
-    /// The program or interface that runs the machine: `qemu`.
-    pub name: &'static str,
+    /// What runs the machine.
+    pub provider: Provider,
     /// What executes the guest's instructions.
     pub accelerator: Accelerator,
     /// Why, as a sentence.
     pub reason: String,
-    /// The program.
-    pub program: PathBuf,
+}
+
+/// What runs a machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Provider {
+    /// This process, on KVM.
+    InProcess,
+    /// This program, which is a QEMU.
+    Qemu(PathBuf),
+}
+
+impl Backend {
+    /// The provider's name: `kvm` or `qemu`.
+    pub fn name(&self) -> &'static str {
+        match self.provider {
+            Provider::InProcess => "kvm",
+            Provider::Qemu(_) => "qemu",
+        }
+    }
+
+    /// The provider's name in sentences.
+    pub(crate) fn title(&self) -> &'static str {
+        match self.provider {
+            Provider::InProcess => "the virtual machine",
+            Provider::Qemu(_) => "QEMU",
+        }
+    }
 }
 
 /// No back end can run a machine here.
@@ -37,13 +62,19 @@ pub enum BackendError {
 }
 
 /// Decides what would run a machine on this host now. Blocks while KVM is probed (up to a second; see the probe).
-pub fn choose_backend(choice: BackendChoice) -> Result<Backend, BackendError> {
+///
+/// A machine of ours has no network device yet: on KVM, too, QEMU runs what has a network.
+pub fn choose_backend(choice: BackendChoice, network: NetworkSpec) -> Result<Backend, BackendError> {
     let usability = match choice {
         BackendChoice::Qemu => None,
         BackendChoice::Auto | BackendChoice::Kvm => Some(probe::probe()),
     };
     let (accelerator, reason) = decide(choice, usability)?;
-    Ok(Backend { name: "qemu", accelerator, reason, program: qemu::find()? })
+    let provider = match (accelerator, network) {
+        (Accelerator::Kvm, NetworkSpec::None) => Provider::InProcess,
+        (Accelerator::Kvm, NetworkSpec::Nat) | (Accelerator::Tcg, _) => Provider::Qemu(qemu::find()?),
+    };
+    Ok(Backend { provider, accelerator, reason })
 }
 
 /// The decision itself; `usability` is what the probe said, if it was asked.

@@ -8,20 +8,25 @@
 //! ```
 //!
 //! Each phase consumes the one before, so a machine cannot be started twice or asked for its console's last lines
-//! while it runs. The threads of a machine (devices, console, monitor, the one that waits for QEMU) report to one
-//! channel of [`Signal`]s; whoever drives the machine reads it.
+//! while it runs. The threads of a machine (devices, console, monitor, the one that waits for its end) report to one
+//! channel of [`Signal`]s; whoever drives the machine reads it. They are the same whether QEMU runs it or this process.
 
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::mpsc::Sender;
 use std::thread::JoinHandle;
 
 use guest_protocol::forward::Header;
-use host_hypervisor::qemu::{Exit, Killer, Launch, LaunchError, Machine, Monitor, MonitorEvent};
+use host_hypervisor::kvm;
+use host_hypervisor::memory::{self, MemoryError};
+use host_hypervisor::qemu::{self, Launch, LaunchError, Monitor, MonitorEvent};
+use host_hypervisor::threads::Control;
+use host_hypervisor::vcpu::End;
 
-use crate::attach::{self, AttachError, Attached, Connector, ConsoleTail, Context};
-use crate::backend::Backend;
+use crate::attach::{self, AttachError, Attached, Connector, ConsoleTail, Context, InProcess, Plug, Qemu};
+use crate::backend::{Backend, Provider};
 use crate::control::Command;
 use crate::spec::MachineSpec;
 
@@ -41,10 +46,36 @@ pub enum Signal {
     },
     /// The guest's kernel has panicked, with this message.
     Panicked(String),
-    /// QEMU tells how the machine is.
+    /// How the machine is: what QEMU's monitor tells, or the processors in this process.
     Monitor(MonitorEvent),
-    /// QEMU has ended.
-    Ended(io::Result<Exit>),
+    /// What ran the machine has ended.
+    Ended(Ended),
+}
+
+/// How what ran a machine ended, for when nothing else explains it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ended {
+    /// What happened, as a clause: `QEMU exited with code 1`.
+    pub clause: String,
+    /// Its last words, if any.
+    pub words: String,
+}
+
+impl Ended {
+    fn of_qemu(exit: io::Result<qemu::Exit>) -> Self {
+        match exit {
+            Ok(exit) => Self { clause: format!("QEMU {}", exit.description), words: exit.stderr },
+            Err(error) => Self { clause: "QEMU could not be waited for".into(), words: error.to_string() },
+        }
+    }
+
+    fn of_processors(end: End) -> Self {
+        let words = match end {
+            End::Failed(reason) => reason,
+            End::PoweredOff | End::Reset | End::Stopped => String::new(),
+        };
+        Self { clause: "the virtual machine ended".into(), words }
+    }
 }
 
 /// Why a machine could not be built.
@@ -56,6 +87,12 @@ pub enum BuildError {
     /// Connections to QEMU could not be made.
     #[error("cannot make the monitor's sockets")]
     Sockets(#[source] io::Error),
+    /// There is no memory for the guest.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// KVM does not give us the machine, or its kernel cannot be loaded.
+    #[error(transparent)]
+    Kvm(#[from] kvm::Error),
 }
 
 /// Why a built machine could not be started.
@@ -71,14 +108,19 @@ pub enum StartError {
 
 /// All devices are there, nothing runs yet.
 pub struct Built {
-    launch: Launch,
-    monitor: UnixStream,
+    prepared: Prepared,
     signals: Sender<Signal>,
     connector: Option<Connector>,
     parts: Parts,
 }
 
-/// QEMU runs.
+/// What will run the machine.
+enum Prepared {
+    Qemu { launch: Box<Launch>, monitor: UnixStream },
+    InProcess(Box<kvm::Machine>),
+}
+
+/// The machine runs.
 pub struct Running {
     killer: Killer,
     connector: Option<Connector>,
@@ -91,6 +133,21 @@ pub struct Running {
 pub struct Stopped {
     /// The last lines of its console.
     pub console_tail: String,
+}
+
+/// Ends the machine at once, and harmlessly when it has ended.
+enum Killer {
+    Qemu(qemu::Killer),
+    Processors(Control),
+}
+
+impl Killer {
+    fn kill(&self) {
+        match self {
+            Self::Qemu(killer) => killer.kill(),
+            Self::Processors(control) => control.stop(),
+        }
+    }
 }
 
 struct Parts {
@@ -116,8 +173,10 @@ pub fn build(
     called_off: &dyn Fn() -> bool,
 ) -> Result<Built, BuildError> {
     let mut context = Context {
-        devices: Vec::new(),
-        fds: Default::default(),
+        plug: match &backend.provider {
+            Provider::Qemu(_) => Plug::Qemu(Qemu::default()),
+            Provider::InProcess => Plug::InProcess(InProcess::new(memory::allocate(spec.memory_mib)?)),
+        },
         signals: signals.clone(),
         called_off,
         connector: None,
@@ -130,41 +189,86 @@ pub fn build(
         parts.attached.push(device);
     }
     parts.console = context.console;
+    let prepared = match (context.plug, &backend.provider) {
+        (Plug::Qemu(plug), Provider::Qemu(program)) => prepare_qemu(spec, backend, plug, program)?,
+        (Plug::InProcess(plug), _) => Prepared::InProcess(Box::new(prepare_kvm(spec, plug)?)),
+        (Plug::Qemu(_), Provider::InProcess) => unreachable!("the plug was made for the provider"),
+    };
+    Ok(Built { prepared, signals, connector: context.connector, parts })
+}
+
+fn prepare_qemu(
+    spec: &MachineSpec,
+    backend: &Backend,
+    mut plug: Qemu,
+    program: &Path,
+) -> Result<Prepared, BuildError> {
     let (monitor, theirs) = UnixStream::pair().map_err(BuildError::Sockets)?;
-    let machine = Machine {
+    let machine = qemu::Machine {
         accelerator: backend.accelerator,
         cpus: spec.cpus,
         memory_mib: spec.memory_mib,
         kernel: spec.kernel.clone(),
         initramfs: spec.initramfs.clone(),
         cmdline: spec.kernel_cmdline(),
-        devices: context.devices,
-        monitor: Some(context.fds.pass(theirs)),
+        devices: plug.devices,
+        monitor: Some(plug.fds.pass(theirs)),
     };
-    let launch = Launch { program: backend.program.clone(), machine, fds: context.fds };
-    Ok(Built { launch, monitor, signals, connector: context.connector, parts })
+    let launch = Launch { program: program.to_owned(), machine, fds: plug.fds };
+    Ok(Prepared::Qemu { launch: Box::new(launch), monitor })
+}
+
+fn prepare_kvm(spec: &MachineSpec, plug: InProcess) -> Result<kvm::Machine, kvm::Error> {
+    kvm::Machine::build(kvm::Spec {
+        cpus: spec.cpus,
+        memory: plug.memory,
+        kernel: spec.vmlinux.as_deref().unwrap_or(&spec.kernel),
+        initramfs: &spec.initramfs,
+        cmdline: &spec.kernel_cmdline(),
+        console: plug.console.unwrap_or_else(|| Box::new(io::sink())),
+        slots: plug.slots,
+    })
 }
 
 impl Built {
-    /// Starts QEMU. It dies with the calling thread: call it from one that lives as long as the process.
+    /// Lets the machine run. QEMU dies with the calling thread: call it from one that lives as long as the process.
     pub fn start(self) -> Result<Running, StartError> {
-        let process = self.launch.spawn()?;
-        tracing::info!(pid = process.id(), "QEMU started");
-        let mut running = Running {
-            killer: process.killer(),
-            connector: self.connector,
-            threads: Vec::new(),
-            parts: self.parts,
-        };
-        let signals = self.signals.clone();
-        running.thread("qemu-wait", move || send(&signals, Signal::Ended(process.wait())))?;
-        let mut monitor = Monitor::new(self.monitor);
-        running.thread("qemu-monitor", move || {
-            while let Some(event) = monitor.next_event() {
-                send(&self.signals, Signal::Monitor(event));
+        match self.prepared {
+            Prepared::Qemu { launch, monitor } => {
+                let process = launch.spawn()?;
+                tracing::info!(pid = process.id(), "QEMU started");
+                let killer = Killer::Qemu(process.killer());
+                let mut running = Running::new(killer, self.connector, self.parts);
+                let signals = self.signals.clone();
+                running.thread("qemu-wait", move || {
+                    send(&signals, Signal::Ended(Ended::of_qemu(process.wait())));
+                })?;
+                let mut monitor = Monitor::new(monitor);
+                running.thread("qemu-monitor", move || {
+                    while let Some(event) = monitor.next_event() {
+                        send(&self.signals, Signal::Monitor(event));
+                    }
+                })?;
+                Ok(running)
             }
-        })?;
-        Ok(running)
+            Prepared::InProcess(machine) => {
+                let machine = machine.start().map_err(StartError::Thread)?;
+                tracing::info!("the processors run");
+                let killer = Killer::Processors(machine.control());
+                let mut running = Running::new(killer, self.connector, self.parts);
+                send(&self.signals, Signal::Monitor(MonitorEvent::Ready));
+                running.thread("vcpu-wait", move || {
+                    let end = machine.wait();
+                    match end {
+                        End::PoweredOff => send(&self.signals, Signal::Monitor(MonitorEvent::PoweredOff)),
+                        End::Reset => send(&self.signals, Signal::Monitor(MonitorEvent::Reset)),
+                        End::Stopped | End::Failed(_) => {}
+                    }
+                    send(&self.signals, Signal::Ended(Ended::of_processors(end)));
+                })?;
+                Ok(running)
+            }
+        }
     }
 }
 
@@ -176,6 +280,10 @@ fn send(signals: &Sender<Signal>, signal: Signal) {
 }
 
 impl Running {
+    fn new(killer: Killer, connector: Option<Connector>, parts: Parts) -> Self {
+        Self { killer, connector, threads: Vec::new(), parts }
+    }
+
     fn thread(&mut self, name: &str, body: impl FnOnce() + Send + 'static) -> Result<(), StartError> {
         let thread = std::thread::Builder::new().name(name.into()).spawn(body).map_err(StartError::Thread)?;
         self.threads.push(thread);
@@ -201,7 +309,7 @@ impl Running {
         self.killer.kill();
     }
 
-    /// The name of a device whose thread has ended, which is a fault as long as QEMU runs.
+    /// The name of a device whose thread has ended, which is a fault as long as the machine runs.
     pub fn lost_device(&self) -> Option<&'static str> {
         self.parts.attached.iter().find(|device| device.has_ended()).map(|device| device.name())
     }
@@ -213,7 +321,7 @@ impl Running {
     }
 
     fn take_down(&mut self) {
-        // Harmless if QEMU has ended, and without it the threads below would not end.
+        // Harmless if it has ended, and without it the threads below would not end.
         self.killer.kill();
         for thread in self.threads.drain(..) {
             if thread.join().is_err() {

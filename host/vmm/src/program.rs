@@ -5,7 +5,7 @@
 //!      │                  │            │                         │
 //!      │                  │            │ Stop: kill              │ Stop, end of file: power port, then kill
 //!      ▼                  ▼            ▼                         ▼
-//!     exit            Stopped ◀────────┴───── QEMU's end ────────┘
+//!     exit            Stopped ◀────────┴── the machine's end ─────┘
 //! ```
 //!
 //! The main thread owns the machine and everything that changes; a thread reads the control channel, others belong to
@@ -20,11 +20,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use guest_protocol::port;
-use host_hypervisor::qemu::{Exit, MonitorEvent};
+use host_hypervisor::qemu::MonitorEvent;
 
 use crate::backend::{Backend, choose_backend};
 use crate::control::{self, Channel, Command, Event, StopReason};
-use crate::machine::{self, Running, Signal};
+use crate::machine::{self, Ended, Running, Signal};
 use crate::spec::MachineSpec;
 
 /// How long the guest may take to power off when the daemon asks.
@@ -165,12 +165,12 @@ impl Start<'_> {
         self.stage("checking the machine")?;
         spec.validate()?;
         self.stage("choosing how to run it")?;
-        let backend = choose_backend(spec.backend)?;
+        let backend = choose_backend(spec.backend, spec.network)?;
         tracing::info!(accelerator = backend.accelerator.name(), reason = backend.reason, "back end chosen");
         self.stage("preparing its devices")?;
         let inbox = std::cell::RefCell::new(&mut self.inbox);
         let built = machine::build(spec, &backend, signals, &|| inbox.borrow_mut().called_off())?;
-        self.stage("starting QEMU")?;
+        self.stage(&format!("starting {}", backend.title()))?;
         Ok((built.start()?, backend))
     }
 
@@ -193,7 +193,7 @@ impl Stage {
     /// For "… while …".
     fn phrase(self) -> &'static str {
         match self {
-            Self::Launching => "QEMU was starting",
+            Self::Launching => "the virtual machine was starting",
             Self::Booting => "the guest was booting",
             Self::Up => "the machine was running",
         }
@@ -260,7 +260,7 @@ impl<'a> Driver<'a> {
     fn until_stopped(mut self) -> StopReason {
         loop {
             match self.inbox.next(self.deadline()) {
-                Ok(Signal::Ended(exit)) => return self.stopped(exit),
+                Ok(Signal::Ended(ended)) => return self.stopped(&ended),
                 Ok(signal) => self.signal(signal),
                 Err(RecvTimeoutError::Timeout) => {}
                 // The machine's threads hold senders for as long as it runs.
@@ -319,7 +319,7 @@ impl<'a> Driver<'a> {
             self.stage = Stage::Booting;
             self.daemon.stage("booting the guest");
             let event = Event::Running {
-                backend: self.backend.name.into(),
+                backend: self.backend.name().into(),
                 reason: self.backend.reason.clone(),
                 accelerator: self.backend.accelerator,
             };
@@ -392,7 +392,7 @@ impl<'a> Driver<'a> {
         }
     }
 
-    fn stopped(self, exit: std::io::Result<Exit>) -> StopReason {
+    fn stopped(self, ended: &Ended) -> StopReason {
         let stopped = self.running.stopped();
         // QEMU says its last words before it ends, but another thread reads them.
         let mut shutdown = self.shutdown;
@@ -402,12 +402,7 @@ impl<'a> Driver<'a> {
                 _ => {}
             }
         }
-        let exit = exit.unwrap_or_else(|error| Exit {
-            success: false,
-            description: format!("could not be waited for: {error}"),
-            stderr: String::new(),
-        });
-        stop_reason(self.cause, shutdown, &exit, self.stage, stopped.console_tail)
+        stop_reason(self.cause, shutdown, ended, self.stage, stopped.console_tail)
     }
 }
 
@@ -415,7 +410,7 @@ impl<'a> Driver<'a> {
 fn stop_reason(
     cause: Option<Cause>,
     shutdown: Option<MonitorEvent>,
-    exit: &Exit,
+    ended: &Ended,
     stage: Stage,
     console_tail: String,
 ) -> StopReason {
@@ -433,8 +428,8 @@ fn stop_reason(
         (Some(Cause::LostDevice(device)), _) => failed(format!("the {device} device failed while {phrase}")),
         (None, Some(MonitorEvent::Reset)) => failed(format!("the guest restarted itself while {phrase}")),
         (None, _) => {
-            let words = if exit.stderr.is_empty() { String::new() } else { format!(": {}", exit.stderr) };
-            failed(format!("QEMU {} while {phrase}{words}", exit.description))
+            let words = if ended.words.is_empty() { String::new() } else { format!(": {}", ended.words) };
+            failed(format!("{} while {phrase}{words}", ended.clause))
         }
     }
 }
@@ -443,12 +438,12 @@ fn stop_reason(
 mod tests {
     use super::*;
 
-    fn exit(description: &str, stderr: &str) -> Exit {
-        Exit { success: false, description: description.into(), stderr: stderr.into() }
+    fn ended(clause: &str, words: &str) -> Ended {
+        Ended { clause: clause.into(), words: words.into() }
     }
 
     fn reason(cause: Option<Cause>, shutdown: Option<MonitorEvent>, stage: Stage) -> StopReason {
-        stop_reason(cause, shutdown, &exit("exited with code 0", ""), stage, "last line".into())
+        stop_reason(cause, shutdown, &ended("QEMU exited with code 0", ""), stage, "last line".into())
     }
 
     fn message(reason: StopReason) -> String {
@@ -500,11 +495,11 @@ mod tests {
 
     #[test]
     fn qemu_failures_carry_its_words() {
-        let exit = exit("exited with code 1", "qemu: cannot allocate memory");
-        let reason = stop_reason(None, None, &exit, Stage::Launching, "last line".into());
+        let ended = ended("QEMU exited with code 1", "qemu: cannot allocate memory");
+        let reason = stop_reason(None, None, &ended, Stage::Launching, "last line".into());
         assert_eq!(
             message(reason),
-            "QEMU exited with code 1 while QEMU was starting: qemu: cannot allocate memory"
+            "QEMU exited with code 1 while the virtual machine was starting: qemu: cannot allocate memory"
         );
     }
 

@@ -30,6 +30,9 @@ pub struct MachineSpec {
     pub memory_mib: u32,
     /// The kernel (bzImage).
     pub kernel: PathBuf,
+    /// The same kernel as an ELF file with a PVH entry, if there is one: it starts without unpacking itself.
+    #[serde(default)]
+    pub vmlinux: Option<PathBuf>,
     /// The initial root file system (compressed cpio).
     pub initramfs: PathBuf,
     /// Kernel parameters to add after our own (console, panic), such as those in the VM image's manifest.
@@ -126,6 +129,9 @@ impl MachineSpec {
         self.validate_numbers()?;
         check_readable("kernel", &self.kernel)?;
         check_kernel(&self.kernel)?;
+        if let Some(vmlinux) = &self.vmlinux {
+            check_readable("kernel", vmlinux)?;
+        }
         check_readable("initramfs", &self.initramfs)?;
         check_parent("disk", &self.disk.path)?;
         check_parent("console log", &self.console_log)
@@ -252,6 +258,7 @@ mod tests {
             cpus: 1,
             memory_mib: 512,
             kernel: folder.join("kernel"),
+            vmlinux: None,
             initramfs: folder.join("initramfs"),
             cmdline: "quiet".into(),
             disk: DiskSpec { path: folder.join("disk.raw"), size_bytes: DISK_BYTES_MIN },
@@ -310,6 +317,10 @@ mod tests {
         check(|spec| std::fs::write(&spec.kernel, [0; 0x300]).unwrap(), "is not a Linux kernel image");
         check(|spec| std::fs::write(&spec.initramfs, b"").unwrap(), "initramfs");
         check(|spec| spec.kernel = spec.kernel.parent().unwrap().into(), "is not a file");
+        check(
+            |spec| spec.vmlinux = Some("/nowhere/vmlinux".into()),
+            "cannot read the kernel `/nowhere/vmlinux`",
+        );
         check(|spec| spec.kernel = "kernel".into(), "`kernel`, is not absolute");
         check(|spec| spec.disk.path = "/nowhere/at/all/disk.raw".into(), "`/nowhere/at/all`");
     }

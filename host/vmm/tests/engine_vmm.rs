@@ -42,6 +42,7 @@ impl Vmm {
             cpus: 1,
             memory_mib: 256,
             kernel: file("kernel"),
+            vmlinux: None,
             initramfs: file("initramfs"),
             cmdline: String::new(),
             disk: DiskSpec { path: file("disk.raw"), size_bytes: 64 * 1024 * 1024 },
@@ -168,7 +169,10 @@ fn a_qemu_that_fails_is_quoted() {
     let StopReason::Failed { message, console_tail } = vmm.stopped() else {
         panic!("the machine has failed")
     };
-    assert_eq!(message, "QEMU exited with code 1 while QEMU was starting: qemu: cannot allocate memory");
+    assert_eq!(
+        message,
+        "QEMU exited with code 1 while the virtual machine was starting: qemu: cannot allocate memory"
+    );
     assert_eq!(console_tail, "");
     assert!(vmm.exit().success());
 }
@@ -179,7 +183,7 @@ fn a_killed_qemu_is_told_from_one_that_was_asked_to_end() {
     let pid = rustix::process::Pid::from_raw(vmm.qemu() as i32).unwrap();
     rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
     let StopReason::Failed { message, .. } = vmm.stopped() else { panic!("the machine has failed") };
-    assert_eq!(message, "QEMU was killed by signal 9 while QEMU was starting");
+    assert_eq!(message, "QEMU was killed by signal 9 while the virtual machine was starting");
     assert!(vmm.exit().success());
 }
 

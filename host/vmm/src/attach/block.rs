@@ -33,6 +33,6 @@ impl super::Attachment for Attachment {
         let device = Block::from_file(file, SERIAL, false, QUEUES)?;
         let sizes = device.queue_sizes();
         let (queues, queue_size) = (sizes.len() as u16, sizes.iter().copied().min().unwrap_or(1));
-        context.serve("block", device, |fd| Device::VhostUserBlock { fd, queues, queue_size })
+        context.plug.serve("block", device, |fd| Device::VhostUserBlock { fd, queues, queue_size })
     }
 }

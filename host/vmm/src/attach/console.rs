@@ -1,4 +1,4 @@
-//! The serial console: QEMU's port on one end of a socket pair, the bounded log on the other.
+//! The serial console: the machine's port on one end of a socket pair, the bounded log on the other.
 
 use std::error::Error;
 use std::io::{ErrorKind, Read};
@@ -10,7 +10,7 @@ use std::thread::JoinHandle;
 
 use host_hypervisor::qemu::Device;
 
-use super::{Attached, Context};
+use super::{Attached, Context, Plug};
 use crate::console::ConsoleLog;
 use crate::machine::Signal;
 
@@ -46,8 +46,13 @@ impl super::Attachment for Attachment {
             .map_err(|error| format!("cannot create the console log `{}`: {error}", self.log.display()))?;
         let log = Arc::new(Mutex::new(log));
         let (ours, theirs) = UnixStream::pair()?;
-        let fd = context.fds.pass(theirs);
-        context.devices.push(Device::Serial { fd });
+        match &mut context.plug {
+            Plug::Qemu(qemu) => {
+                let fd = qemu.fds.pass(theirs);
+                qemu.devices.push(Device::Serial { fd });
+            }
+            Plug::InProcess(machine) => machine.console = Some(Box::new(theirs)),
+        }
         context.console = Some(ConsoleTail(log.clone()));
         let (stream, signals) = (ours.try_clone()?, context.signals.clone());
         let thread =
@@ -56,7 +61,7 @@ impl super::Attachment for Attachment {
     }
 }
 
-/// Copies the console into the log until QEMU closes it.
+/// Copies the console into the log until the machine closes it.
 fn keep(mut stream: UnixStream, log: &Mutex<ConsoleLog>, signals: &Sender<Signal>) {
     let mut bytes = vec![0; 4096];
     loop {
@@ -88,7 +93,7 @@ impl Attached for Console {
     }
 
     fn detach(self: Box<Self>) {
-        // Everything QEMU wrote before it ended is still read: its end is closed, so the thread comes to the end.
+        // Everything the guest wrote before its end is still read: that end is closed, so the thread comes to the end.
         // Should another process hold that end, the shutdown ends the wait.
         super::join("console", self.thread, || drop(self.ours.shutdown(std::net::Shutdown::Write)));
     }

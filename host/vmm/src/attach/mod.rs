@@ -1,24 +1,21 @@
 //! How each device becomes part of a machine: one file per device, the only wiring code.
 //!
-//! An [`Attachment`] is a device's spec. Attaching it opens its back end, starts its thread, and adds to the
-//! [`Context`] what QEMU must be told. What is left running is [`Attached`], until it is detached.
+//! An [`Attachment`] is a device's spec. Attaching it opens its back end, starts its thread, and puts it into what
+//! runs the machine ([`Plug`]): QEMU is told about it, a machine of ours gets it in a virtio-mmio slot. What is left
+//! running is [`Attached`], until it is detached.
 
 mod block;
 mod console;
 mod net;
+mod plug;
 mod rng;
 mod vsock;
 
 use std::error::Error;
-use std::os::fd::RawFd;
-use std::os::unix::net::UnixStream;
 use std::sync::mpsc::Sender;
 
-use host_devices::virtio::VirtioDevice;
-use host_devices::virtio::vhost_user;
-use host_hypervisor::qemu::{Device, PassedFds};
-
 pub(crate) use console::ConsoleTail;
+pub(crate) use plug::{InProcess, Plug, Qemu};
 pub(crate) use vsock::Connector;
 
 use crate::machine::Signal;
@@ -52,7 +49,7 @@ pub(crate) trait Attached: Send {
     /// The device's name in messages.
     fn name(&self) -> &'static str;
 
-    /// Whether its thread has ended. Normal once QEMU has, a fault before.
+    /// Whether its thread has ended. Normal once the machine has, a fault before.
     fn has_ended(&self) -> bool;
 
     /// Ends the device and waits for its thread.
@@ -61,10 +58,8 @@ pub(crate) trait Attached: Send {
 
 /// What attaching collects.
 pub(crate) struct Context<'a> {
-    /// The devices QEMU is told about.
-    pub devices: Vec<Device>,
-    /// The descriptors QEMU inherits.
-    pub fds: PassedFds,
+    /// What runs the machine.
+    pub plug: Plug,
     /// Where devices report what happens.
     pub signals: Sender<Signal>,
     /// True when the start is called off meanwhile.
@@ -73,42 +68,6 @@ pub(crate) struct Context<'a> {
     pub connector: Option<Connector>,
     /// The console's last lines, once there is a console.
     pub console: Option<ConsoleTail>,
-}
-
-impl Context<'_> {
-    /// Serves a device model to QEMU, which is told about it in the words of `describe`.
-    fn serve(
-        &mut self,
-        name: &'static str,
-        device: impl VirtioDevice + 'static,
-        describe: impl FnOnce(RawFd) -> Device,
-    ) -> Result<Box<dyn Attached>, Box<dyn Error + Send + Sync>> {
-        let (ours, theirs) = UnixStream::pair()?;
-        let server = vhost_user::serve(Box::new(device), ours)?;
-        let fd = self.fds.pass(theirs);
-        self.devices.push(describe(fd));
-        Ok(Box::new(Served { name, server }))
-    }
-}
-
-/// A device model of ours that QEMU uses over vhost-user.
-struct Served {
-    name: &'static str,
-    server: vhost_user::Server,
-}
-
-impl Attached for Served {
-    fn name(&self) -> &'static str {
-        self.name
-    }
-
-    fn has_ended(&self) -> bool {
-        self.server.is_finished()
-    }
-
-    fn detach(self: Box<Self>) {
-        self.server.stop();
-    }
 }
 
 /// Everything a machine with this spec has, in the order of attaching.

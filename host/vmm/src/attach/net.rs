@@ -5,7 +5,7 @@ use std::os::unix::net::UnixStream;
 
 use host_hypervisor::qemu::Device;
 
-use super::{Attached, Context};
+use super::{Attached, Context, Plug};
 
 /// Locally administered; alone on its link, so the same for every machine.
 const MAC: [u8; 6] = [0x02, 0x65, 0x6e, 0x67, 0x00, 0x02];
@@ -23,9 +23,12 @@ impl super::Attachment for Attachment {
         self: Box<Self>,
         context: &mut Context<'_>,
     ) -> Result<Box<dyn Attached>, Box<dyn Error + Send + Sync>> {
+        let Plug::Qemu(qemu) = &mut context.plug else {
+            return Err("a machine in this process has no network device; QEMU must run it".into());
+        };
         let (ours, theirs) = UnixStream::pair()?;
-        let fd = context.fds.pass(theirs);
-        context.devices.push(Device::Network { fd, mac: MAC });
+        let fd = qemu.fds.pass(theirs);
+        qemu.devices.push(Device::Network { fd, mac: MAC });
         Ok(Box::new(Net(host_net::spawn(ours, host_net::Config::default())?)))
     }
 }

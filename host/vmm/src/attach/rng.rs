@@ -1,10 +1,11 @@
-//! Random numbers. QEMU's own device: it does no I/O but getrandom.
+//! Random numbers: QEMU's own device, which does no I/O but getrandom, or ours in a machine of ours.
 
 use std::error::Error;
 
+use host_devices::virtio::rng::Rng;
 use host_hypervisor::qemu::Device;
 
-use super::{Attached, Context};
+use super::{Attached, Context, Plug};
 
 pub(super) struct Attachment;
 
@@ -17,8 +18,13 @@ impl super::Attachment for Attachment {
         self: Box<Self>,
         context: &mut Context<'_>,
     ) -> Result<Box<dyn Attached>, Box<dyn Error + Send + Sync>> {
-        context.devices.push(Device::Rng);
-        Ok(self)
+        match &mut context.plug {
+            Plug::Qemu(qemu) => {
+                qemu.devices.push(Device::Rng);
+                Ok(self)
+            }
+            Plug::InProcess(machine) => machine.serve("rng", Box::new(Rng::new()?)),
+        }
     }
 }
 

@@ -57,6 +57,6 @@ impl super::Attachment for Attachment {
         let device =
             Vsock::new(Cid(u64::from(port::GUEST_CID)), Backend { ports, accepted: Box::new(accepted) })?;
         context.connector = Some(Connector { handle: device.handle(), counters: device.counters() });
-        context.serve("vsock", device, |fd| Device::VhostUserVsock { fd })
+        context.plug.serve("vsock", device, |fd| Device::VhostUserVsock { fd })
     }
 }
