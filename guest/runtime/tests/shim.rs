@@ -144,6 +144,7 @@ impl Bench {
             stdin: Stdin::None,
             log,
             console_size: None,
+            filters: Some(self.folder.clone()),
         };
         change(&mut shim_spec, &mut spec);
         spec.save(dir.join("engine/config.json")).unwrap();

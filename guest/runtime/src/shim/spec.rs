@@ -27,6 +27,10 @@ pub struct ShimSpec {
     /// The terminal's first size.
     #[serde(default)]
     pub console_size: Option<ConsoleSize>,
+    /// A folder of seccomp filters that all shims of an engine share: what one has made of a profile the others take.
+    /// Each engine begins with an empty one.
+    #[serde(default)]
+    pub filters: Option<PathBuf>,
 }
 
 /// What a process's standard input is.

@@ -5,6 +5,7 @@
 pub mod bpf;
 pub mod enter;
 pub mod exec;
+pub mod seccomp;
 
 use std::fs;
 use std::io;

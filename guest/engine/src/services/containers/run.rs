@@ -84,6 +84,11 @@ impl Context {
         self.run.join(&id[..12])
     }
 
+    /// Where shims leave the seccomp filters that they made, for each other.
+    pub fn filters(&self) -> PathBuf {
+        self.run.with_file_name("filters")
+    }
+
     pub fn rootfs(&self, id: &str) -> PathBuf {
         self.run_folder(id).join(ROOTFS)
     }
@@ -323,6 +328,7 @@ fn shim_spec(context: &Context, record: &Record) -> Result<ShimSpec, Failure> {
         stdin,
         log: logging::plan(&context.data_folder(&record.id), record)?,
         console_size: (height > 0 && width > 0).then_some(ConsoleSize { width, height }),
+        filters: Some(context.filters()),
     })
 }
 

@@ -72,12 +72,12 @@ impl Containers {
     pub async fn open(context: Arc<Context>, tasks: TaskTracker) -> anyhow::Result<Self> {
         let index = context.index.clone();
         let service = Self { context, index, tasks, prune_turn: Arc::default() };
+        // Logs, environments and root file systems are the engine's user's alone.
         for folder in [&service.context.data, &service.context.run] {
-            std::fs::create_dir_all(folder)?;
-            // Logs, environments and root file systems are the engine's user's alone.
-            std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o700))?;
+            make_private(folder)?;
         }
         super::archive::tree::sweep(&service.context)?;
+        begin_empty(&service.context.filters())?;
         let records: Vec<Record> =
             service.context.store.all(store::CONTAINERS)?.into_iter().map(|(_, record)| record).collect();
         let known: BTreeSet<String> = records.iter().map(|record| record.id.clone()).collect();
@@ -544,6 +544,19 @@ async fn restore(context: Arc<Context>, index: Arc<Index>, record: Record) -> (D
     }
     index.insert(&id, handle);
     (driver, live)
+}
+
+fn make_private(folder: &Path) -> std::io::Result<()> {
+    std::fs::create_dir_all(folder)?;
+    std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o700))
+}
+
+/// For what may be of another version of this program, or half written when the power went.
+fn begin_empty(folder: &Path) -> std::io::Result<()> {
+    match std::fs::remove_dir_all(folder) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
+        _ => make_private(folder),
+    }
 }
 
 fn folder_names(folder: &Path) -> std::io::Result<Vec<String>> {

@@ -5,8 +5,10 @@
 //! - capabilities, limits and the out-of-memory score are what this process can grant, for otherwise the start fails;
 //! - `noNewPrivileges: false` is left out, for libcontainer takes its mere presence as a reason to install the seccomp
 //!   filter after the right to do so is gone;
-//! - the two values of a masked seccomp comparison are exchanged, for libcontainer 0.7 hands them to libseccomp in the
-//!   wrong order, and `clone` would be refused to everyone.
+//! - the seccomp profile is left out: its filter comes from [`filter`](crate::filter) and is installed by
+//!   [`Program`], for which the process keeps CAP_SYS_ADMIN until then;
+//! - of a profile that libcontainer must install itself, the two values of a masked comparison are exchanged, for
+//!   libcontainer 0.7 hands them to libseccomp in the wrong order, and `clone` would be refused to everyone.
 
 use std::fs::{self, File};
 use std::io;
@@ -26,7 +28,8 @@ use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::error::LibcontainerError;
 use libcontainer::syscall::syscall::SyscallType;
 use oci_spec::runtime::{
-    Capabilities, LinuxNamespaceType, LinuxResources, LinuxSeccomp, LinuxSeccompOperator, Process, Spec,
+    Capabilities, Capability, LinuxCapabilities, LinuxNamespaceType, LinuxResources, LinuxSeccomp,
+    LinuxSeccompOperator, Process, Spec,
 };
 use rustix::fs::{Gid, Uid, fchown};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
@@ -36,8 +39,9 @@ use rustix::termios::tcsetwinsize;
 use thiserror::Error;
 
 use crate::enter::{Ends, Entry};
+use crate::filter::{Confinement, FilterError};
 use crate::mount::{Propagation, ReadOnlyCgroups};
-use crate::program::{Failure, Outcome, Program, Report, window};
+use crate::program::{Failure, Outcome, Program, Report, Seal, window};
 use crate::trace::{self, Events};
 
 /// Room in an output pipe: fewer and larger reads under load. The kernel's default is 64 KiB.
@@ -65,6 +69,8 @@ pub enum RuntimeError {
     Cgroup(#[from] CgroupError),
     #[error(transparent)]
     Devices(#[from] DeviceFilterError),
+    #[error(transparent)]
+    Filter(#[from] FilterError),
     #[error(transparent)]
     Reap(#[from] ReapError),
 }
@@ -115,6 +121,7 @@ pub struct Runtime {
     dir: PathBuf,
     id: String,
     bundle: PathBuf,
+    filters: Option<PathBuf>,
     grantable: Capabilities,
     events: Events,
     created: Option<Created>,
@@ -124,7 +131,7 @@ struct Created {
     container: Container,
     cgroup: Cgroup,
     record: StateRecord,
-    seccomp: Option<LinuxSeccomp>,
+    confinement: Confinement,
     private_pids: bool,
 }
 
@@ -134,6 +141,7 @@ impl Runtime {
             dir: dir.to_owned(),
             id: spec.container.clone(),
             bundle: spec.bundle.clone(),
+            filters: spec.filters.clone(),
             grantable: defaults::grantable()?,
             events,
             created: None,
@@ -166,7 +174,7 @@ impl Runtime {
         let devices = linux.resources().as_ref().and_then(|resources| resources.devices().clone());
         let memory = linux.resources().as_ref().and_then(|resources| *resources.memory());
         let keeps_alive = memory.is_some_and(|memory| memory.disable_oom_killer() == Some(true));
-        let seccomp = linux.seccomp().clone();
+        let (confinement, seal) = self.confine(&mut spec)?;
         self.write_bundle(&spec)?;
         let shim = ProcessStamp::of_self().map_err(setup("read this process's start time"))?;
         let mut record =
@@ -174,7 +182,7 @@ impl Runtime {
         record::write(&self.dir, STATE_FILE, &record)?;
 
         let before = fs::read_to_string("/proc/self/oom_score_adj").map_err(setup("read the oom score"))?;
-        let made = self.build_init(&spec, wanted, foreign).and_then(|(container, made)| {
+        let made = self.build_init(&spec, wanted, foreign, seal).and_then(|(container, made)| {
             record.init = Some(ProcessStamp::of(made.pid).map_err(setup("read init's start time"))?);
             record::write(&self.dir, STATE_FILE, &record)?;
             if cgroup.pure_unified().is_none()
@@ -202,7 +210,7 @@ impl Runtime {
         }
         match made {
             Ok((container, made)) => {
-                self.created = Some(Created { container, cgroup, record, seccomp, private_pids });
+                self.created = Some(Created { container, cgroup, record, confinement, private_pids });
                 sys::trim_heap();
                 Ok(made)
             }
@@ -228,13 +236,44 @@ impl Runtime {
             step: "find the root file system",
             reason: trace::chain(&error),
         })?;
-        if let Some(mut linux) = spec.linux().clone()
-            && let Some(seccomp) = linux.seccomp().clone()
-        {
-            linux.set_seccomp(Some(exchange_masks(seccomp)));
-            spec.set_linux(Some(linux));
-        }
         Ok(spec)
+    }
+
+    /// Takes the seccomp profile out of a spec, unless libcontainer must install it. What init needs to install it
+    /// itself is put in.
+    fn confine(&self, spec: &mut Spec) -> Result<(Confinement, Option<Seal>), RuntimeError> {
+        let Some(mut linux) = spec.linux().clone() else { return Ok((Confinement::None, None)) };
+        let confinement = Confinement::of(linux.seccomp().clone(), self.filters.as_deref())?;
+        let seal = match &confinement {
+            Confinement::None => None,
+            Confinement::Asking(profile) => {
+                linux.set_seccomp(Some(exchange_masks((**profile).clone())));
+                None
+            }
+            Confinement::Filter(filter) => {
+                linux.set_seccomp(None);
+                let capabilities = spec.process_mut().as_mut().and_then(|process| self.lend(process));
+                Some(Seal { filter: filter.clone(), capabilities })
+            }
+        };
+        spec.set_linux(Some(linux));
+        Ok((confinement, seal))
+    }
+
+    /// Gives a process CAP_SYS_ADMIN, where it could not install a filter without; answers what it shall have in the end.
+    fn lend(&self, process: &mut Process) -> Option<LinuxCapabilities> {
+        let wanted = process.capabilities().clone()?;
+        let admin = Capability::SysAdmin;
+        let has_it = wanted.effective().as_ref().is_some_and(|effective| effective.contains(&admin));
+        if process.no_new_privileges() == Some(true) || has_it || !self.grantable.contains(&admin) {
+            return None;
+        }
+        let mut lent = wanted.clone();
+        let more = |set: &Option<Capabilities>| Some(set.iter().flatten().copied().chain([admin]).collect());
+        lent.set_effective(more(wanted.effective()));
+        lent.set_permitted(more(wanted.permitted()));
+        process.set_capabilities(Some(lent));
+        Some(wanted)
     }
 
     /// A process as libcontainer can start it.
@@ -278,10 +317,11 @@ impl Runtime {
         spec: &Spec,
         wanted: &Wanted,
         foreign: &[RawFd],
+        seal: Option<Seal>,
     ) -> Result<(Container, Made), RuntimeError> {
         let user = spec.process().as_ref().map(|process| process.user().uid()).unwrap_or_default();
-        let (program, outcome) =
-            Program::new(wanted.size, foreign).map_err(setup("make a pipe for the program's outcome"))?;
+        let (program, outcome) = Program::new(wanted.size, foreign, seal)
+            .map_err(setup("make a pipe for the program's outcome"))?;
         let (builder, wiring) = self.wire(program, wanted, user)?;
         self.events.clear();
         let built = builder
@@ -317,7 +357,7 @@ impl Runtime {
         let created = self.created.as_ref().ok_or_else(not_created)?;
         let init = created.record.init.map_or(0, |init| init.pid);
         let entry =
-            Entry { cgroup: &created.cgroup, init, process: &process, seccomp: created.seccomp.as_ref() };
+            Entry { cgroup: &created.cgroup, init, process: &process, confinement: &created.confinement };
         let (report, outcome) = Report::new().map_err(setup("make a pipe for the program's outcome"))?;
         let run = |ends| entry.fork(ends, report).map_err(setup("run the process"));
         if wanted.terminal {

@@ -15,19 +15,19 @@ use guest_runtime::lookup;
 use guest_runtime::shim::ErrorKind;
 use guest_runtime::sys::{enter, exec};
 use libcontainer::seccomp::initialize_seccomp;
-use oci_spec::runtime::{LinuxSeccomp, Process};
+use oci_spec::runtime::Process;
 use rustix::fs::{Gid, Mode, Uid, fchown};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use rustix::process::{Pid, PidfdFlags, Rlimit, chdir, pidfd_open, setrlimit, setsid, umask};
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::thread::{
-    CapabilitySet, CapabilitySets, ThreadNameSpaceType, clear_ambient_capability_set,
-    configure_capability_in_ambient_set, move_into_thread_name_spaces, remove_capability_from_bounding_set,
-    set_capabilities, set_keep_capabilities, set_no_new_privs, set_thread_groups, set_thread_res_gid,
-    set_thread_res_uid,
+    CapabilitySet, ThreadNameSpaceType, clear_ambient_capability_set, configure_capability_in_ambient_set,
+    move_into_thread_name_spaces, remove_capability_from_bounding_set, set_capabilities,
+    set_keep_capabilities, set_no_new_privs, set_thread_groups, set_thread_res_gid, set_thread_res_uid,
 };
 
-use crate::program::{Failure, Report, kernel_set, refused};
+use crate::filter::Confinement;
+use crate::program::{Failure, Report, kernel_set, kernel_sets, refused};
 
 /// The child's end of its standard streams.
 pub enum Ends {
@@ -42,7 +42,7 @@ pub struct Entry<'a> {
     pub cgroup: &'a Cgroup,
     pub init: i32,
     pub process: &'a Process,
-    pub seccomp: Option<&'a LinuxSeccomp>,
+    pub confinement: &'a Confinement,
 }
 
 impl Entry<'_> {
@@ -119,11 +119,15 @@ impl Entry<'_> {
     }
 
     fn confine(&self) -> Result<(), Failure> {
-        match self.seccomp {
-            Some(seccomp) => initialize_seccomp(seccomp).map(drop).map_err(|error| {
-                other(format!("cannot install the seccomp filter: {}", crate::trace::chain(&error)))
-            }),
-            None => Ok(()),
+        let failed = |error: &dyn std::error::Error| {
+            other(format!("cannot install the seccomp filter: {}", crate::trace::chain(error)))
+        };
+        match self.confinement {
+            Confinement::None => Ok(()),
+            Confinement::Filter(filter) => filter.install().map_err(|error| failed(&error)),
+            Confinement::Asking(profile) => {
+                initialize_seccomp(profile).map(drop).map_err(|error| failed(&error))
+            }
         }
     }
 
@@ -152,12 +156,7 @@ impl Entry<'_> {
         let uid = Uid::from_raw(user.uid());
         set_thread_res_uid(uid, uid, uid).map_err(failed())?;
         set_keep_capabilities(false).map_err(failed())?;
-        let sets = CapabilitySets {
-            effective: kernel_set(wanted.effective()),
-            permitted: kernel_set(wanted.permitted()),
-            inheritable: kernel_set(wanted.inheritable()),
-        };
-        set_capabilities(None, sets).map_err(failed())?;
+        set_capabilities(None, kernel_sets(&wanted)).map_err(failed())?;
         clear_ambient_capability_set().map_err(failed())?;
         for capability in kernel_set(wanted.ambient()).iter() {
             configure_capability_in_ambient_set(capability, true).map_err(failed())?;

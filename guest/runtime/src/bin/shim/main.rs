@@ -11,6 +11,7 @@
 //! | `process` | one process: its descriptors, input queue and end |
 //! | `container` | libcontainer: create and start; what it needs corrected in a spec |
 //! | `enter` | running another process in the container |
+//! | `filter` | seccomp profiles made into programs for the kernel |
 //! | `mount` | what libcontainer leaves undone of a container's mounts |
 //! | `program` | the last steps inside the container, up to `execve` |
 //! | `log` | the json-file format and its rotation |
@@ -22,6 +23,7 @@
 mod client;
 mod container;
 mod enter;
+mod filter;
 mod init;
 mod log;
 mod mount;

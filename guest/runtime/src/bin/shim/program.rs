@@ -16,12 +16,14 @@ use guest_runtime::lookup::{self, LookupError};
 use guest_runtime::shim::{ConsoleSize, ErrorKind};
 use guest_runtime::sys::exec;
 use libcontainer::workload::{Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError};
-use oci_spec::runtime::{Capabilities, Spec};
+use oci_spec::runtime::{Capabilities, LinuxCapabilities, Spec};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::termios::{Winsize, tcsetwinsize};
-use rustix::thread::CapabilitySet;
+use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
 use serde::{Deserialize, Serialize};
+
+use crate::filter::Filter;
 
 /// How long after the start signal a program may take to be executed. Beyond, it counts as running.
 const EXECUTE_TIMEOUT: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
@@ -39,8 +41,27 @@ pub struct Program {
     report: Rc<Report>,
     size: Option<ConsoleSize>,
     foreign: Vec<RawFd>,
+    seal: Option<Rc<Seal>>,
     found: RefCell<PathBuf>,
     home: RefCell<Option<String>>,
+}
+
+/// The last that is done to a process before its program is looked for.
+#[derive(Debug)]
+pub struct Seal {
+    pub filter: Filter,
+    /// What it may do in the end, when it was given more for the filter to be installed.
+    pub capabilities: Option<LinuxCapabilities>,
+}
+
+impl Seal {
+    fn apply(&self) -> io::Result<()> {
+        self.filter.install()?;
+        match &self.capabilities {
+            Some(capabilities) => Ok(set_capabilities(None, kernel_sets(capabilities))?),
+            None => Ok(()),
+        }
+    }
 }
 
 /// The shim's end of the pipe.
@@ -51,13 +72,18 @@ pub struct Outcome {
 
 impl Program {
     /// A program that will be executed in a terminal of this size, if it has one. `foreign` are the shim's own
-    /// descriptors: the process lets go of them as early as it can.
-    pub fn new(size: Option<ConsoleSize>, foreign: &[RawFd]) -> io::Result<(Self, Outcome)> {
+    /// descriptors: the process lets go of them as early as it can. `seal` is put on it when it is all else.
+    pub fn new(
+        size: Option<ConsoleSize>,
+        foreign: &[RawFd],
+        seal: Option<Seal>,
+    ) -> io::Result<(Self, Outcome)> {
         let (report, outcome) = Report::new()?;
         let program = Self {
             report: Rc::new(report),
             size,
             foreign: foreign.to_vec(),
+            seal: seal.map(Rc::new),
             found: RefCell::default(),
             home: RefCell::default(),
         };
@@ -109,9 +135,25 @@ pub fn kernel_set(capabilities: &Option<Capabilities>) -> CapabilitySet {
     CapabilitySet::from_bits_retain(bits)
 }
 
+/// The three sets that the kernel takes at once.
+pub fn kernel_sets(capabilities: &LinuxCapabilities) -> CapabilitySets {
+    CapabilitySets {
+        effective: kernel_set(capabilities.effective()),
+        permitted: kernel_set(capabilities.permitted()),
+        inheritable: kernel_set(capabilities.inheritable()),
+    }
+}
+
 impl Executor for Program {
     fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
         exec::close_inherited(&self.foreign);
+        if let Some(seal) = &self.seal
+            && let Err(error) = seal.apply()
+        {
+            let message = format!("cannot install the seccomp filter: {}", crate::trace::chain(&error));
+            self.report.tell(&Failure { kind: ErrorKind::Other, message: message.clone() });
+            return Err(ExecutorValidationError::ArgValidationError(message));
+        }
         let process = spec.process().as_ref();
         let environment = process.and_then(|process| process.env().clone()).unwrap_or_default();
         let program =
@@ -194,10 +236,10 @@ mod tests {
 
     #[test]
     fn silence_means_executed_and_a_failure_is_told() {
-        let (program, outcome) = Program::new(None, &[]).unwrap();
+        let (program, outcome) = Program::new(None, &[], None).unwrap();
         drop(program);
         assert_eq!(outcome.wait(), None);
-        let (program, outcome) = Program::new(None, &[]).unwrap();
+        let (program, outcome) = Program::new(None, &[], None).unwrap();
         program.fail(&LookupError::NotInPath { program: "foo".into() });
         drop(program);
         let failure = outcome.wait().unwrap();
