@@ -19,6 +19,7 @@ use flate2::Compression;
 use flate2::write::GzEncoder;
 use guest_runtime::shim::{Log, LogDriver};
 use jiff::Timestamp;
+use memchr::memchr;
 
 use forward::Forwarder;
 
@@ -129,20 +130,20 @@ impl LogFile {
 
     /// Logs a piece of output.
     pub fn write(&mut self, stream: Stream, mut bytes: &[u8], now: Timestamp) -> io::Result<()> {
-        let time = Stamp::of(now);
+        let time = self.stamp(stream, now);
         let mut pending = std::mem::take(&mut self.pending[stream.index()]);
         let result = (|| {
             while !bytes.is_empty() {
                 let room = ENTRY_LEN_MAX - pending.bytes.len();
                 let window = &bytes[..bytes.len().min(room)];
-                if let Some(end) = window.iter().position(|byte| *byte == b'\n') {
-                    let split = pending.split_at.take().map(Stamp::of);
+                if let Some(end) = memchr(b'\n', window) {
+                    let split = pending.split_at.take().map(|at| self.stamp(stream, at));
                     let at = split.as_ref().unwrap_or(&time);
                     self.entry(stream, &pending.bytes, &window[..end], End::Line, at)?;
                     pending.bytes.clear();
                     bytes = &bytes[end + 1..];
                 } else if window.len() == room {
-                    let at = Stamp::of(*pending.split_at.get_or_insert(now));
+                    let at = self.stamp(stream, *pending.split_at.get_or_insert(now));
                     self.entry(stream, &pending.bytes, window, End::Split, &at)?;
                     pending.bytes.clear();
                     bytes = &bytes[room..];
@@ -162,7 +163,7 @@ impl LogFile {
         for stream in Stream::BOTH {
             let pending = std::mem::take(&mut self.pending[stream.index()]);
             if !pending.bytes.is_empty() {
-                let time = Stamp::of(pending.split_at.unwrap_or(now));
+                let time = self.stamp(stream, pending.split_at.unwrap_or(now));
                 self.entry(stream, &pending.bytes, &[], End::Output, &time)?;
             }
         }
@@ -195,15 +196,17 @@ impl LogFile {
             if end == End::Line {
                 self.output.extend_from_slice(br"\n");
             }
-            self.output.extend_from_slice(br#"","stream":""#);
-            self.output.extend_from_slice(stream.name().as_bytes());
-            self.output.push(b'"');
-            self.output.extend_from_slice(&self.attributes);
-            self.output.extend_from_slice(br#","time":""#);
-            self.output.extend_from_slice(at.text.as_bytes());
-            self.output.extend_from_slice(b"\"}\n");
+            self.output.extend_from_slice(&at.tail);
         }
         if self.output.len() >= WRITE_LEN { self.flush() } else { Ok(()) }
+    }
+
+    /// A time for entries of a stream.
+    fn stamp(&self, stream: Stream, time: Timestamp) -> Stamp {
+        let (name, text) = (stream.name().as_bytes(), time.to_string());
+        let parts: [&[u8]; 6] =
+            [br#"","stream":""#, name, b"\"", &self.attributes, br#","time":""#, text.as_bytes()];
+        Stamp { time, tail: [&parts.concat(), b"\"}\n".as_slice()].concat() }
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -239,16 +242,10 @@ impl LogFile {
     }
 }
 
-/// A time, and how it is written.
+/// A time, and what ends a JSON entry of that time: made once for the many lines of one piece of output.
 struct Stamp {
     time: Timestamp,
-    text: String,
-}
-
-impl Stamp {
-    fn of(time: Timestamp) -> Self {
-        Self { time, text: time.to_string() }
-    }
+    tail: Vec<u8>,
 }
 
 fn compress(from: &Path, to: &Path) -> io::Result<()> {
