@@ -4,6 +4,7 @@ use guest_api::container::{ContainerConfig, ContainerCreate, ContainerUpdated};
 use guest_api::frame::{MULTIPLEXED, RAW};
 use guest_api::{ApiVersion, HostConfig, WaitResult};
 use guest_images::{Image, Platform};
+use hyper::header::USER_AGENT;
 use tokio::sync::mpsc;
 
 use super::Services;
@@ -229,7 +230,15 @@ fn log_query(call: &Call) -> Result<LogQuery, Failure> {
         since: call.query.moment("since")?,
         until: call.query.moment("until")?,
         tail,
+        joined: copies_frames(call),
     })
+}
+
+/// Whether a client only copies what frames hold: Docker's command line and what is built from it. Other clients hand
+/// each frame to their callers, who take it for the line it is with dockerd.
+fn copies_frames(call: &Call) -> bool {
+    let agent = call.headers.get(USER_AGENT).and_then(|agent| agent.to_str().ok());
+    agent.is_some_and(|agent| agent.starts_with("Docker-Client/"))
 }
 
 pub fn logs(services: &Services, call: &Call, id: &str) -> Answer {

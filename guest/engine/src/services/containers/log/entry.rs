@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 
 use guest_api::frame::Stream;
 use jiff::Timestamp;
+use memchr::{memchr, memchr2, memrchr};
 use serde::Deserialize;
 
 /// What an entry says.
@@ -95,7 +96,7 @@ fn parse_usual(line: &[u8]) -> Option<Entry<'_>> {
     let rest = line.strip_prefix(br#"{"log":""#)?;
     // The end of a line has a fixed shape: look for it from there.
     let rest = rest.strip_suffix(b"\n").unwrap_or(rest).strip_suffix(b"\"}")?;
-    let at = rest.len() - rest.iter().rev().position(|byte| *byte == b'"')?;
+    let at = memrchr(b'"', rest)? + 1;
     let (head, time) = rest.split_at(at);
     let head = head.strip_suffix(br#","time":""#)?;
     let (stream, text) = match head.strip_suffix(br#","stream":"stdout""#) {
@@ -104,20 +105,18 @@ fn parse_usual(line: &[u8]) -> Option<Entry<'_>> {
     };
     let text = text.strip_suffix(b"\"")?;
     // A quote of the text is escaped; one that is not means another shape.
-    let mut escaped = false;
-    let mut plain = true;
-    for byte in text {
-        match byte {
-            _ if escaped => escaped = false,
-            b'\\' => (escaped, plain) = (true, false),
-            b'"' => return None,
-            _ => {}
+    let mut first_escape = None;
+    let mut at = 0;
+    while let Some(found) = memchr2(b'\\', b'"', text.get(at..)?) {
+        if text[at + found] == b'"' {
+            return None;
         }
+        first_escape.get_or_insert(at + found);
+        at += found + 2;
     }
-    let text = match text.strip_suffix(br"\n") {
-        _ if escaped => return None,
-        _ if plain => Text::Plain(text, false),
-        Some(bare) if !bare.contains(&b'\\') => Text::Plain(bare, true),
+    let text = match (first_escape, text.strip_suffix(br"\n")) {
+        (None, _) => Text::Plain(text, false),
+        (Some(at), Some(bare)) if at == bare.len() => Text::Plain(bare, true),
         _ => Text::Escaped(text),
     };
     Some(Entry {
@@ -131,7 +130,7 @@ fn parse_usual(line: &[u8]) -> Option<Entry<'_>> {
 /// Appends what the inside of a JSON string stands for. What is no escape stands for itself.
 fn unescape(bytes: &[u8], output: &mut Vec<u8>) {
     let mut rest = bytes;
-    while let Some(at) = rest.iter().position(|byte| *byte == b'\\') {
+    while let Some(at) = memchr(b'\\', rest) {
         output.extend_from_slice(&rest[..at]);
         let plain = match rest.get(at + 1) {
             Some(b'n') => b'\n',

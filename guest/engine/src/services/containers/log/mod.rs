@@ -20,6 +20,9 @@ use entry::Entry;
 const BATCH_BYTES: usize = 128 << 10;
 /// Longest line read; the shim writes at most 16 KiB of output a line, escaped at worst six-fold.
 const LINE_MAX: u64 = 1 << 20;
+/// A frame of several lines ends before the next when it has so many bytes. With a line of 16 KiB it still fits into the
+/// 32 KiB that Docker's clients read at once.
+const JOINED_BYTES: usize = 16 << 10;
 /// Read backwards in steps of this.
 const TAIL_BLOCK: u64 = 64 << 10;
 
@@ -36,6 +39,9 @@ pub struct LogQuery {
     pub until: Option<Timestamp>,
     /// Only so many last lines; `None` is all.
     pub tail: Option<usize>,
+    /// Lines of one stream that follow each other may share a frame. For a client that copies what is in frames, and does
+    /// not take each for a line.
+    pub joined: bool,
 }
 
 /// How entries are written.
@@ -67,6 +73,8 @@ pub struct LogReader {
     current: Option<BufReader<File>>,
     /// The start of a line whose end has not been written yet.
     partial: Vec<u8>,
+    /// The last frame of the batch: where it starts, and whose it is.
+    frame: Option<(usize, Stream)>,
     done: bool,
 }
 
@@ -81,6 +89,7 @@ impl LogReader {
             older: Vec::new(),
             current: None,
             partial: Vec::new(),
+            frame: None,
             done: false,
         };
         let mut files = Vec::new();
@@ -111,6 +120,7 @@ impl LogReader {
         }
         let mut output = Vec::with_capacity(BATCH_BYTES + BATCH_BYTES / 4);
         let mut read_something = false;
+        self.frame = None;
         while output.len() < BATCH_BYTES {
             let Some(current) = &mut self.current else {
                 // Not there at the start: look again.
@@ -193,10 +203,21 @@ impl LogReader {
         if !wanted {
             return;
         }
-        let start = output.len();
-        if !self.tty {
-            output.extend_from_slice(&[0; HEADER_LENGTH]);
-        }
+        let start = match self.frame {
+            Some((start, stream))
+                if query.joined && stream == entry.stream && output.len() - start < JOINED_BYTES =>
+            {
+                start
+            }
+            _ => {
+                let start = output.len();
+                if !self.tty {
+                    output.extend_from_slice(&[0; HEADER_LENGTH]);
+                    self.frame = Some((start, entry.stream));
+                }
+                start
+            }
+        };
         if query.timestamps {
             output.extend_from_slice(entry.time.stamp().unwrap_or_default().as_bytes());
         }
@@ -390,6 +411,37 @@ mod tests {
             let framed = read(&mut LogReader::open(path, Format::JsonFile, all(), false).unwrap());
             assert_eq!(framed.as_bytes(), b"\x01\0\0\0\0\0\0\x02a\n\x02\0\0\0\0\0\0\x03bc\n");
             assert_eq!(read_all(path, all()), "a\nbc\n");
+        });
+    }
+
+    #[test]
+    fn lines_of_one_stream_share_frames_when_they_may() {
+        let lines = line("stdout", "a\n", 1) + &line("stdout", "b\n", 2) + &line("stderr", "c\n", 3);
+        with_log(&(lines.clone() + &line("stdout", "d\n", 4)), |path| {
+            let query = LogQuery { joined: true, ..all() };
+            let framed = read(&mut LogReader::open(path, Format::JsonFile, query, false).unwrap());
+            assert_eq!(
+                framed.as_bytes(),
+                b"\x01\0\0\0\0\0\0\x04a\nb\n\x02\0\0\0\0\0\0\x02c\n\x01\0\0\0\0\0\0\x02d\n"
+            );
+        });
+        let many: String = (0..3000).map(|number| line("stdout", &format!("{number:040}\n"), 1)).collect();
+        with_log(&many, |path| {
+            let query = LogQuery { joined: true, ..all() };
+            let mut reader = LogReader::open(path, Format::JsonFile, query, false).unwrap();
+            let (mut frames, mut payload) = (0, Vec::new());
+            while let Batch::Output(bytes) = reader.next().unwrap() {
+                let mut rest = bytes.as_slice();
+                while let Some((header, more)) = rest.split_first_chunk::<HEADER_LENGTH>() {
+                    let length = Header::decode(*header).unwrap().length as usize;
+                    assert!((1..2 * JOINED_BYTES).contains(&length));
+                    payload.extend_from_slice(&more[..length]);
+                    rest = &more[length..];
+                    frames += 1;
+                }
+            }
+            assert_eq!(String::from_utf8(payload).unwrap(), read_all(path, all()));
+            assert!((8..20).contains(&frames), "{frames} frames");
         });
     }
 
