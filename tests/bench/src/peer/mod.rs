@@ -47,7 +47,7 @@ fn nothing(_: &Side) -> Result<()> {
 }
 
 /// In the order in which they run: memory first, while nothing has run yet.
-const MEASURES: [Measure; 13] = [
+const MEASURES: [Measure; 15] = [
     Measure {
         name: "idle",
         unit: "MiB PSS",
@@ -120,6 +120,16 @@ const MEASURES: [Measure; 13] = [
         step: run::list,
         after: run::clear,
     },
+    // What the engine does for `ps`: the rest of that is the client's own start, and its reading of a thousand entries.
+    Measure {
+        name: "list",
+        unit: "ms",
+        rounds: 15,
+        promise: Promise::AtMost(0.5),
+        before: run::thousand,
+        step: run::list_only,
+        after: run::clear,
+    },
     Measure {
         name: "load",
         unit: "s",
@@ -154,6 +164,16 @@ const MEASURES: [Measure; 13] = [
         promise: Promise::AtLeast(10.0),
         before: stream::fill,
         step: stream::logs,
+        after: run::clear,
+    },
+    // The same without the client: a frame for each line, as clients other than Docker's own get them.
+    Measure {
+        name: "lines",
+        unit: "MiB/s",
+        rounds: 3,
+        promise: Promise::AtLeast(10.0),
+        before: stream::fill,
+        step: stream::lines,
         after: run::clear,
     },
     Measure {
