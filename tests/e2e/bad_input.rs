@@ -1,7 +1,10 @@
 //! Mistakes and hostile input: a sentence, the right exit code, and nothing left.
 
 use anyhow::{Context, Result, ensure};
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::process::Command;
+use std::time::Duration;
 use tests_harness::{Engine, Finished, IMAGE, Layer, Processes, Stage, TestImage, Timed, run};
 
 crate::scenarios![
@@ -9,6 +12,7 @@ crate::scenarios![
     an_unknown_image_and_an_unreachable_registry_are_named,
     a_hostile_archive_is_refused_whole,
     a_broken_archive_is_refused,
+    a_refused_client_may_finish_what_it_sends,
     what_is_not_offered_yet_is_refused_by_name,
     a_home_too_long_for_a_socket_is_refused,
     what_the_host_lacks_is_named,
@@ -97,6 +101,27 @@ fn a_broken_archive_is_refused(engine: &Engine) -> Result<()> {
     ensure!(lie.code == 1 && !lie.stderr.is_empty(), "{lie:?}");
     let listed = engine.engine(["images", "--format", "{{.Repository}}"])?.ok()?;
     ensure!(!listed.contains("broken"), "{listed}");
+    Ok(())
+}
+
+/// The refusal is known at the head of the request; the body is still on its way, and the connection serves on after it.
+fn a_refused_client_may_finish_what_it_sends(engine: &Engine) -> Result<()> {
+    const BODY: &[u8] = &[b'x'; 200_000];
+    for path in ["/containers/nobody/archive?path=/", "/build", "/nowhere"] {
+        let mut stream = UnixStream::connect(engine.docker_socket())?;
+        stream.set_read_timeout(Some(Duration::from_secs(60)))?;
+        let method = if path.contains("archive") { "PUT" } else { "POST" };
+        write!(stream, "{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n", BODY.len())?;
+        let (first, rest) = BODY.split_at(BODY.len() / 2);
+        stream.write_all(first).with_context(|| format!("{path}: the first half"))?;
+        std::thread::sleep(Duration::from_millis(200));
+        stream.write_all(rest).with_context(|| format!("{path}: the second half"))?;
+        write!(stream, "GET /_ping HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")?;
+        let mut said = String::new();
+        stream.read_to_string(&mut said).with_context(|| format!("{path}: the answers"))?;
+        ensure!(said.starts_with("HTTP/1.1 4") || said.starts_with("HTTP/1.1 5"), "{path}: {said}");
+        ensure!(said.contains("HTTP/1.1 200") && said.ends_with("OK"), "{path}: no second answer: {said}");
+    }
     Ok(())
 }
 

@@ -5,11 +5,11 @@ use base64::prelude::BASE64_STANDARD;
 use futures_util::TryStreamExt;
 use guest_api::files::PathStat;
 use http_body_util::BodyStream;
-use hyper::body::Incoming;
 use hyper::header::HeaderValue;
 use tokio_util::io::{StreamReader, SyncIoBridge};
 
 use super::Services;
+use super::body::RequestBody;
 use super::request::Call;
 use super::respond::{self, Answer, Response};
 use crate::failure::Failure;
@@ -19,7 +19,7 @@ use crate::services::containers::ExtractQuery;
 const STAT: &str = "x-docker-container-path-stat";
 
 /// The body of a request as a reader for threads outside of the runtime. It fails when the client has gone.
-pub fn body_reader(body: Incoming) -> impl std::io::Read + Send + 'static {
+pub fn body_reader(body: RequestBody) -> impl std::io::Read + Send + 'static {
     let frames = BodyStream::new(body).map_err(std::io::Error::other);
     let data = frames.try_filter_map(|frame| std::future::ready(Ok(frame.into_data().ok())));
     SyncIoBridge::new(StreamReader::new(Box::pin(data)))

@@ -6,6 +6,7 @@
 mod absent;
 mod archive;
 mod attach;
+mod body;
 mod containers;
 mod exec;
 mod hijack;
@@ -212,15 +213,9 @@ async fn route(services: &Arc<Services>, call: Call) -> Answer {
         (_, ["plugins", ..]) => absent::plugins(&call),
         (method, ["session" | "grpc"]) if method == POST => absent::buildkit(&call),
         (method, ["build", "prune"]) if method == POST => absent::build_prune(),
-        (method, ["build", ..]) if method == POST => {
-            call.discard_body().await;
-            not_yet("building images")
-        }
+        (method, ["build", ..]) if method == POST => not_yet("building images"),
 
-        _ => {
-            call.discard_body().await;
-            respond::page_not_found()
-        }
+        _ => respond::page_not_found(),
     }
 }
 

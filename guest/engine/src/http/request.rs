@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Duration;
 
 use bytes::Bytes;
 use guest_api::version::{NEWEST, OLDEST};
@@ -14,14 +13,12 @@ use hyper::{HeaderMap, Method};
 use jiff::Timestamp;
 use serde::de::DeserializeOwned;
 
+use super::body::RequestBody;
 use super::listener::Hangup;
 use crate::failure::Failure;
 
 /// Longest JSON body read: a create with a large environment fits many times.
 const BODY_MAX_BYTES: usize = 8 << 20;
-/// What is read of a body that nobody wants; as much as dockerd.
-const DISCARDED_MAX_BYTES: usize = 256 << 10;
-const DISCARDED_TIME_MAX: Duration = Duration::from_secs(1);
 
 /// A request taken apart.
 pub struct Call {
@@ -31,7 +28,7 @@ pub struct Call {
     pub segments: Vec<String>,
     pub query: Query,
     pub headers: HeaderMap,
-    pub request: hyper::Request<Incoming>,
+    pub request: hyper::Request<RequestBody>,
     pub hangup: Arc<Hangup>,
 }
 
@@ -45,7 +42,7 @@ impl Call {
             segments,
             query: Query::parse(request.uri().query().unwrap_or_default()),
             headers: request.headers().clone(),
-            request,
+            request: request.map(RequestBody::from),
             hangup,
         })
     }
@@ -74,14 +71,6 @@ impl Call {
         }
         content_type?;
         decode(&bytes)
-    }
-
-    /// Takes what the client is still sending, for a while: one whose connection closes while it writes may never read the
-    /// answer.
-    pub async fn discard_body(self) {
-        let body = Limited::new(self.request.into_body(), DISCARDED_MAX_BYTES).collect();
-        // Nothing in it matters, nor how it ends.
-        drop(tokio::time::timeout(DISCARDED_TIME_MAX, body).await);
     }
 
     /// The body, and whether its type is JSON's: the complaint about that waits until it is known that there is one.
