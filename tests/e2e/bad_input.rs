@@ -148,7 +148,7 @@ fn elsewhere(engine: &Engine, name: &str, change: impl FnOnce(&mut Command)) -> 
     let mut end = engine.command(["machine", "shutdown"]);
     end.env_remove("ENGINE_HOST").env("ENGINE_HOME", &home);
     run(end)?.ok()?;
-    Processes::of(&home).expect_none(std::time::Duration::from_secs(30))?;
+    Processes::of(&home).expect_none(Duration::from_secs(30))?;
     Ok(finished)
 }
 
@@ -189,8 +189,8 @@ fn a_busy_socket_is_left_alone(engine: &Engine) -> Result<()> {
     let mut command = engine.command(["machine", "status"]);
     command.env("ENGINE_HOME", &home);
     run(command)?.fails_with(1, "another program already answers")?;
-    std::os::unix::net::UnixStream::connect(&socket).context("the other program's socket was taken")?;
-    Processes::of(&home).expect_none(std::time::Duration::from_secs(30))
+    UnixStream::connect(&socket).context("the other program's socket was taken")?;
+    Processes::of(&home).expect_none(Duration::from_secs(30))
 }
 
 /// Natively a full data root, with the machine a full host.
@@ -237,5 +237,5 @@ fn a_full_disk_is_an_error_and_no_more(engine: &Engine) -> Result<()> {
     if engine.stage == Stage::Native {
         ensure!(finished.stdout.contains("alive 0") && finished.stderr.contains("space"), "{finished:?}");
     }
-    Processes::of(&home).expect_none(std::time::Duration::from_secs(60))
+    Processes::of(&home).expect_none(Duration::from_secs(60))
 }
