@@ -23,7 +23,7 @@ use crate::virtio::device::{
 use crate::virtio::mmio::MmioDevice;
 use crate::virtio::ring::Ring;
 use crate::virtio::worker::{Model, Rings};
-use crate::virtio::{balloon, block, console, rng, vsock};
+use crate::virtio::{balloon, block, console, net, rng, vsock};
 
 const MEMORY_BYTES: usize = 1 << 18;
 const SIZE: u16 = 16;
@@ -239,6 +239,25 @@ pub fn console(data: &[u8]) {
     });
 }
 
+/// Feeds a network card, on a plain socket or one with offloads, whose other end sends frames too.
+pub fn net(data: &[u8]) {
+    let Ok(poll) = mio::Poll::new() else { return };
+    let Ok((host, stream)) = UnixStream::pair() else { return };
+    let offloads = data.first().is_some_and(|mode| mode & 4 != 0);
+    let features = if data.first().is_some_and(|mode| mode & 8 != 0) { 0 } else { u64::MAX };
+    let backend = net::Backend { stream, offloads, mac: [2, 0, 0, 0, 0, 2], mtu: 1500 };
+    let Ok(mut model) = net::model(backend, poll.registry()) else { return };
+    feed(data, DeviceKind::Net, 2, features, &mut model, |shape| {
+        let flags = rustix::net::SendFlags::DONTWAIT | rustix::net::SendFlags::NOSIGNAL;
+        let mut frame = vec![shape; 4 + 10 + 64];
+        frame[..4].copy_from_slice(&74u32.to_be_bytes());
+        frame[4..14].copy_from_slice(&[1, shape & 5, 0, 0, shape, 0, 34, 0, 16, 0]);
+        frame[26..29].copy_from_slice(&[8, 0, 0x45]);
+        let _full = rustix::net::send(&host, &frame, flags);
+        let _empty = rustix::net::recv(&host, &mut [0; 4096][..], rustix::net::RecvFlags::DONTWAIT);
+    });
+}
+
 /// Feeds a balloon; no range outside of guest memory may be given back.
 pub fn balloon(data: &[u8]) {
     let discard = |start: GuestAddress, length| {
@@ -376,8 +395,16 @@ mod tests {
             rng(&data);
             console(&data);
             balloon(&data);
+            net(&data);
             mmio(&data);
         }
+    }
+
+    #[test]
+    fn a_frame_without_enough_buffers_waits_and_does_not_spin() {
+        // A chain of 16 bytes for a frame of 64; with and without event indexes.
+        net(&[1, 2, 0]);
+        net(&[3, 2, 0]);
     }
 
     #[test]
