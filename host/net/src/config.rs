@@ -16,6 +16,9 @@ pub struct Config {
     pub prefix: u8,
     /// Largest IP packet on the link, in bytes (at least 576, at most 65535).
     pub mtu: u16,
+    /// Every frame on the link begins with ten bytes that say what its sender leaves to its taker: checksums, and
+    /// the cutting of large segments (`offload`).
+    pub offloads: bool,
     /// Where the host's resolvers are listed; read again when it changes.
     pub resolv_conf: PathBuf,
 }
@@ -28,6 +31,7 @@ impl Default for Config {
             host_alias: Ipv4Addr::new(198, 18, 0, 254),
             prefix: 24,
             mtu: 1500,
+            offloads: false,
             resolv_conf: PathBuf::from("/etc/resolv.conf"),
         }
     }

@@ -10,6 +10,7 @@
 //! | `tcp`, `udp`, `dns`, `icmp` | one conversation each |
 //! | `arp`, `dhcp` | questions answered on the spot |
 //! | `wire` | bytes, by smoltcp |
+//! | `offload` | what the two ends of the link leave to each other |
 //! | [`io`] | the loop that does what the stack says: one thread, no timers while idle |
 //!
 //! IPv4 only in this version: IPv6 frames are counted and dropped. Fragments are put together (`reassembly`), and
@@ -26,6 +27,7 @@ mod flow;
 mod fuzz;
 mod icmp;
 pub mod io;
+mod offload;
 mod random;
 mod reassembly;
 mod resolv;
@@ -41,4 +43,5 @@ pub use counters::{Counters, DropReason};
 pub use flow::{FLOW_CAPACITY, FlowId};
 pub use fuzz::fuzz_nat_frames;
 pub use io::{Handle, spawn};
+pub use offload::Offload;
 pub use stack::{Failure, Operation, Stack};

@@ -29,6 +29,7 @@ use crate::dhcp;
 use crate::dns::{self, DNS_PORT, Query, RESOLVERS_MAX, Response, Verdict as DnsVerdict};
 use crate::flow::{Flow, FlowId, Key, Table};
 use crate::icmp::{self, Echo, Unreachable};
+use crate::offload::{OFFLOAD_BYTES, Offload};
 use crate::random::Random;
 use crate::reassembly::{Name, Outcome, Reassembly};
 use crate::tcp::{Connection, Timeout, Verdict};
@@ -117,6 +118,8 @@ pub struct Stack {
     resolvers: Vec<SocketAddr>,
     random: Random,
     checksums: ChecksumCapabilities,
+    /// What the guest has left to do for the frame being received.
+    offload: Offload,
     framer: Framer,
     reassembly: Reassembly,
     table: Table,
@@ -144,7 +147,8 @@ impl Stack {
     pub fn new(config: Config, seed: u64) -> Self {
         let config = Config { mtu: config.mtu.max(576), ..config };
         Self {
-            framer: Framer::new(config.mtu),
+            framer: Framer::new(config.mtu, config.offloads),
+            offload: Offload::default(),
             resolvers: Vec::new(),
             random: Random::new(seed),
             checksums: ChecksumCapabilities::default(),
@@ -182,6 +186,29 @@ impl Stack {
     }
 
     // ---- from the guest -------------------------------------------------------------------------------------------
+
+    /// Takes what the link carries from the guest: a frame, and before it what is left to do, if the link has that.
+    pub fn receive_from_link(&mut self, bytes: &[u8], now: Duration) {
+        if !self.config.offloads {
+            return self.receive_frame(bytes, now);
+        }
+        match Offload::split(bytes) {
+            Some((offload, frame)) => self.receive_offloaded(frame, offload, now),
+            None => self.counters.count(DropReason::Malformed),
+        }
+    }
+
+    fn receive_offloaded(&mut self, frame: &[u8], offload: Offload, now: Duration) {
+        let checksums = self.checksums.clone();
+        if offload.checksum_missing {
+            self.checksums.tcp = Checksum::Tx;
+            self.checksums.udp = Checksum::Tx;
+        }
+        self.offload = offload;
+        self.receive_frame(frame, now);
+        self.offload = Offload::default();
+        self.checksums = checksums;
+    }
 
     /// Takes one Ethernet frame from the guest.
     pub fn receive_frame(&mut self, frame: &[u8], now: Duration) {
@@ -316,7 +343,10 @@ impl Stack {
             }
             _ => return self.refuse(&segment, guest, remote),
         };
-        let connection = Connection::new(&segment, self.config.mtu, self.random.next() as u32);
+        let mut connection = Connection::new(&segment, self.config.mtu, self.random.next() as u32);
+        if self.config.offloads {
+            connection.send_large();
+        }
         match self.table.insert(key, Flow::Tcp(Box::new(connection))) {
             Some(flow) => {
                 self.counters.flows_opened += 1;
@@ -482,6 +512,7 @@ impl Stack {
         if header.src_port == 0 {
             return Err(DropReason::Malformed);
         }
+        let datagrams = self.offload.datagrams(payload)?;
         let key = Key::Udp { guest, remote };
         let flow = match self.table.find(&key) {
             Some(flow) => flow,
@@ -495,7 +526,9 @@ impl Stack {
             association.sent(payload.len(), now);
         }
         self.watch(flow);
-        self.operations.push_back(Operation::SendDatagram { flow, payload: payload.to_vec() });
+        for datagram in datagrams {
+            self.operations.push_back(Operation::SendDatagram { flow, payload: datagram.to_vec() });
+        }
         Ok(())
     }
 
@@ -770,17 +803,22 @@ impl Stack {
         self.operations.pop_front()
     }
 
-    /// Appends the next frame for the guest to `out` and returns its length; `None` when there is none.
+    /// Appends the next frame for the guest to `out`, and before it what is left to do, if the link has that. Returns the
+    /// length of both; `None` when there is none.
     pub fn next_frame(&mut self, out: &mut Vec<u8>, now: Duration) -> Option<usize> {
         let length = match self.frames.pop_front() {
             Some(frame) => {
+                // Nothing is left to do for these.
+                let before = if self.config.offloads { &[0; OFFLOAD_BYTES][..] } else { &[] };
+                out.extend_from_slice(before);
                 out.extend_from_slice(&frame);
-                frame.len()
+                before.len() + frame.len()
             }
             None => self.next_segment(out, now)?,
         };
+        let before = if self.config.offloads { OFFLOAD_BYTES } else { 0 };
         self.counters.frames_out += 1;
-        self.counters.bytes_out += length as u64;
+        self.counters.bytes_out += (length - before) as u64;
         Some(length)
     }
 

@@ -7,10 +7,12 @@ use mio::event::Event;
 use mio::net::UnixStream;
 use mio::{Interest, Registry, Token};
 
+use crate::offload::OFFLOAD_BYTES;
+
 /// Bytes before each frame: its length, u32 big-endian.
 const PREFIX: usize = 4;
-/// Longest frame believed: a 64 KiB IP packet, its Ethernet header and a VLAN tag. Beyond that, the framing is lost.
-const FRAME_MAX: usize = 65_535 + 18;
+/// Longest frame believed: a 64 KiB IP packet, its Ethernet header and a VLAN tag, and what may stand before it. Beyond that, the framing is lost.
+const FRAME_MAX: usize = 65_535 + 18 + OFFLOAD_BYTES;
 /// Input handled at a time: several large frames; small enough that answers do not wait long.
 const INPUT: usize = 256 * 1024;
 /// Output waiting for the other end: as much as its socket buffer takes at once.

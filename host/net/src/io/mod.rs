@@ -120,7 +120,7 @@ impl Shared {
 }
 
 /// Starts the NAT's thread (`nat`) behind `stream`, a connected socket that speaks QEMU's `-netdev stream` framing
-/// (u32 big-endian length, then the Ethernet frame). The thread ends when the other end closes. Does not block.
+/// (u32 big-endian length, then the Ethernet frame; see [`Config::offloads`] for more). The thread ends when the other end closes. Does not block.
 ///
 /// Each flow may need one file descriptor, up to [`crate::FLOW_CAPACITY`]: the program should have raised its soft
 /// limit.
@@ -234,7 +234,7 @@ impl Driver {
             self.stack.set_resolvers(&resolvers);
         }
         while let Some(frame) = self.link.next_frame()? {
-            self.stack.receive_frame(frame, now);
+            self.stack.receive_from_link(frame, now);
         }
         Ok(true)
     }

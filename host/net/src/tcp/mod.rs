@@ -42,6 +42,8 @@ pub(crate) const BUFFER: usize = 256 * 1024;
 const WINDOW_SCALE: u8 = 7;
 /// Segment size of a guest that names none (RFC 9293 §3.7.1), and the least we believe (Linux' own minimum).
 const MSS_DEFAULT: u16 = 536;
+/// Largest payload of a segment that others cut: with its headers it fits an IP packet.
+const LARGE_MAX: usize = 65_535 - 60;
 const MSS_MIN: u16 = 88;
 /// First patience for an acknowledgement (RFC 6298 §2.1), and the most.
 const RTO_INITIAL: Duration = Duration::from_secs(1);
@@ -94,6 +96,8 @@ pub(crate) struct Segment {
     pub(crate) scale: Option<u8>,
     pub(crate) offset: usize,
     pub(crate) length: usize,
+    /// The most payload a packet on the link may have: a segment with more is to be cut.
+    pub(crate) limit: usize,
     pub(crate) again: bool,
 }
 
@@ -103,6 +107,8 @@ pub(crate) struct Connection {
     state: State,
     /// Largest payload of a segment to the guest.
     mss: usize,
+    /// Largest payload that is handed over at once, for others to cut: as many segments as fit a packet, or one.
+    large: usize,
     /// What we announce as ours.
     our_mss: u16,
     /// Whether both ends scale windows.
@@ -156,9 +162,11 @@ impl Connection {
         let our_mss = mtu.saturating_sub(40).max(MSS_MIN);
         let received = Seq(syn.seq_number.0.cast_unsigned()) + 1;
         let initial = Seq(initial);
+        let mss = syn.max_seg_size.unwrap_or(MSS_DEFAULT).clamp(MSS_MIN, our_mss).into();
         Self {
             state: State::Connecting,
-            mss: syn.max_seg_size.unwrap_or(MSS_DEFAULT).clamp(MSS_MIN, our_mss).into(),
+            mss,
+            large: mss,
             our_mss,
             scaled: syn.window_scale.is_some(),
             to_guest: VecDeque::new(),
@@ -367,6 +375,11 @@ impl Connection {
         }
     }
 
+    /// Segments are cut by whoever takes them, so several go as one.
+    pub(crate) fn send_large(&mut self) {
+        self.large = self.mss * (LARGE_MAX / self.mss).max(1);
+    }
+
     /// The next segment for the guest, if any is due.
     pub(crate) fn next_segment(&mut self, now: Duration) -> Option<Segment> {
         match self.state {
@@ -407,6 +420,7 @@ impl Connection {
             scale: self.scaled.then_some(WINDOW_SCALE),
             offset: 0,
             length: 0,
+            limit: self.mss,
             again,
         }
     }
@@ -433,7 +447,7 @@ impl Connection {
         let sent = self.next.since(self.una);
         let unsent = self.to_guest.len().checked_sub(sent)?;
         let window = self.guest_window.saturating_sub(sent);
-        let mut length = unsent.min(window).min(self.mss);
+        let mut length = unsent.min(window).min(self.large);
         // A sliver of window is not worth a segment while an acknowledgement is still to come.
         if length < unsent.min(self.mss) && sent > 0 {
             length = 0;
@@ -472,6 +486,7 @@ impl Connection {
             scale: None,
             offset,
             length,
+            limit: self.mss,
             again: false,
         }
     }

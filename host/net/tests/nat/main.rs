@@ -1,5 +1,6 @@
 //! The NAT from the guest's side: against real sockets of the host, and in scripted exchanges.
 
 mod host;
+mod offloads;
 mod script;
 mod support;

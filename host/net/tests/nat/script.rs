@@ -12,6 +12,7 @@ use smoltcp::wire::{
     TcpPacket, TcpRepr, TcpSeqNumber, UdpPacket, UdpRepr,
 };
 
+use crate::offloads;
 use crate::support::{
     GATEWAY, GUEST, GUEST_MAC, Guest, HOST, dns_query, pattern, receive_pattern, send_pattern,
 };
@@ -56,6 +57,8 @@ struct World {
     there: Way,
     back: Way,
     random: u64,
+    /// The link has offloads; the most packets that came as one.
+    largest: Option<usize>,
 }
 
 impl World {
@@ -69,7 +72,14 @@ impl World {
             there: Way::default(),
             back: Way::default(),
             random: seed | 1,
+            largest: None,
         }
+    }
+
+    /// The guest's card leaves checksums to the NAT, and cuts what the NAT sends.
+    fn with_offloads(weather: Weather, seed: u64) -> Self {
+        let config = Config { offloads: true, ..Config::default() };
+        Self { stack: Stack::new(config, seed), largest: Some(0), ..Self::new(weather, seed) }
     }
 
     fn chance(&mut self, per_mille: u64) -> bool {
@@ -100,7 +110,7 @@ impl World {
             && entry.key().0 <= self.now
         {
             let frame = entry.remove();
-            self.stack.receive_frame(&frame, self.now);
+            self.stack.receive_from_link(&frame, self.now);
         }
         while let Some(entry) = self.back.frames.first_entry()
             && entry.key().0 <= self.now
@@ -113,12 +123,18 @@ impl World {
         self.operate();
         self.move_bytes();
         for frame in std::mem::take(&mut self.guest.port.from_guest) {
+            let frame = if self.largest.is_some() { offloads::leave(frame) } else { frame };
             self.put(true, frame);
         }
         loop {
             let mut frame = Vec::new();
             if self.stack.next_frame(&mut frame, self.now).is_none() {
                 break;
+            }
+            if let Some(largest) = &mut self.largest {
+                let packets;
+                (frame, packets) = offloads::finish(&frame);
+                *largest = packets.max(*largest);
             }
             self.put(false, frame);
         }
@@ -190,8 +206,11 @@ impl World {
 
 /// A megabyte each way at once through whatever weather, every byte checked.
 fn transfer(weather: Weather, seed: u64) -> World {
+    transfer_in(World::new(weather, seed))
+}
+
+fn transfer_in(mut world: World) -> World {
     const TOTAL: usize = 1 << 20;
-    let mut world = World::new(weather, seed);
     let handle = world.guest.connect(PEER, 65_536);
     world.until("connected", |world| world.guest.tcp(handle).may_send());
     let socket = world.only_socket().unwrap();
@@ -239,6 +258,14 @@ fn doubled_and_overtaken_frames_do_no_harm() {
 fn a_link_with_every_fault_carries_every_byte() {
     for seed in 0..4 {
         transfer(Weather { lost: 50, doubled: 50, delayed: 100 }, 300 + seed);
+    }
+}
+
+#[test]
+fn a_card_with_offloads_gets_large_segments_and_leaves_checksums() {
+    for weather in [Weather::default(), Weather { lost: 30, doubled: 50, delayed: 50 }] {
+        let world = transfer_in(World::with_offloads(weather, 400));
+        assert!(world.largest > Some(8), "{:?}", world.largest);
     }
 }
 
