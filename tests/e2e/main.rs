@@ -3,6 +3,7 @@
 #![expect(clippy::print_stderr, reason = "a test program talks to its reader")]
 
 mod bad_input;
+mod compose;
 mod crash;
 mod docker;
 mod exec;
@@ -71,6 +72,7 @@ fn test(arguments: &Arguments) -> Result<ExitCode> {
     scenarios.extend(images::scenarios());
     scenarios.extend(network::scenarios());
     scenarios.extend(networks::scenarios());
+    scenarios.extend(compose::scenarios());
     scenarios.extend(docker::scenarios());
     scenarios.extend(registries::scenarios());
     scenarios.extend(files::scenarios());

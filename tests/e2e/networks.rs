@@ -23,10 +23,10 @@ crate::scenarios![
 
 /// The argument that makes this program answer datagrams.
 pub(crate) const ECHO: &str = "answer-datagrams";
-const ECHO_IMAGE: &str = "echo:test";
-const PATIENCE: Duration = Duration::from_secs(90);
+pub(crate) const ECHO_IMAGE: &str = "echo:test";
+pub(crate) const PATIENCE: Duration = Duration::from_secs(90);
 
-fn docker(engine: &Engine, arguments: &[&str]) -> Result<Finished> {
+pub(crate) fn docker(engine: &Engine, arguments: &[&str]) -> Result<Finished> {
     match engine.docker(arguments) {
         Some(command) => tests_harness::run(command),
         None => bail!("there is no docker CLI on this computer"),
@@ -34,24 +34,24 @@ fn docker(engine: &Engine, arguments: &[&str]) -> Result<Finished> {
 }
 
 /// Runs `docker` with arguments separated by spaces; it has to succeed.
-fn ok(engine: &Engine, line: &str) -> Result<String> {
+pub(crate) fn ok(engine: &Engine, line: &str) -> Result<String> {
     let words: Vec<&str> = line.split_whitespace().collect();
     docker(engine, &words)?.ok()
 }
 
-fn sleeper(engine: &Engine, name: &str, options: &str) -> Result<()> {
+pub(crate) fn sleeper(engine: &Engine, name: &str, options: &str) -> Result<()> {
     ok(engine, &format!("run -d --name {name} {options} {IMAGE} sleep 1000")).map(drop)
 }
 
-fn shell(engine: &Engine, container: &str, script: &str) -> Result<Finished> {
+pub(crate) fn shell(engine: &Engine, container: &str, script: &str) -> Result<Finished> {
     docker(engine, &["exec", container, "sh", "-c", script])
 }
 
-fn reaches(engine: &Engine, from: &str, address: &str) -> Result<bool> {
+pub(crate) fn reaches(engine: &Engine, from: &str, address: &str) -> Result<bool> {
     Ok(shell(engine, from, &format!("ping -c 1 -W 2 {address}"))?.code == 0)
 }
 
-fn clear(engine: &Engine, containers: &str, networks: &str) -> Result<()> {
+pub(crate) fn clear(engine: &Engine, containers: &str, networks: &str) -> Result<()> {
     if !containers.is_empty() {
         ok(engine, &format!("rm -f {containers}"))?;
     }
@@ -234,9 +234,7 @@ fn one_container_uses_anothers_network(engine: &Engine) -> Result<()> {
 
 /// What is sent comes back after the sender's half-close; datagrams come back as they were.
 fn published_ports_carry_streams_and_datagrams(engine: &Engine) -> Result<()> {
-    // No tool in the test image answers datagrams, so this program does.
-    let own = std::fs::read(std::env::current_exe()?)?;
-    engine.load(&TestImage::new(vec![Layer::program("echo", &own)?]), ECHO_IMAGE)?;
+    load_echo(engine)?;
     let serve = "while :; do nc -l -p 80 -e cat; done";
     docker(engine, &["run", "-d", "--name", "echo", "-p", "127.0.0.1::80", IMAGE, "sh", "-c", serve])?
         .ok()?;
@@ -259,18 +257,40 @@ fn published_ports_carry_streams_and_datagrams(engine: &Engine) -> Result<()> {
         });
         Ok(heard.is_ok_and(|heard| heard == sent).then_some(()))
     })?;
-    let client = UdpSocket::bind("127.0.0.1:0")?;
-    client.set_read_timeout(Some(Duration::from_secs(2)))?;
-    client.connect(&datagrams)?;
-    wait_until("a datagram comes back", PATIENCE, || {
-        let mut buffer = [0; 64];
-        let heard = client.send(b"ping").and_then(|_| client.recv(&mut buffer));
-        Ok(heard.is_ok_and(|count| &buffer[..count] == b"ping").then_some(()))
-    })?;
+    echoes(&datagrams)?;
     ok(engine, "rm -f echo udp")?;
     ok(engine, &format!("rmi {ECHO_IMAGE}"))?;
     std::net::TcpListener::bind(&stream).context("a removed container's port is free again")?;
     Ok(())
+}
+
+/// No tool in the test image answers datagrams, so this program does: `/echo` in [`ECHO_IMAGE`], called with [`ECHO`].
+pub(crate) fn load_echo(engine: &Engine) -> Result<()> {
+    let own = std::fs::read(std::env::current_exe()?)?;
+    engine.load(&TestImage::new(vec![Layer::program("echo", &own)?]), ECHO_IMAGE)
+}
+
+/// Waits until a datagram sent to `address` comes back.
+pub(crate) fn echoes(address: &str) -> Result<()> {
+    let client = UdpSocket::bind("127.0.0.1:0")?;
+    client.set_read_timeout(Some(Duration::from_secs(2)))?;
+    client.connect(address)?;
+    wait_until("a datagram comes back", PATIENCE, || {
+        let mut buffer = [0; 64];
+        let heard = client.send(b"ping").and_then(|_| client.recv(&mut buffer));
+        Ok(heard.is_ok_and(|count| &buffer[..count] == b"ping").then_some(()))
+    })
+}
+
+/// Waits until a connection to `address` says exactly `expected`.
+pub(crate) fn says(address: &str, expected: &str) -> Result<()> {
+    wait_until("the published port answers", PATIENCE, || {
+        let Ok(mut stream) = TcpStream::connect(address) else { return Ok(None) };
+        stream.set_read_timeout(Some(Duration::from_secs(20)))?;
+        let mut heard = String::new();
+        let heard = stream.read_to_string(&mut heard).map(|_| heard);
+        Ok(heard.ok().filter(|heard| heard.trim() == expected).map(drop))
+    })
 }
 
 /// Answers every datagram with itself, for ever: what this program does in a container, called with [`ECHO`].
@@ -308,16 +328,7 @@ fn ports_are_published(engine: &Engine) -> Result<()> {
     ensure!(at.starts_with("127.0.0.1:"), "{at}");
     let listed = ok(engine, "ps --filter name=pub --format {{.Ports}}")?;
     ensure!(listed.contains(&format!("{at}->80/tcp")) && listed.contains("->81/udp"), "{listed}");
-    wait_until("the published port answers", PATIENCE, || {
-        let mut stream = match TcpStream::connect(&at) {
-            Ok(stream) => stream,
-            Err(_) => return Ok(None),
-        };
-        stream.set_read_timeout(Some(Duration::from_secs(5)))?;
-        let mut heard = String::new();
-        let heard = stream.read_to_string(&mut heard).map(|_| heard);
-        Ok(heard.ok().filter(|heard| heard.trim() == "served").map(drop))
-    })?;
+    says(&at, "served")?;
     let port = at.rsplit(':').next().unwrap_or_default();
     docker(engine, &["run", "-d", "--name", "late", "-p", &format!("127.0.0.1:{port}:80"), IMAGE, "true"])?
         .fails_with(125, "port is already allocated")?;
@@ -348,7 +359,7 @@ fn networks_and_names_survive_the_engine(engine: &Engine) -> Result<()> {
 }
 
 /// Interfaces and namespaces, as the engine's own host sees them.
-fn leavings(engine: &Engine) -> Result<Vec<String>> {
+pub(crate) fn leavings(engine: &Engine) -> Result<Vec<String>> {
     let look = "ls /sys/class/net; ip -o addr | grep -c inet";
     let said = docker(engine, &["run", "--rm", "--network", "host", IMAGE, "sh", "-c", look])?.ok()?;
     let mut lines: Vec<String> = said.lines().map(str::to_owned).collect();

@@ -18,6 +18,9 @@ const END_TIME_MAX: Duration = Duration::from_secs(60);
 /// The image every scenario can count on.
 pub const IMAGE: &str = "busybox:test";
 
+/// The stock docker-compose, as `installer/setup` calls it.
+const COMPOSE: &str = "docker-compose-2.40.3";
+
 /// Where the engine runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stage {
@@ -238,6 +241,27 @@ impl Engine {
         self.environment(&mut command);
         command.args(arguments);
         Some(command)
+    }
+
+    /// The stock docker-compose on this engine's socket.
+    ///
+    /// # Errors
+    /// When `installer/setup --tests` has not fetched it.
+    pub fn compose<I: AsRef<std::ffi::OsStr>>(
+        &self,
+        arguments: impl IntoIterator<Item = I>,
+    ) -> Result<Command> {
+        let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
+        let home = || Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache"));
+        let cache = cache.or_else(home).context("neither XDG_CACHE_HOME nor HOME is set")?;
+        let program = cache.join("engine/clients").join(COMPOSE);
+        if !program.is_file() {
+            bail!("there is no `{}`: run installer/setup --tests", program.display());
+        }
+        let mut command = Command::new(program);
+        self.environment(&mut command);
+        command.args(arguments);
+        Ok(command)
     }
 
     /// The processes that run for this engine.
