@@ -259,8 +259,8 @@ fn both_families_and_several_networks_have_their_default_route() {
     });
 }
 
-/// One name, and nobody else to ask.
-struct OneName;
+/// One name, and whom to ask about others.
+struct OneName(Vec<dns::Upstream>);
 
 impl dns::Names for OneName {
     fn resolve(&self, name: &str, six: bool) -> dns::Resolution {
@@ -277,8 +277,8 @@ impl dns::Names for OneName {
 }
 
 impl dns::Resolver for OneName {
-    fn upstreams(&self) -> Vec<SocketAddr> {
-        Vec::new()
+    fn upstreams(&self) -> Vec<dns::Upstream> {
+        self.0.clone()
     }
 
     fn forwards_bare_names(&self) -> bool {
@@ -294,9 +294,29 @@ fn a_sandbox_has_a_name_server_at_its_usual_place() {
     in_namespaces("a_sandbox_has_a_name_server_at_its_usual_place", || async {
         let folder = Folder::new();
         let sandbox = Sandbox::create(&folder.path("one")).await.unwrap();
+        // One server inside the sandbox, at an address that exists nowhere else.
+        let other = inside(&sandbox, || {
+            assert!(
+                Command::new("ip")
+                    .args(["address", "add", "192.0.2.53/32", "dev", "lo"])
+                    .status()
+                    .unwrap()
+                    .success()
+            );
+            std::net::UdpSocket::bind("192.0.2.53:0").unwrap()
+        });
+        let address = other.local_addr().unwrap();
+        thread::spawn(move || {
+            let mut query = [0; 512];
+            while let Ok((length, client)) = other.recv_from(&mut query) {
+                query[2] |= 0x80;
+                other.send_to(&query[..length], client).unwrap();
+            }
+        });
+        let upstreams = vec![dns::Upstream { address, inside: true }];
         let start = || async {
             let listener = dns::Listener::open(&sandbox).await.unwrap();
-            dns::Server::start(listener, std::sync::Arc::new(OneName)).unwrap()
+            dns::Server::start(listener, std::sync::Arc::new(OneName(upstreams.clone()))).unwrap()
         };
         let server = start().await;
         // An engine that is started again takes over.
@@ -334,7 +354,14 @@ fn a_sandbox_has_a_name_server_at_its_usual_place() {
             assert!(reply.ends_with(&[10, 0, 0, 7]), "{reply:?}");
         }
         let unknown: Vec<u8> = QUERY.iter().map(|byte| if *byte == b'w' { b'x' } else { *byte }).collect();
-        assert_eq!(ask(unknown, false).await.unwrap()[3] & 15, 2, "nobody to ask");
+        let mut theirs = unknown.clone();
+        theirs[2] |= 0x80;
+        assert_eq!(
+            ask(unknown.clone(), false).await.unwrap(),
+            theirs,
+            "the other server's answer, as it came"
+        );
+        assert_eq!(ask(unknown, true).await.unwrap()[3] & 15, 2, "nobody to ask over TCP");
         // The port is still the container's.
         inside(&sandbox, || TcpListener::bind(("0.0.0.0", 53)).unwrap());
     });

@@ -4,6 +4,8 @@ use std::fmt;
 use std::net::SocketAddr;
 
 use guest_protocol::Transport;
+#[cfg(target_os = "linux")]
+use guest_protocol::sockets;
 
 /// A process with a socket on a port.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,16 +26,13 @@ impl Holder {
     /// Who stands in the way of binding `address`; `None` when that cannot be seen, as with other users' processes.
     #[cfg(target_os = "linux")]
     pub fn of(transport: Transport, address: SocketAddr) -> Option<Self> {
-        let tables: &[&str] = match transport {
-            Transport::Tcp => &["tcp", "tcp6"],
-            Transport::Udp => &["udp", "udp6"],
-            Transport::Sctp => &[],
-        };
-        let sockets: Vec<String> = tables
-            .iter()
-            .filter_map(|table| std::fs::read_to_string(format!("/proc/net/{table}")).ok())
-            .flat_map(|table| inodes(&table, transport, address.port()))
-            .map(|inode| format!("socket:[{inode}]"))
+        let listeners = sockets::tables(transport).iter().flat_map(|table| {
+            let table = std::fs::read_to_string(format!("/proc/net/{table}")).unwrap_or_default();
+            sockets::listeners(&table, transport).collect::<Vec<_>>()
+        });
+        let sockets: Vec<String> = listeners
+            .filter(|listener| listener.is_in_the_way_of(address))
+            .map(|listener| format!("socket:[{}]", listener.inode))
             .collect();
         if sockets.is_empty() {
             return None;
@@ -58,40 +57,9 @@ impl Holder {
     }
 }
 
-/// The sockets bound to a port in one of the kernel's tables (`man 5 proc_net`): a heading, then one line each with
-/// the local address as hexadecimal in the second column, the state in the fourth and the inode in the tenth.
-#[cfg(target_os = "linux")]
-fn inodes(table: &str, transport: Transport, port: u16) -> Vec<u64> {
-    const LISTEN: &str = "0A";
-    table
-        .lines()
-        .skip(1)
-        .filter_map(|line| {
-            let columns: Vec<&str> = line.split_ascii_whitespace().collect();
-            let (_, local_port) = columns.get(1)?.rsplit_once(':')?;
-            let bound = u16::from_str_radix(local_port, 16).ok()? == port;
-            let listens = transport != Transport::Tcp || *columns.get(3)? == LISTEN;
-            let inode = columns.get(9)?.parse().ok()?;
-            (bound && listens && inode != 0).then_some(inode)
-        })
-        .collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    #[cfg(target_os = "linux")]
-    fn a_table_is_read() {
-        let table = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n   \
-                     0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000  1000        0 4711 1 0 100 0\n   \
-                     1: 0100007F:1F90 0100007F:C000 01 00000000:00000000 00:00000000 00000000  1000        0 4712 1 0 20 4\n   \
-                     2: nonsense\n";
-        assert_eq!(inodes(table, Transport::Tcp, 8080), [4711]);
-        assert_eq!(inodes(table, Transport::Udp, 8080), [4711, 4712]);
-        assert_eq!(inodes(table, Transport::Tcp, 80), Vec::<u64>::new());
-    }
 
     #[test]
     #[cfg(target_os = "linux")]
@@ -99,5 +67,8 @@ mod tests {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let holder = Holder::of(Transport::Tcp, listener.local_addr().unwrap()).unwrap();
         assert_eq!(holder.pid, i32::try_from(std::process::id()).unwrap());
+        // The same port of another address is nobody's business.
+        let neighbour = SocketAddr::from(([127, 0, 0, 77], listener.local_addr().unwrap().port()));
+        assert_ne!(Holder::of(Transport::Tcp, neighbour), Some(holder));
     }
 }

@@ -9,6 +9,8 @@
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::time::Duration;
 
+use guest_protocol::dns::{HEADER_BYTES as HEADER, Question};
+
 use crate::config::Config;
 
 /// Where name servers listen.
@@ -22,7 +24,6 @@ pub(crate) const RESOLVERS_MAX: usize = 3;
 /// Seconds an answer of our own may be kept: short, so that a change of network shows.
 const TTL_SECONDS: u32 = 60;
 
-const HEADER: usize = 12;
 const TYPE_A: u16 = 1;
 const CLASS_IN: u16 = 1;
 const RCODE_SERVFAIL: u8 = 2;
@@ -52,63 +53,22 @@ pub(crate) fn consider(config: &Config, message: &[u8]) -> Verdict {
     if opcode != 0 || questions != 1 {
         return Verdict::Forward { id };
     }
-    let Some(question) = Question::parse(&message[HEADER..]) else { return Verdict::Nonsense };
-    match own_address(config, &question.name) {
+    let Some(question) = Question::read(&message[HEADER..]) else { return Verdict::Nonsense };
+    match own_address(config, &question.name.to_ascii_lowercase()) {
         Some(address) if question.class == CLASS_IN => {
-            let end = HEADER + question.length;
+            let end = HEADER + question.wire.len();
             Verdict::Answer(own_answer(&message[..end], (question.kind == TYPE_A).then_some(address)))
         }
         _ => Verdict::Forward { id },
     }
 }
 
-/// The addresses of the names that every container may use.
+/// The addresses of the names, in lower case, that every container may use.
 fn own_address(config: &Config, name: &str) -> Option<Ipv4Addr> {
     match name {
         "host.docker.internal" | "host.engine.internal" => Some(config.host_alias),
         "gateway.docker.internal" => Some(config.gateway),
         _ => None,
-    }
-}
-
-struct Question {
-    name: String,
-    kind: u16,
-    class: u16,
-    length: usize,
-}
-
-impl Question {
-    /// Reads the first question. Compression never occurs there.
-    fn parse(bytes: &[u8]) -> Option<Self> {
-        let mut name = String::new();
-        let mut at = 0;
-        loop {
-            let length = usize::from(*bytes.get(at)?);
-            at += 1;
-            match length {
-                0 => break,
-                1..=63 => {
-                    if !name.is_empty() {
-                        name.push('.');
-                    }
-                    let label = bytes.get(at..at + length)?;
-                    name.extend(label.iter().map(|byte| char::from(byte.to_ascii_lowercase())));
-                    at += length;
-                }
-                _ => return None,
-            }
-            if at > 255 {
-                return None;
-            }
-        }
-        let [k0, k1, c0, c1] = *bytes.get(at..at + 4)?.first_chunk()?;
-        Some(Self {
-            name,
-            kind: u16::from_be_bytes([k0, k1]),
-            class: u16::from_be_bytes([c0, c1]),
-            length: at + 4,
-        })
     }
 }
 
@@ -208,7 +168,7 @@ impl Query {
 /// The query turned into "the server failed".
 pub(crate) fn servfail(query: &[u8]) -> Vec<u8> {
     let end =
-        query.get(HEADER..).and_then(Question::parse).map_or(HEADER, |question| HEADER + question.length);
+        query.get(HEADER..).and_then(Question::read).map_or(HEADER, |question| HEADER + question.wire.len());
     let mut answer = query[..end.min(query.len())].to_vec();
     if let Some(header) = answer.get_mut(..HEADER) {
         header[2] = 0x80 | (header[2] & 0x79);

@@ -4,16 +4,14 @@
 //! be compressed because nothing comes before it, and how long an answer the client takes (RFC 6891). An answer repeats
 //! the question as it was asked and refers to its name.
 
-use std::fmt::Write as _;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use guest_protocol::dns::{HEADER_BYTES, NAME_BYTES_MAX as NAME_MAX, Question};
 
 /// How long an answer may be kept. Docker's own.
 const TTL_SECONDS: u32 = 600;
 /// Longest answer over UDP to who does not say how much it takes (RFC 1035, 4.2.1).
 const UDP_MAX: usize = 512;
-/// Longest name on the wire.
-const NAME_MAX: usize = 255;
-const HEADER_BYTES: usize = 12;
 
 const TYPE_A: u16 = 1;
 const TYPE_PTR: u16 = 12;
@@ -144,15 +142,6 @@ struct Query<'a> {
     longest: usize,
 }
 
-struct Question<'a> {
-    /// Without the final dot.
-    name: String,
-    kind: u16,
-    class: u16,
-    /// As it was sent.
-    wire: &'a [u8],
-}
-
 impl<'a> Query<'a> {
     /// `None`: these bytes are no query at all.
     fn read(bytes: &'a [u8]) -> Option<Self> {
@@ -200,41 +189,6 @@ impl<'a> Query<'a> {
         reply.extend(question);
         reply.extend(answers);
         reply
-    }
-}
-
-impl<'a> Question<'a> {
-    fn read(bytes: &'a [u8]) -> Option<Self> {
-        let (mut at, mut name) = (0, String::new());
-        loop {
-            let length = usize::from(*bytes.get(at)?);
-            at += 1;
-            match length {
-                0 => break,
-                1..=63 => {
-                    let label = bytes.get(at..at + length)?;
-                    if !name.is_empty() {
-                        name.push('.');
-                    }
-                    for byte in label {
-                        // A dot inside a label is not one between labels; so are bytes that are no text.
-                        match byte {
-                            b'!'..=b'~' if *byte != b'.' && *byte != b'\\' => name.push(char::from(*byte)),
-                            // Writing to a string cannot fail.
-                            _ => _ = write!(name, "\\{byte:03}"),
-                        }
-                    }
-                    at += length;
-                }
-                // A reference to something before, where there is nothing.
-                _ => return None,
-            }
-            if at > NAME_MAX {
-                return None;
-            }
-        }
-        let word = |at: usize| Some(u16::from_be_bytes([*bytes.get(at)?, *bytes.get(at + 1)?]));
-        Some(Self { name, kind: word(at)?, class: word(at + 2)?, wire: &bytes[..at + 4] })
     }
 }
 

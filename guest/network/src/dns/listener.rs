@@ -2,7 +2,7 @@
 
 use std::io;
 use std::net::{Ipv4Addr, TcpListener, UdpSocket};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 
 use super::redirect;
@@ -15,6 +15,8 @@ use crate::sandbox::{Sandbox, SandboxError};
 pub struct Listener {
     pub(super) udp: UdpSocket,
     pub(super) tcp: TcpListener,
+    /// The sandbox's network namespace.
+    pub(super) namespace: OwnedFd,
 }
 
 /// Why a sandbox cannot have a name server.
@@ -71,9 +73,10 @@ impl Listener {
                     redirect::write(Self::ADDRESS, udp.local_addr()?.port(), tcp.local_addr()?.port())
                 })();
                 made.map_err(|e| step("write the rules")(e, path()))?;
-                Ok(Self { udp, tcp })
+                Ok((udp, tcp))
             })
             .map_err(|source| ListenerError::Enter { path: path(), source })?
+            .map(|(udp, tcp)| Self { udp, tcp, namespace: namespace.into() })
         });
         opened
             .await

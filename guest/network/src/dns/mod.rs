@@ -11,4 +11,4 @@ mod server;
 
 pub use answer::{Answer, Names, Resolution, answer, read_hostile};
 pub use listener::{Listener, ListenerError};
-pub use server::{Resolver, Server};
+pub use server::{Resolver, Server, Upstream};

@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use guest_network::Sandbox;
-use guest_network::dns::{Listener, Names, Resolution, Resolver, Server};
+use guest_network::dns::{Listener, Names, Resolution, Resolver, Server, Upstream};
 use rand::seq::SliceRandom;
 
 use super::record::{EndpointRecord, is_predefined};
@@ -87,22 +87,25 @@ impl Names for View {
 }
 
 impl Resolver for View {
-    fn upstreams(&self) -> Vec<SocketAddr> {
-        let given = {
+    fn upstreams(&self) -> Vec<Upstream> {
+        let (given, has_way_out) = {
             let state = self.state();
             let Some(member) = state.members.get(&self.container) else { return Vec::new() };
             let has_way_out = state.gateways(&member.endpoints) != guest_network::Gateways::default();
-            if !has_way_out {
-                return Vec::new();
-            }
-            member.record.host.dns.clone().filter(|servers| !servers.is_empty())
+            (member.record.host.dns.clone().filter(|servers| !servers.is_empty()), has_way_out)
         };
-        let servers = given.unwrap_or_else(host_name_servers);
+        // The container's own are asked by its own routes, so that a sealed network stays sealed.
+        let inside = given.is_some();
+        let servers = match given {
+            Some(servers) => servers,
+            None if has_way_out => host_name_servers(),
+            None => Vec::new(),
+        };
         servers
             .iter()
             .filter_map(|server| server.parse::<IpAddr>().ok())
             .filter(|server| *server != IpAddr::V4(Listener::ADDRESS))
-            .map(|server| SocketAddr::new(server, DNS_PORT))
+            .map(|server| Upstream { address: SocketAddr::new(server, DNS_PORT), inside })
             .collect()
     }
 
