@@ -5,10 +5,17 @@ use std::net::{Ipv4Addr, TcpListener, UdpSocket};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 
+use nix::sys::socket::setsockopt;
+use nix::sys::socket::sockopt::RcvBufForce;
+
 use super::redirect;
 use crate::blocking;
 use crate::netlink::{NetlinkError, inside};
 use crate::sandbox::{Sandbox, SandboxError};
+
+/// What the kernel keeps of questions that were not read yet: some thousand, each of which costs it about 1 KiB. Its
+/// default holds 200, and a busy container loses the rest.
+const BUFFER_BYTES: usize = 4 << 20;
 
 /// Sockets inside a sandbox that hear what it asks at 127.0.0.11.
 #[derive(Debug)]
@@ -68,6 +75,7 @@ impl Listener {
                 let tcp = TcpListener::bind((Self::ADDRESS, 0))
                     .map_err(|e| step("bind a TCP socket")(e, path()))?;
                 let made = (|| {
+                    setsockopt(&udp, RcvBufForce, &BUFFER_BYTES)?;
                     udp.set_nonblocking(true)?;
                     tcp.set_nonblocking(true)?;
                     redirect::write(Self::ADDRESS, udp.local_addr()?.port(), tcp.local_addr()?.port())

@@ -33,7 +33,11 @@ const CONNECTIONS_MAX: usize = 64;
 /// Largest datagram.
 const DATAGRAM_MAX: usize = 65535;
 
+/// Sockets that are made inside sandboxes at a time: each needs a thread for a moment.
+const MAKERS_MAX: usize = 16;
+
 static FORWARDED: LazyLock<Semaphore> = LazyLock::new(|| Semaphore::new(FORWARDED_MAX));
+static MAKERS: LazyLock<Semaphore> = LazyLock::new(|| Semaphore::new(MAKERS_MAX));
 
 /// What a server asks: names that are ours, and whom to ask about others.
 pub trait Resolver: Names + Send + Sync + 'static {
@@ -175,6 +179,7 @@ impl Asker {
         if !server.inside {
             return make();
         }
+        let _permit = MAKERS.acquire().await.map_err(io::Error::other)?;
         let namespace = self.namespace.try_clone()?;
         let made = blocking(move || inside(namespace.as_fd(), make)).await?;
         made.map_err(io::Error::other)?
