@@ -437,7 +437,8 @@ fn create(
                 child = child.address(mac.0.to_vec());
             }
             let action = format!("create a macvlan interface on `{parent}`");
-            outside.ask(Request::create(action, RouteNetlinkMessage::NewLink(child.build())))
+            let made = outside.ask(Request::create(action, RouteNetlinkMessage::NewLink(child.build())));
+            made.map_err(|error| without_driver(error, "macvlan"))
         }
         Uplink::Ipvlan { parent, mode } => {
             let mode = match mode {
@@ -450,8 +451,22 @@ fn create(
                 .append_extra_attribute(LinkAttribute::NetNsFd(namespace))
                 .build();
             let action = format!("create an ipvlan interface on `{parent}`");
-            outside.ask(Request::create(action, RouteNetlinkMessage::NewLink(child)))
+            let made = outside.ask(Request::create(action, RouteNetlinkMessage::NewLink(child)));
+            made.map_err(|error| without_driver(error, "ipvlan"))
         }
+    }
+}
+
+/// A kernel that does not know a kind of interface says "not supported", which could be anything.
+fn without_driver(error: NetlinkError, driver: &str) -> NetlinkError {
+    match error {
+        NetlinkError::Refused { action, source } if source.raw_os_error() == Some(nix::libc::EOPNOTSUPP) => {
+            let hint = format!(
+                "{action}: this kernel has no {driver} driver (module `{driver}`); load it, or use another network driver"
+            );
+            NetlinkError::Refused { action: hint, source }
+        }
+        other => other,
     }
 }
 

@@ -97,9 +97,13 @@ impl Context {
         self.images.snapshotter().clone()
     }
 
-    /// What `host-gateway` stands for.
-    pub(super) fn host_gateway(&self) -> std::net::Ipv4Addr {
-        if self.native { self.networks.gateway() } else { MACHINE_HOST }
+    /// What `host-gateway` stands for: one address, or one of each family.
+    pub(super) fn host_gateways(&self) -> Vec<std::net::IpAddr> {
+        match self.networks.host_gateways() {
+            [] if self.native => vec![self.networks.gateway().into()],
+            [] => vec![MACHINE_HOST.into()],
+            given => given.to_vec(),
+        }
     }
 
     pub async fn save(&self, record: &Record) -> Result<(), Failure> {

@@ -1,6 +1,7 @@
 //! The network service: makes, finds, lists and removes networks.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -353,10 +354,15 @@ impl Networks {
         Some((net.record.id.clone(), net.record.name.clone()))
     }
 
+    /// What the settings say `host-gateway` stands for; empty when they do not.
+    pub fn host_gateways(&self) -> &[IpAddr] {
+        &self.defaults.host_gateway
+    }
+
     /// The default bridge's own address.
     pub fn gateway(&self) -> std::net::Ipv4Addr {
         match self.state().find("bridge").ok().and_then(|net| net.gateway(false)) {
-            Some(std::net::IpAddr::V4(address)) => address,
+            Some(IpAddr::V4(address)) => address,
             _ => std::net::Ipv4Addr::LOCALHOST,
         }
     }

@@ -1,6 +1,6 @@
 //! The three files every container gets over its image's: /etc/hosts, /etc/hostname and /etc/resolv.conf. Pure text.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 use std::path::Path;
 
 use guest_api::HostConfig;
@@ -8,13 +8,13 @@ use sha2::{Digest, Sha256};
 
 use crate::failure::Failure;
 
-/// /etc/hosts. `own` are the container's addresses, `host_gateway` what `host-gateway` stands for.
+/// /etc/hosts. `own` are the container's addresses, `host_gateways` what `host-gateway` stands for.
 pub fn hosts(
     hostname: &str,
     domainname: &str,
     own: &[IpAddr],
     extra: &[String],
-    host_gateway: Ipv4Addr,
+    host_gateways: &[IpAddr],
 ) -> Result<String, Failure> {
     let mut text = String::from(
         "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\nfe00::\tip6-localnet\n\
@@ -22,8 +22,9 @@ pub fn hosts(
     );
     for entry in extra {
         let (name, address) = extra_host(entry)?;
-        let address = address.map_or_else(|| host_gateway.to_string(), |address| address.to_string());
-        text.push_str(&format!("{address}\t{name}\n"));
+        for address in address.as_ref().map_or(host_gateways, std::slice::from_ref) {
+            text.push_str(&format!("{address}\t{name}\n"));
+        }
     }
     for own in own {
         text.push_str(&own_line(own, hostname, domainname));
@@ -169,7 +170,7 @@ pub fn host_resolv_conf() -> String {
 mod tests {
     use super::*;
 
-    const GATEWAY: Ipv4Addr = Ipv4Addr::new(172, 17, 0, 1);
+    const GATEWAY: &[IpAddr] = &[IpAddr::V4(std::net::Ipv4Addr::new(172, 17, 0, 1))];
 
     #[test]
     fn hosts_has_the_own_address_last() {
@@ -182,6 +183,9 @@ mod tests {
             "{text}"
         );
         assert!(!hosts("web", "", &[], &[], GATEWAY).unwrap().contains("web"));
+        let both = [GATEWAY[0], "fd00::1".parse().unwrap()];
+        let text = hosts("web", "", &[], &extra[1..2], &both).unwrap();
+        assert!(text.ends_with("172.17.0.1\tup\nfd00::1\tup\n"), "{text}");
     }
 
     #[test]

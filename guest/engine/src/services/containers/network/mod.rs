@@ -117,7 +117,7 @@ pub fn write_files(context: &Context, record: &Record, attached: &Attached) -> R
         &record.config.domainname,
         &attached.addresses,
         extra,
-        context.host_gateway(),
+        &context.host_gateways(),
     )?;
     for link in links::find(context, record)? {
         hosts.push_str(&link.hosts());
