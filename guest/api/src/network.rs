@@ -6,6 +6,20 @@ use serde::{Deserialize, Serialize};
 
 use crate::EmptyObject;
 
+/// One link of the way to a container's port, as `GET /containers/{id}/why` tells it. This engine's own.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct WayLink {
+    /// `name`, `address`, `network`, `rule`, `listener` or `lease`.
+    pub link: String,
+    /// Whether it is as it should be.
+    pub holds: bool,
+    /// What is there, or is not.
+    pub says: String,
+    /// What to do about it; empty when it holds.
+    pub cure: String,
+}
+
 /// A network as `GET /networks` and `GET /networks/{id}` show it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "PascalCase", default)]

@@ -62,6 +62,7 @@ pub async fn run(settings: Settings, ready: Option<OwnedFd>) -> anyhow::Result<(
         networks.raise_early().await;
         networks.resume().await;
     });
+    tasks.spawn(services.networks.clone().follow_listeners(stop.clone()));
 
     tokio::select! {
         _ = terminate.recv() => {}

@@ -177,6 +177,18 @@ impl Firewall {
         self.run(format!("add table inet {table}\ndelete table inet {table}\n")).await
     }
 
+    /// Whether the table is there; what it says is not looked at.
+    ///
+    /// # Errors
+    /// When `nft` is missing or hangs.
+    pub async fn stands(&self) -> Result<bool, FirewallError> {
+        match self.run(format!("list table inet {}\n", self.table)).await {
+            Ok(()) => Ok(true),
+            Err(FirewallError::Refused { .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
     async fn run(&self, script: String) -> Result<(), FirewallError> {
         let table = || self.table.clone();
         let failed = |source| FirewallError::Run { table: table(), source };

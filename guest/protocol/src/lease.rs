@@ -35,7 +35,7 @@ pub struct PortRequest {
     /// Its protocol.
     pub transport: Transport,
     /// The host's addresses to listen at, all with the same port. `0.0.0.0` and `::` stand for all addresses of their
-    /// family; `::` does not include IPv4, and is left out on a host without IPv6 as long as another address is there.
+    /// family; `::` does not include IPv4, and it and `::1` are left out on a host without IPv6 as long as another address is there.
     pub addresses: Vec<IpAddr>,
     /// The first port of the host that will do; 0 for any free one.
     pub first: u16,

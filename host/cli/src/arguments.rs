@@ -53,6 +53,9 @@ pub(crate) enum Command {
         /// Its new name
         name: String,
     },
+    /// Find out what is between you and a container
+    #[command(subcommand)]
+    Net(NetCommand),
     /// List port mappings of a container
     Port {
         /// The container
@@ -416,6 +419,15 @@ pub(crate) enum VolumeCommand {
     /// Remove one or more volumes
     #[command(visible_alias = "remove")]
     Rm(NamesArgs),
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum NetCommand {
+    /// Walk the way to a container or port, and print the first broken link with its cure
+    Why {
+        /// A container, a port of it (`web:80`, `dns:53/udp`), or a port of this computer (`8080`, `localhost:8080`)
+        target: String,
+    },
 }
 
 #[derive(Debug, Subcommand)]

@@ -23,9 +23,10 @@ mod system;
 mod template;
 mod terminal;
 mod volumes;
+mod why;
 
 use anyhow::{Context, Result};
-use arguments::{Cli, Command};
+use arguments::{Cli, Command, NetCommand};
 use clap::{CommandFactory, Parser};
 use control::Refusal;
 use session::{Failed, Session};
@@ -124,6 +125,7 @@ async fn execute(cli: Cli) -> Result<u8> {
             archive::download(&session.docker().await?, &path, output.as_deref()).await.map(|()| true)
         }
         Command::Volume(command) => volumes::volume(&session.docker().await?, command).await,
+        Command::Net(NetCommand::Why { target }) => why::why(&session.docker().await?, target).await,
         Command::Network(command) => networks::network(&session.docker().await?, command).await,
         Command::Pull(args) => {
             let docker = session.docker().await?;

@@ -119,8 +119,8 @@ fn bind_all(request: &PortRequest, port: u16, mut bound: Vec<Socket>) -> Result<
     for &address in &request.addresses[bound.len()..] {
         match bind_one(request.transport, SocketAddr::new(address, port)) {
             Ok(socket) => bound.push(socket),
-            // "All addresses" on a host without IPv6 are the others.
-            Err(BindError::NoSuchAddress(IpAddr::V6(Ipv6Addr::UNSPECIFIED)))
+            // "All addresses", or all of this computer's own, on a host without IPv6 are the others.
+            Err(BindError::NoSuchAddress(IpAddr::V6(Ipv6Addr::UNSPECIFIED | Ipv6Addr::LOCALHOST)))
                 if request.addresses.len() > 1 => {}
             Err(error) => return Err(error),
         }

@@ -165,6 +165,7 @@ async fn route(services: &Arc<Services>, call: Call) -> Answer {
         }
         (method, ["containers", id, "top"]) if method == GET => usage::top(services, &call, id).await,
         (method, ["containers", id, "stats"]) if method == GET => usage::stats(services, &call, id).await,
+        (method, ["containers", id, "why"]) if method == GET => networks::why(services, &call, id).await,
         (method, ["containers", id, "archive"]) if method == HEAD => archive::stat(services, &call, id).await,
         (method, ["containers", id, "archive"]) if method == GET => {
             archive::copy_out(services, &call, id).await

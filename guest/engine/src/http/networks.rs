@@ -81,3 +81,13 @@ pub async fn disconnect(services: &Arc<Services>, call: Call, id: &str) -> Answe
     services.containers.change_network(&body.container, change).await?;
     Ok(respond::empty(200))
 }
+
+/// `GET /containers/{id}/why`, this engine's own: the way to a container, or to its port `port` (`80/tcp`).
+pub async fn why(services: &Services, call: &Call, id: &str) -> Answer {
+    let view = services.containers.view(id)?;
+    let port = match call.query.text("port") {
+        "" => None,
+        text => Some(crate::services::networks::parse_port(text)?),
+    };
+    respond::json(200, &services.networks.why(&view, port).await)
+}

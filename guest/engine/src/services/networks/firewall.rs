@@ -15,14 +15,22 @@ const WAITING_MAX: usize = 64;
 /// The way to the writer, which ends with the last of these.
 #[derive(Clone)]
 pub struct FirewallWriter {
+    firewall: Firewall,
     requests: mpsc::Sender<oneshot::Sender<Result<(), Failure>>>,
 }
 
 impl FirewallWriter {
     pub fn start(table: &str, state: Arc<Mutex<State>>) -> Self {
         let (requests, queue) = mpsc::channel(WAITING_MAX);
-        tokio::spawn(write(Firewall::new(table), state, queue));
-        Self { requests }
+        let firewall = Firewall::new(table);
+        tokio::spawn(write(firewall.clone(), state, queue));
+        Self { firewall, requests }
+    }
+
+    /// Whether the table is there.
+    pub async fn stands(&self) -> Result<bool, Failure> {
+        let stands = self.firewall.stands().await;
+        stands.map_err(|error| Failure::internal("cannot look at the firewall", &error))
     }
 
     /// Returns once the table says what is true now, or later.

@@ -2,7 +2,9 @@
 //!
 //! The service owns them ([`record`], stored) and which running container is where ([`state`], with a file each so
 //! that an engine that is started again knows). `create` and `options` read what clients ask, purely; `attach` puts
-//! containers onto networks and takes them off; `firewall` is the one writer of the rules; `show` is what clients see.
+//! containers onto networks and takes them off; `listening` leads the computer around the machine to those that use the
+//! machine's own network; `firewall` is the one writer of the rules; `show` is what clients see, and `why`
+//! what is in the way of a port.
 //!
 //! On a host the default bridge and the firewall are made when the first container needs them, so that an engine whose
 //! containers use no network touches nothing; in the machine they are made at once, beside everything else.
@@ -10,6 +12,7 @@
 mod attach;
 mod create;
 mod firewall;
+mod listening;
 mod names;
 mod options;
 mod pools;
@@ -21,7 +24,8 @@ mod routes;
 mod service;
 mod show;
 mod state;
+mod why;
 
 pub use attach::{Attached, lookup_key};
-pub use ports::check as check_ports;
+pub use ports::{check as check_ports, parse as parse_port};
 pub use service::Networks;

@@ -94,6 +94,9 @@ fn granted(published: &Published) -> GrantedPort {
 impl Targets for Networks {
     fn target(&self, container: &str, _: Transport, container_port: u16) -> Option<SocketAddr> {
         let state = self.state();
+        if container.contains('/') {
+            return state.led.iter().find(|(wish, _)| wish.lease() == container).map(|(_, led)| led.target);
+        }
         let address = target(&state, state.members.get(container)?).address(false)?;
         Some(SocketAddr::new(address, container_port))
     }
@@ -104,12 +107,15 @@ impl Networks {
     pub fn held_outside(&self) -> Vec<guest_protocol::Lease> {
         let state = self.state();
         let publishing = state.members.iter().filter(|(_, member)| !member.ports.is_empty());
-        publishing
-            .map(|(id, member)| guest_protocol::Lease {
-                container: id.clone(),
-                ports: member.ports.iter().map(granted).collect(),
-            })
-            .collect()
+        let published = publishing.map(|(id, member)| guest_protocol::Lease {
+            container: id.clone(),
+            ports: member.ports.iter().map(granted).collect(),
+        });
+        let led = state
+            .led
+            .iter()
+            .map(|(wish, led)| guest_protocol::Lease { container: wish.lease(), ports: led.ports.clone() });
+        published.chain(led).collect()
     }
 
     /// Publishes what a container asks for, all or nothing.

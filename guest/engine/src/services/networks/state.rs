@@ -13,6 +13,7 @@ use guest_network::{FirewallNetwork, FirewallPort, Gateway, Gateways, Ipam, Rule
 use ipnet::IpNet;
 use tokio::sync::OnceCell;
 
+use super::listening::{Led, Wish};
 use super::options::{GatewayMode, Kind, Settings};
 use super::ports::{Lease, Published};
 use super::record::{Driver, EndpointRecord, NetworkRecord};
@@ -25,6 +26,8 @@ pub struct State {
     pub networks: BTreeMap<String, Net>,
     /// Containers that run, by id.
     pub members: BTreeMap<String, Member>,
+    /// What containers on the machine's own network listen at, as held on the computer around it.
+    pub led: BTreeMap<Wish, Led>,
 }
 
 /// One network.

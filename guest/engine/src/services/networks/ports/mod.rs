@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 pub use host::{Lease, PortHost};
 pub use relay::Target;
-pub use wanted::{Wanted, check, wanted};
+pub use wanted::{Wanted, check, parse, wanted};
 
 /// A port of a container that is published.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

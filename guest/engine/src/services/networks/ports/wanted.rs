@@ -61,6 +61,12 @@ pub fn wanted(config: &ContainerConfig, host: &HostConfig) -> Result<Vec<Wanted>
     Ok(all.into_iter().collect())
 }
 
+/// A container's port as clients write it: `80/tcp`, `80`.
+pub fn parse(text: &str) -> Result<(Protocol, u16), Failure> {
+    let (port, protocol) = container_port(text).ok_or_else(|| invalid(text))?;
+    Ok((protocol, port))
+}
+
 /// `80/tcp`, `80`.
 fn container_port(text: &str) -> Option<(u16, Protocol)> {
     let (number, protocol) = text.split_once('/').unwrap_or((text, "tcp"));

@@ -1,0 +1,249 @@
+//! Containers on the machine's own network (`--network host`) listen where nobody on the computer around it looks. So
+//! what they listen at is held on the computer's loopback addresses too, for as long as they listen.
+//!
+//! Nobody tells when a process begins to listen: while such containers run, the kernel's tables are looked at every
+//! [`PERIOD`], and whose a socket is only when they have changed. Ports that cannot be had are told in the log; the
+//! container runs on, as it does where a computer's own programs compete for a port.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use guest_protocol::sockets::{self, Listener};
+use guest_protocol::{GrantedPort, PortRequest, Transport};
+use tokio_util::sync::CancellationToken;
+
+use super::service::Networks;
+use super::state::Place;
+use crate::host::HostLeases;
+
+/// Between two looks at the kernel's tables.
+const PERIOD: Duration = Duration::from_secs(1);
+/// UDP ports from here on are those of clients (the kernel's `ip_local_port_range`).
+const EPHEMERAL_FIRST: u16 = 32768;
+/// Ports one container can have on the computer.
+const PORTS_MAX: usize = 1024;
+
+/// A port that a container listens at.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Wish {
+    container: String,
+    transport: Transport,
+    port: u16,
+}
+
+/// What is held for a [`Wish`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Led {
+    /// Where it is answered, in the machine.
+    pub target: SocketAddr,
+    /// Where it is heard, on the computer.
+    pub ports: Vec<GrantedPort>,
+}
+
+impl Wish {
+    /// The name of its lease: each port has one, so that one that is taken is not in the others' way.
+    pub fn lease(&self) -> String {
+        format!("{}/{}/{}", self.container, self.transport, self.port)
+    }
+
+    fn request(&self) -> PortRequest {
+        PortRequest {
+            transport: self.transport,
+            addresses: vec![Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()],
+            first: self.port,
+            last: self.port,
+            container_port: self.port,
+        }
+    }
+}
+
+/// The kernel's tables as they are.
+fn tables() -> Vec<(Transport, String)> {
+    let read = |transport| {
+        sockets::tables(transport).iter().map(move |table| {
+            (transport, std::fs::read_to_string(format!("/proc/net/{table}")).unwrap_or_default())
+        })
+    };
+    read(Transport::Tcp).chain(read(Transport::Udp)).collect()
+}
+
+/// The sockets in them that wait for others.
+fn waiting(tables: &[(Transport, String)]) -> BTreeMap<u64, (Transport, SocketAddr)> {
+    let is_open = |transport: Transport, listener: &Listener| {
+        let is_clients = transport == Transport::Udp && listener.address.port() >= EPHEMERAL_FIRST;
+        listener.inode != 0 && !listener.is_connected && !is_clients
+    };
+    tables
+        .iter()
+        .flat_map(|(transport, table)| {
+            sockets::listeners(table, *transport)
+                .filter(|listener| is_open(*transport, listener))
+                .map(|listener| (listener.inode, (*transport, listener.address)))
+        })
+        .collect()
+}
+
+/// Which of the containers have which of the sockets open, by the names of their processes' cgroups.
+fn owners(containers: &[String], inodes: &BTreeSet<u64>) -> BTreeMap<u64, String> {
+    let mut owners = BTreeMap::new();
+    for process in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
+        // A process that ends while it is looked at has nothing open.
+        let Ok(cgroup) = std::fs::read_to_string(process.path().join("cgroup")) else { continue };
+        let Some(container) = containers.iter().find(|id| cgroup.contains(id.as_str())) else { continue };
+        for descriptor in std::fs::read_dir(process.path().join("fd")).into_iter().flatten().flatten() {
+            let Ok(target) = std::fs::read_link(descriptor.path()) else { continue };
+            let inode = target.to_str().and_then(|text| text.strip_prefix("socket:[")?.strip_suffix(']'));
+            if let Some(inode) = inode.and_then(|inode| inode.parse().ok()).filter(|one| inodes.contains(one))
+            {
+                owners.insert(inode, container.clone());
+            }
+        }
+    }
+    owners
+}
+
+/// What is to be held, and where in the machine it leads.
+fn wishes(
+    waiting: &BTreeMap<u64, (Transport, SocketAddr)>,
+    owners: &BTreeMap<u64, String>,
+) -> BTreeMap<Wish, SocketAddr> {
+    let mut wishes: BTreeMap<Wish, SocketAddr> = BTreeMap::new();
+    for (inode, container) in owners {
+        let Some((transport, address)) = waiting.get(inode) else { continue };
+        let wish = Wish { container: container.clone(), transport: *transport, port: address.port() };
+        let ip = match address.ip() {
+            ip if !ip.is_unspecified() => ip,
+            IpAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
+            IpAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
+        };
+        let target = SocketAddr::new(ip, address.port());
+        // Of several sockets on one port the one that hears IPv4.
+        let known = wishes.entry(wish).or_insert(target);
+        if known.is_ipv6() && target.is_ipv4() {
+            *known = target;
+        }
+    }
+    let mut counts: BTreeMap<String, usize> = BTreeMap::new();
+    wishes.retain(|wish, _| {
+        let count = counts.entry(wish.container.clone()).or_default();
+        *count += 1;
+        *count <= PORTS_MAX
+    });
+    wishes
+}
+
+impl Networks {
+    /// Keeps the computer's loopback addresses equal to what containers on the machine's own network listen at.
+    /// Returns at `stop`, or at once where the engine runs directly on the computer.
+    pub async fn follow_listeners(self: Arc<Self>, stop: CancellationToken) {
+        let Some(outside) = self.outside.clone() else { return };
+        let (mut before, mut refused) = ((Vec::new(), BTreeMap::new()), BTreeSet::new());
+        while stop.run_until_cancelled(tokio::time::sleep(PERIOD)).await.is_some() {
+            let containers: Vec<String> = {
+                let state = self.state();
+                let on_host = state.members.iter().filter(|(_, member)| member.place == Place::Host);
+                on_host.map(|(id, _)| id.clone()).collect()
+            };
+            let looked = tokio::task::spawn_blocking(move || {
+                let waiting = if containers.is_empty() { BTreeMap::new() } else { waiting(&tables()) };
+                if (&containers, &waiting) == (&before.0, &before.1) {
+                    return (None, before);
+                }
+                let owners = owners(&containers, &waiting.keys().copied().collect());
+                (Some(wishes(&waiting, &owners)), (containers, waiting))
+            });
+            // Only an engine that is ending loses its threads.
+            let Ok((wishes, now)) = looked.await else { return };
+            before = now;
+            if let Some(wishes) = wishes {
+                self.lead(&outside, wishes, &mut refused).await;
+            }
+        }
+    }
+
+    async fn lead(
+        &self,
+        outside: &HostLeases,
+        wishes: BTreeMap<Wish, SocketAddr>,
+        refused: &mut BTreeSet<Wish>,
+    ) {
+        let gone: Vec<Wish> = {
+            let mut state = self.state();
+            let gone: Vec<Wish> =
+                state.led.keys().filter(|wish| !wishes.contains_key(*wish)).cloned().collect();
+            gone.iter().for_each(|wish| drop(state.led.remove(wish)));
+            gone
+        };
+        gone.iter().for_each(|wish| outside.release(&wish.lease()));
+        refused.retain(|wish| wishes.contains_key(wish));
+        for (wish, target) in wishes {
+            if let Some(led) = self.state().led.get_mut(&wish) {
+                led.target = target;
+                continue;
+            }
+            if refused.contains(&wish) {
+                continue;
+            }
+            match outside.acquire(&wish.lease(), vec![wish.request()]).await {
+                Ok(ports) => drop(self.state().led.insert(wish, Led { target, ports })),
+                Err(error) => {
+                    tracing::warn!(container = &wish.container[..12], port = wish.port, transport = %wish.transport,
+                        %error, "what it listens at cannot be reached on the computer's localhost");
+                    refused.insert(wish);
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_waits_for_others_is_led_and_nothing_else() {
+        let table = |lines: &[&str]| format!("heading\n{}\n", lines.join("\n"));
+        let line = |local: &str, remote: &str, state: &str, inode: u64| {
+            format!("0: {local} {remote} {state} 00000000:00000000 00:00000000 00000000 0 0 {inode} 1")
+        };
+        let tcp = table(&[
+            &line("0100007F:1F90", "00000000:0000", "0A", 1),
+            &line("0100007F:1F90", "0100007F:C000", "01", 2),
+        ]);
+        let six = table(&[&line(
+            "00000000000000000000000000000000:1F91",
+            "00000000000000000000000000000000:0000",
+            "0A",
+            3,
+        )]);
+        let udp = table(&[
+            &line("00000000:0035", "00000000:0000", "07", 4),
+            &line("00000000:C350", "00000000:0000", "07", 5),
+            &line("00000000:0036", "0100007F:0035", "01", 6),
+        ]);
+        let found = waiting(&[(Transport::Tcp, tcp), (Transport::Tcp, six), (Transport::Udp, udp)]);
+        assert_eq!(found.keys().copied().collect::<Vec<_>>(), [1, 3, 4]);
+
+        // 4 is another program's.
+        let owners = [(1, "a".to_owned()), (3, "b".to_owned())].into();
+        let wishes = wishes(&found, &owners);
+        let shown: Vec<(String, String)> =
+            wishes.iter().map(|(wish, target)| (wish.lease(), target.to_string())).collect();
+        let expected = [("a/tcp/8080", "127.0.0.1:8080"), ("b/tcp/8081", "[::1]:8081")];
+        assert_eq!(shown, expected.map(|(lease, target)| (lease.to_owned(), target.to_owned())));
+    }
+
+    #[test]
+    fn our_own_socket_is_ours() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let found = waiting(&tables());
+        let inode =
+            found.iter().find(|(_, at)| **at == (Transport::Tcp, address)).map(|(inode, _)| *inode).unwrap();
+        // Every process is in some cgroup below the root.
+        let owners = owners(&["/".to_owned()], &[inode].into());
+        assert_eq!(owners.get(&inode).map(String::as_str), Some("/"));
+    }
+}
