@@ -10,8 +10,10 @@ mod exec;
 mod faults;
 mod files;
 mod health;
+mod host_network;
 mod images;
 mod life;
+mod names;
 mod network;
 mod networks;
 mod registries;
@@ -43,8 +45,16 @@ macro_rules! scenarios {
 use scenarios;
 
 fn main() -> ExitCode {
-    if std::env::args().nth(1).as_deref() == Some(networks::ECHO) {
-        return match networks::echo() {
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    // What this program does in containers, for want of a tool there.
+    let played = match words.first().map(String::as_str) {
+        Some(networks::ECHO) => Some(networks::echo()),
+        Some(names::SERVE) => Some(names::serve()),
+        Some(names::ASK) => Some(names::ask(&words[1..])),
+        _ => None,
+    };
+    if let Some(result) = played {
+        return match result {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
                 eprintln!("error: {error:?}");
@@ -72,6 +82,8 @@ fn test(arguments: &Arguments) -> Result<ExitCode> {
     scenarios.extend(images::scenarios());
     scenarios.extend(network::scenarios());
     scenarios.extend(networks::scenarios());
+    scenarios.extend(names::scenarios());
+    scenarios.extend(host_network::scenarios());
     scenarios.extend(compose::scenarios());
     scenarios.extend(docker::scenarios());
     scenarios.extend(registries::scenarios());

@@ -12,11 +12,14 @@ crate::scenarios![
     containers_know_each_other_by_name,
     a_running_container_joins_and_leaves,
     what_is_asked_of_an_address_is_had,
+    children_of_the_hosts_interface_are_on_its_network,
     links_of_the_default_network,
+    without_icc_only_the_gateway_is_reached,
     one_container_uses_anothers_network,
     ports_are_published,
     published_ports_carry_streams_and_datagrams,
     a_port_of_another_program_is_refused,
+    a_thousand_ports_at_once,
     networks_and_names_survive_the_engine,
     refused_requests_leave_nothing,
 ];
@@ -61,44 +64,73 @@ pub(crate) fn clear(engine: &Engine, containers: &str, networks: &str) -> Result
     Ok(())
 }
 
+/// Four networks, the last of them sealed, and two routers: `west` - net1 - `gate1` - net2 - `gate2` - net3 - `east`,
+/// and `gate2` - net4 - `vault`.
 fn packets_cross_two_routers(engine: &Engine) -> Result<()> {
-    for number in 1..=3 {
-        ok(engine, &format!("network create --subnet 10.91.{number}.0/24 net{number}"))?;
+    for number in 1..=4 {
+        let internal = if number == 4 { "--internal" } else { "" };
+        ok(
+            engine,
+            &format!(
+                "network create --subnet 10.91.{number}.0/24 --ipv6 --subnet fd91:{number}::/64 {internal} net{number}"
+            ),
+        )?;
     }
-    sleeper(engine, "west", "--network net1 --ip 10.91.1.10 --cap-add NET_ADMIN")?;
-    sleeper(engine, "east", "--network net3 --ip 10.91.3.10 --cap-add NET_ADMIN")?;
-    let router = |name: &str, first: (u8, u8), second: (u8, u8)| {
-        let at = |(net, host): (u8, u8)| format!("--network name=net{net},ip=10.91.{net}.{host}");
-        let options =
-            format!("--cap-add NET_ADMIN --sysctl net.ipv4.ip_forward=1 {} {}", at(first), at(second));
-        sleeper(engine, name, &options)
+    let end = |name: &str, net: u8| {
+        let addresses = format!("--network net{net} --ip 10.91.{net}.10 --ip6 fd91:{net}::10");
+        sleeper(engine, name, &format!("{addresses} --cap-add NET_ADMIN"))
     };
-    router("gate1", (1, 20), (2, 20))?;
-    router("gate2", (2, 30), (3, 30))?;
-    for (container, route) in [
-        ("west", "10.91.3.0/24 via 10.91.1.20"),
-        ("east", "10.91.1.0/24 via 10.91.3.30"),
-        ("gate1", "10.91.3.0/24 via 10.91.2.30"),
-        ("gate2", "10.91.1.0/24 via 10.91.2.20"),
+    end("west", 1)?;
+    end("east", 3)?;
+    end("vault", 4)?;
+    let router = |name: &str, host: u8, nets: &[u8]| {
+        let legs: Vec<String> = nets
+            .iter()
+            .map(|net| format!("--network name=net{net},ip=10.91.{net}.{host},ip6=fd91:{net}::{host}"))
+            .collect();
+        let forwarding = "--sysctl net.ipv4.ip_forward=1 --sysctl net.ipv6.conf.all.forwarding=1";
+        sleeper(engine, name, &format!("--cap-add NET_ADMIN {forwarding} {}", legs.join(" ")))
+    };
+    router("gate1", 20, &[1, 2])?;
+    router("gate2", 30, &[2, 3, 4])?;
+    // Static routes: through which of its neighbours each reaches the networks it is not on.
+    for (container, far, net, host) in [
+        ("west", &[3, 4][..], 1, 20),
+        ("gate1", &[3, 4], 2, 30),
+        ("gate2", &[1], 2, 20),
+        ("east", &[1, 4], 3, 30),
+        ("vault", &[1, 3], 4, 30),
     ] {
-        shell(engine, container, &format!("ip route add {route}"))?.ok()?;
+        for far in far {
+            let four = format!("ip route add 10.91.{far}.0/24 via 10.91.{net}.{host}");
+            let six = format!("ip -6 route add fd91:{far}::/64 via fd91:{net}::{host}");
+            shell(engine, container, &format!("{four} && {six}"))?.ok()?;
+        }
     }
-    ensure!(reaches(engine, "west", "10.91.3.10")?, "west does not reach east");
-    let way = shell(engine, "west", "traceroute -n -m 4 -w 2 10.91.3.10")?;
-    if way.code == 0 {
-        ensure!(way.stdout.contains("10.91.1.20") && way.stdout.contains("10.91.3.10"), "{}", way.stdout);
+    for (from, to) in [("west", 3), ("east", 1), ("west", 4), ("vault", 1), ("east", 4)] {
+        ensure!(reaches(engine, from, &format!("10.91.{to}.10"))?, "{from} does not reach net{to}");
+        ensure!(reaches(engine, from, &format!("fd91:{to}::10"))?, "{from} does not reach net{to} by IPv6");
     }
-    clear(engine, "west east gate1 gate2", "net1 net2 net3")
+    let way = shell(engine, "west", "traceroute -n -q 1 -m 4 -w 5 10.91.3.10")?.ok()?;
+    for hop in ["10.91.1.20", "10.91.2.30", "10.91.3.10"] {
+        ensure!(way.contains(hop), "{hop} is not on the way:\n{way}");
+    }
+    // Without routes the networks are apart, and the sealed one leads nowhere.
+    shell(engine, "vault", "ip route del 10.91.1.0/24; ip -6 route del fd91:1::/64")?.ok()?;
+    for address in ["10.91.1.10", "fd91:1::10", engine.outside_address()] {
+        ensure!(!reaches(engine, "vault", address)?, "the sealed network leads to {address}");
+    }
+    clear(engine, "west east vault gate1 gate2", "net1 net2 net3 net4")
 }
 
 fn networks_are_apart_and_internal_ones_sealed(engine: &Engine) -> Result<()> {
     ok(engine, "network create --subnet 10.92.1.0/24 --ipv6 --subnet fd92:1::/64 left")?;
     ok(engine, "network create --subnet 10.92.2.0/24 --ipv6 --subnet fd92:2::/64 right")?;
-    ok(engine, "network create --subnet 10.92.3.0/24 --internal vault")?;
+    ok(engine, "network create --subnet 10.92.3.0/24 --ipv6 --subnet fd92:3::/64 --internal vault")?;
     sleeper(engine, "la", "--network left --ip 10.92.1.10 --ip6 fd92:1::10")?;
     sleeper(engine, "lb", "--network left --ip 10.92.1.11 --ip6 fd92:1::11")?;
     sleeper(engine, "ra", "--network right --ip 10.92.2.10 --ip6 fd92:2::10")?;
-    sleeper(engine, "va", "--network vault --ip 10.92.3.10")?;
+    sleeper(engine, "va", "--network vault --ip 10.92.3.10 --ip6 fd92:3::10")?;
     ensure!(reaches(engine, "la", "10.92.1.11")? && reaches(engine, "la", "fd92:1::11")?, "neighbours");
     for (from, to) in [
         ("la", "10.92.2.10"),
@@ -107,6 +139,10 @@ fn networks_are_apart_and_internal_ones_sealed(engine: &Engine) -> Result<()> {
         ("ra", "fd92:1::10"),
         ("la", "10.92.3.10"),
         ("va", "10.92.1.10"),
+        ("la", "fd92:3::10"),
+        ("va", "fd92:1::10"),
+        // Nor by the other network's gateway, which is the host.
+        ("va", "10.92.1.1"),
     ] {
         ensure!(!reaches(engine, from, to)?, "{from} reaches {to}");
     }
@@ -188,6 +224,31 @@ fn what_is_asked_of_an_address_is_had(engine: &Engine) -> Result<()> {
     docker(engine, &["run", "--rm", "--network", "plan", "--ip", "10.94.0.1", IMAGE, "true"])?
         .fails_with(125, "no configured subnet or ip-range contain the IP address 10.94.0.1")?;
     clear(engine, "fixed free", "plan")
+}
+
+/// macvlan and ipvlan: the world sees the containers' own addresses. Natively only: the machine's NAT is no switch.
+fn children_of_the_hosts_interface_are_on_its_network(engine: &Engine) -> Result<()> {
+    if engine.stage != Stage::Native {
+        crate::skip("the machine's interface leads to a NAT, not to a network of the host's");
+        return Ok(());
+    }
+    let (subnet, outside) = ("--subnet 203.0.113.0/24 --ip-range 203.0.113.128/25", engine.outside_address());
+    for driver in ["macvlan", "ipvlan"] {
+        ok(engine, &format!("network create -d {driver} {subnet} --gateway {outside} -o parent=uplink lan"))?;
+        let before =
+            docker(engine, &["run", "-d", "--name", "child", "--network", "lan", IMAGE, "sleep", "1000"])?;
+        if before.code == 0 {
+            ensure!(reaches(engine, "child", outside)?, "a {driver} child does not reach its network");
+            let address = ok(engine, "inspect -f {{.NetworkSettings.Networks.lan.IPAddress}} child")?;
+            ensure!(address.starts_with("203.0.113."), "{address}");
+        } else {
+            let why = format!("this kernel has no {driver} driver (module `{driver}`)");
+            ensure!(before.stderr.contains(&why), "{before:?}");
+            crate::skip(&why);
+        }
+        clear(engine, "child", "lan")?;
+    }
+    Ok(())
 }
 
 fn links_of_the_default_network(engine: &Engine) -> Result<()> {
@@ -317,6 +378,36 @@ fn a_port_of_another_program_is_refused(engine: &Engine) -> Result<()> {
     ok(engine, "rm late").map(drop)
 }
 
+/// Published, answered and free again, all of them.
+fn a_thousand_ports_at_once(engine: &Engine) -> Result<()> {
+    let serve = "while :; do echo first | nc -l -p 2000; done & while :; do echo last | nc -l -p 2999; done";
+    let run =
+        ["run", "-d", "--init", "--name", "wide", "-p", "127.0.0.1::2000-2999", IMAGE, "sh", "-c", serve];
+    docker(engine, &run)?.ok()?;
+    let listed = ok(engine, "port wide")?;
+    let mut addresses: Vec<&str> =
+        listed.lines().filter_map(|line| Some(line.split_once(" -> ")?.1)).collect();
+    addresses.sort_unstable();
+    addresses.dedup();
+    ensure!(addresses.len() == 1000, "{} different addresses:\n{listed}", addresses.len());
+    says(&ok(engine, "port wide 2000")?, "first")?;
+    says(&ok(engine, "port wide 2999")?, "last")?;
+    if engine.stage == Stage::Native {
+        engine.end_native(true)?;
+        engine.boot()?;
+        ensure!(ok(engine, "port wide")? == listed, "not the same after the engine was killed");
+        says(&ok(engine, "port wide 2999")?, "last")?;
+    }
+    for address in &addresses {
+        ensure!(std::net::TcpListener::bind(address).is_err(), "{address} is published and free");
+    }
+    ok(engine, "rm -f wide")?;
+    for address in addresses {
+        std::net::TcpListener::bind(address).with_context(|| format!("{address} is still held"))?;
+    }
+    Ok(())
+}
+
 fn ports_are_published(engine: &Engine) -> Result<()> {
     let serve = "while :; do echo served | nc -l -p 80; done";
     docker(
@@ -356,6 +447,29 @@ fn networks_and_names_survive_the_engine(engine: &Engine) -> Result<()> {
     let kept = ok(engine, "network ls -q --filter label=kept")?;
     ensure!(kept.lines().count() == 1, "{kept}");
     clear(engine, "aa bb", "lasting")
+}
+
+/// Without `icc` the containers of a network reach its gateway and not each other.
+fn without_icc_only_the_gateway_is_reached(engine: &Engine) -> Result<()> {
+    ok(engine, "network create --subnet 10.98.1.0/24 -o com.docker.network.bridge.enable_icc=false quiet")?;
+    sleeper(engine, "qa", "--network quiet --ip 10.98.1.10")?;
+    sleeper(engine, "qb", "--network quiet --ip 10.98.1.11")?;
+    ensure!(!reaches(engine, "qa", "10.98.1.11")? && !reaches(engine, "qb", "10.98.1.10")?, "icc is off");
+    ensure!(reaches(engine, "qa", "10.98.1.1")?, "the gateway is not reached");
+    clear(engine, "qa qb", "quiet")?;
+    // A routed network hides nobody's address, and other networks may come in where it says so.
+    ok(
+        engine,
+        "network create --subnet 10.98.2.0/24 -o com.docker.network.bridge.gateway_mode_ipv4=routed plain",
+    )?;
+    sleeper(engine, "routed", "--network plain --ip 10.98.2.10")?;
+    ensure!(reaches(engine, "routed", "10.98.2.1")?, "the gateway of a routed network");
+    docker(
+        engine,
+        &["network", "create", "-o", "com.docker.network.bridge.gateway_mode_ipv4=sideways", "x"],
+    )?
+    .fails_with(1, "sideways")?;
+    clear(engine, "routed", "plain")
 }
 
 /// Interfaces and namespaces, as the engine's own host sees them.

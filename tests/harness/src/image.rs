@@ -10,7 +10,7 @@ use std::path::Path;
 use tar::{EntryType, Header};
 
 const BUSYBOX: &str = "/bin/busybox";
-const APPLETS: [&str; 46] = [
+const APPLETS: [&str; 47] = [
     "awk",
     "cat",
     "chmod",
@@ -53,6 +53,7 @@ const APPLETS: [&str; 46] = [
     "test",
     "touch",
     "tr",
+    "traceroute",
     "true",
     "tty",
     "uname",

@@ -1,0 +1,111 @@
+//! Containers on the host's own network: through the machine as if it were not there.
+
+use crate::networks::{ECHO, ECHO_IMAGE, PATIENCE, docker, echoes, load_echo, ok, says};
+use anyhow::{Result, ensure};
+use std::io::Write;
+use std::net::{TcpListener, UdpSocket};
+use tests_harness::{Engine, IMAGE, Stage, wait_until};
+
+crate::scenarios![
+    what_a_host_container_listens_at_is_on_localhost,
+    a_program_of_the_host_is_reached_from_containers,
+    the_way_to_a_port_is_walked_to_its_first_broken_link,
+];
+
+fn what_a_host_container_listens_at_is_on_localhost(engine: &Engine) -> Result<()> {
+    load_echo(engine)?;
+    let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+    let serve = format!("while :; do echo served | nc -l -p {port}; done");
+    let run = ["run", "-d", "--init", "--name", "hosted", "--network", "host", IMAGE, "sh", "-c", &serve];
+    docker(engine, &run)?.ok()?;
+    ok(engine, &format!("run -d --name hosted-udp --network host {ECHO_IMAGE} /echo {ECHO}"))?;
+    let address = format!("127.0.0.1:{port}");
+    says(&address, "served")?;
+    // Port 81 is root's alone, unless the system was told otherwise.
+    if engine.stage == Stage::Native || UdpSocket::bind("127.0.0.1:81").is_ok() {
+        echoes("127.0.0.1:81")?;
+    }
+    ok(engine, "rm -f hosted hosted-udp")?;
+    wait_until("the port is free again", PATIENCE, || Ok(TcpListener::bind(&address).ok().map(drop)))?;
+    ok(engine, &format!("rmi {ECHO_IMAGE}")).map(drop)
+}
+
+fn a_program_of_the_host_is_reached_from_containers(engine: &Engine) -> Result<()> {
+    // Through the machine what listens on the computer's loopback is reached; natively what hears the bridge is.
+    let (bind, name) = match engine.stage {
+        Stage::Native => ("0.0.0.0:0", "host-gateway"),
+        Stage::Qemu => ("127.0.0.1:0", "198.18.0.254"),
+    };
+    let listener = TcpListener::bind(bind)?;
+    let port = listener.local_addr()?.port().to_string();
+    std::thread::spawn(move || {
+        while let Ok((mut stream, _)) = listener.accept() {
+            // Who does not wait for the words has its reasons.
+            let _ = stream.write_all(b"from the host\n");
+        }
+    });
+    let host = format!("host.docker.internal:{name}");
+    for network in ["host", "bridge"] {
+        let said = docker(
+            engine,
+            &[
+                "run",
+                "--rm",
+                "--network",
+                network,
+                "--add-host",
+                &host,
+                IMAGE,
+                "nc",
+                "-w",
+                "20",
+                "host.docker.internal",
+                &port,
+            ],
+        )?
+        .ok()?;
+        ensure!(said == "from the host", "on {network}: {said}");
+    }
+    Ok(())
+}
+
+/// `engine net why` finds what is in the way, one fault after another.
+fn the_way_to_a_port_is_walked_to_its_first_broken_link(engine: &Engine) -> Result<()> {
+    let why = |target: &str| engine.engine(["net", "why", target]);
+    let tells = |target: &str, parts: &[&str]| -> Result<()> {
+        let said = why(target)?;
+        let all = parts.iter().all(|part| said.stdout.contains(part));
+        ensure!(said.code == 1 && all, "{target}: {parts:?} is not in {said:?}");
+        Ok(())
+    };
+    tells("nobody", &["broken  name", "no container called nobody", "cure: `engine ps -a`"])?;
+    ok(engine, &format!("create --name way -p 127.0.0.1::80 {IMAGE} sleep 1000"))?;
+    tells("way", &["broken  name", "way does not run", "cure: `engine start way`"])?;
+    ok(engine, "start way")?;
+    tells("way:80", &["ok      address", "ok      rule", "broken  listener", "nothing in way listens"])?;
+    ok(engine, "exec -d way nc -l -p 80 -s 127.0.0.1 -e cat")?;
+    wait_until("the listener on loopback is told of", PATIENCE, || {
+        Ok(why("way:80")?.stdout.contains("its own loopback").then_some(()))
+    })?;
+    tells("way:81/udp", &["broken  listener"])?;
+    docker(engine, &["exec", "-d", "way", "sh", "-c", "while :; do nc -l -p 82 -e cat; done"])?.ok()?;
+    wait_until("the unpublished port is told of", PATIENCE, || {
+        Ok(why("way:82")?.stdout.contains("82/tcp of way is not published").then_some(()))
+    })?;
+    ok(engine, "rm -f way")?;
+    let serve = "while :; do nc -l -p 80 -e cat; done";
+    docker(
+        engine,
+        &["run", "-d", "--init", "--name", "way", "-p", "127.0.0.1::80", IMAGE, "sh", "-c", serve],
+    )?
+    .ok()?;
+    let address = ok(engine, "port way 80/tcp")?;
+    for target in ["way:80", &address] {
+        wait_until("all links hold", PATIENCE, || {
+            let said = why(target)?;
+            Ok((said.code == 0 && said.stdout.contains("takes connections on this computer")).then_some(()))
+        })?;
+    }
+    ok(engine, "rm -f way")?;
+    tells(&address, &["broken  lease", "no running container publishes"])
+}
