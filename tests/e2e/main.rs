@@ -14,6 +14,7 @@ mod host_network;
 mod images;
 mod life;
 mod names;
+mod nat;
 mod network;
 mod networks;
 mod registries;
@@ -93,6 +94,9 @@ fn test(arguments: &Arguments) -> Result<ExitCode> {
     scenarios.extend(life::scenarios());
     scenarios.extend(settings::scenarios());
     scenarios.extend(health::scenarios());
+    if stage == Stage::Native {
+        scenarios.extend(nat::native_scenarios());
+    }
     // Last: these kill what the others stand on.
     scenarios.extend(match stage {
         Stage::Native => crash::native_scenarios().into_iter().chain(faults::native_scenarios()).collect(),

@@ -51,7 +51,7 @@ pub struct Engine {
     native: Mutex<Option<Child>>,
     registry: Registry,
     /// The rest of the world, which lives as long as the engine.
-    _world: Option<World>,
+    world: Option<World>,
 }
 
 impl Engine {
@@ -71,8 +71,7 @@ impl Engine {
             Some(world) => Registry::start_at(ADDRESS, |program| world.enter(program))?,
             None => Registry::start()?,
         };
-        let engine =
-            Self { stage, programs: programs()?, home, native: Mutex::new(None), registry, _world: world };
+        let engine = Self { stage, programs: programs()?, home, native: Mutex::new(None), registry, world };
         if stage == Stage::Native {
             let bundled = engine.path("bundled");
             std::fs::create_dir(&bundled)?;
@@ -142,6 +141,11 @@ impl Engine {
 
     pub fn registry(&self) -> &Registry {
         &self.registry
+    }
+
+    /// In the native stage, the rest of the world.
+    pub fn world(&self) -> Option<&World> {
+        self.world.as_ref()
     }
 
     /// What the registry is called inside the engine.

@@ -22,3 +22,4 @@ pub use namespace::enter_private_namespaces;
 pub use processes::Processes;
 pub use registry::Registry;
 pub use usage::Usage;
+pub use world::World;

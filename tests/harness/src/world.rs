@@ -1,5 +1,5 @@
 //! `World`: the rest of the world as a natively run engine sees it: a network namespace behind a veth pair, which knows
-//! no way back to container addresses.
+//! no way back to container addresses. Namespaces of other uses are made here too.
 
 use crate::command::wait_until;
 use crate::namespace::ip;
@@ -11,14 +11,15 @@ use std::time::Duration;
 /// TEST-NET-3 (RFC 5737).
 pub(crate) const ADDRESS: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 1);
 
-pub(crate) struct World {
+/// A network namespace that lives as long as this.
+pub struct World {
     /// Holds the namespace.
     holder: Child,
 }
 
 impl World {
-    /// Makes it and points the default route of this process's own namespace at it.
-    pub(crate) fn create() -> Result<Self> {
+    /// A namespace with nothing in it.
+    pub fn empty() -> Result<Self> {
         let holder = Command::new("unshare")
             .args(["--net", "--", "sleep", "infinity"])
             .stdin(Stdio::null())
@@ -31,6 +32,13 @@ impl World {
             // `unshare` has moved once the two differ, and has become `sleep`.
             Ok((namespace(&pid)? != namespace("self")?).then_some(()))
         })?;
+        Ok(world)
+    }
+
+    /// Makes the world and points the default route of this process's own namespace at it.
+    pub(crate) fn create() -> Result<Self> {
+        let world = Self::empty()?;
+        let pid = world.holder.id().to_string();
         ip(&["link", "add", "uplink", "type", "veth", "peer", "name", "world", "netns", &pid])?;
         ip(&["address", "add", "203.0.113.2/24", "dev", "uplink"])?;
         ip(&["link", "set", "uplink", "up"])?;
@@ -48,7 +56,7 @@ impl World {
     }
 
     /// A command that runs in the world.
-    pub(crate) fn enter(&self, program: &str) -> Command {
+    pub fn enter(&self, program: &str) -> Command {
         let mut command = Command::new("nsenter");
         command.arg(format!("--net=/proc/{}/ns/net", self.holder.id())).arg("--").arg(program);
         command

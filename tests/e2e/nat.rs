@@ -1,0 +1,201 @@
+//! The NAT between real peers: a network namespace plays the machine, with the kernel's own TCP behind a TAP device, and
+//! everyday tools; another one is the world. Natively only, as it needs namespaces.
+
+use crate::Scenario;
+use crate::names::SERVE;
+use anyhow::{Context, Result, ensure};
+use std::io::{Read, Write};
+use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+use tests_harness::{Engine, Timed, World, wait_until};
+
+pub(crate) fn native_scenarios() -> Vec<Scenario> {
+    vec![Scenario { name: "nat::real_peers_talk_through_it", body: real_peers_talk_through_it }]
+}
+
+/// The world's address, as [`World`] has it.
+const WORLD: &str = "203.0.113.1";
+/// Bytes fetched with a checksum. An unoptimised build takes its time.
+const FILE_BYTES: u64 = if cfg!(debug_assertions) { 64 << 20 } else { 1 << 30 };
+/// A lossy way loses one frame of so many.
+const LOST: u32 = 97;
+const PATIENCE: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(600);
+
+/// A process that ends with this.
+struct Ended(Child);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        // One that has ended by itself cannot be killed.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn background(mut command: Command) -> Result<Ended> {
+    let name = command.get_program().to_string_lossy().into_owned();
+    let command = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    Ok(Ended(command.spawn().with_context(|| format!("cannot start `{name}`: run installer/setup --tests"))?))
+}
+
+/// The namespace that plays the machine, and the NAT it is behind.
+struct Guest {
+    _tap: Ended,
+    nat: Option<host_net::Handle>,
+    stop: Arc<AtomicBool>,
+    /// Every [`LOST`]th frame is lost, both ways.
+    lossy: Arc<AtomicBool>,
+    pumps: Vec<JoinHandle<()>>,
+    holder: World,
+}
+
+impl Guest {
+    fn create(folder: &Path) -> Result<Self> {
+        let holder = World::empty()?;
+        let (near, far) = (folder.join("nat"), folder.join("tap"));
+        let frames = UnixDatagram::bind(&near)?;
+        frames.set_read_timeout(Some(Duration::from_millis(200)))?;
+        let mut tap = holder.enter("socat");
+        tap.arg("TUN:198.18.0.2/24,tun-type=tap,iff-no-pi,iff-up,tun-name=tap0").arg(format!(
+            "UNIX-SENDTO:{},bind={}",
+            near.display(),
+            far.display()
+        ));
+        let tap = background(tap)?;
+        wait_until("the TAP device is there", PATIENCE, || Ok(far.exists().then_some(())))?;
+        for arguments in [&["link", "set", "lo", "up"][..], &["route", "add", "default", "via", "198.18.0.1"]]
+        {
+            wait_until("the machine's route is there", PATIENCE, || {
+                let mut command = holder.enter("ip");
+                command.args(arguments);
+                Ok((tests_harness::run(command)?.code == 0).then_some(()))
+            })?;
+        }
+        let resolv_conf = folder.join("resolv.conf");
+        std::fs::write(&resolv_conf, format!("nameserver {WORLD}\n"))?;
+        let (ours, theirs) = UnixStream::pair()?;
+        let nat = host_net::spawn(theirs, host_net::Config { resolv_conf, ..host_net::Config::default() })?;
+        let stop = Arc::new(AtomicBool::new(false));
+        let (mut up, mut down) = (ours.try_clone()?, ours);
+        let lossy = Arc::new(AtomicBool::new(false));
+        let (receiver, stopping) = (frames.try_clone()?, stop.clone());
+        let loser = || {
+            let (lossy, mut count) = (lossy.clone(), 0_u32);
+            move || {
+                count = count.wrapping_add(1);
+                lossy.load(Ordering::Relaxed) && count.is_multiple_of(LOST)
+            }
+        };
+        let (mut loses_up, mut loses_down) = (loser(), loser());
+        let upwards = std::thread::spawn(move || {
+            let mut frame = vec![0; 4 + 65_535];
+            while !stopping.load(Ordering::Relaxed) {
+                // Nothing for a while is no failure.
+                let Ok(length) = receiver.recv(&mut frame[4..]) else { continue };
+                if loses_up() {
+                    continue;
+                }
+                frame[..4].copy_from_slice(&(length as u32).to_be_bytes());
+                if up.write_all(&frame[..4 + length]).is_err() {
+                    return;
+                }
+            }
+        });
+        let downwards = std::thread::spawn(move || {
+            let (mut prefix, mut frame) = ([0; 4], vec![0; 65_553]);
+            while down.read_exact(&mut prefix).is_ok() {
+                let length = u32::from_be_bytes(prefix) as usize;
+                if down.read_exact(&mut frame[..length]).is_err() {
+                    return;
+                }
+                if !loses_down() {
+                    // A device that is gone takes no frames, as a pulled cable would not.
+                    let _ = frames.send_to(&frame[..length], &far);
+                }
+            }
+        });
+        Ok(Self { _tap: tap, nat: Some(nat), stop, lossy, pumps: vec![upwards, downwards], holder })
+    }
+
+    /// Runs a shell command as the machine would; it has to succeed.
+    fn sh(&self, line: &str) -> Result<String> {
+        let mut command = self.holder.enter("sh");
+        command.args(["-c", line]);
+        Timed::new(command).within(LIMIT).run()?.ok()
+    }
+
+    fn end(mut self) -> Result<host_net::Counters> {
+        let counters = self.nat.take().context("it runs")?.stop();
+        self.stop.store(true, Ordering::Relaxed);
+        for pump in self.pumps.drain(..) {
+            ensure!(pump.join().is_ok(), "a pump panicked");
+        }
+        Ok(counters)
+    }
+}
+
+fn real_peers_talk_through_it(engine: &Engine) -> Result<()> {
+    let world = engine.world().context("natively there is a world")?;
+    let folder = engine.path("nat");
+    std::fs::create_dir(&folder)?;
+    let in_world = |program: &str, arguments: &[&str]| {
+        let mut command = world.enter(program);
+        command.args(arguments);
+        background(command)
+    };
+    let noise = tests_harness::Layer::noise("noise", FILE_BYTES as usize, 7)?;
+    std::fs::write(folder.join("file"), &noise.tar)?;
+    std::fs::write(folder.join("small"), &noise.tar[..4 << 20])?;
+    let sum = |name: &str| {
+        let mut command = Command::new("sha256sum");
+        command.arg(folder.join(name));
+        Ok::<_, anyhow::Error>(Timed::new(command).within(LIMIT).run()?.ok()?[..64].to_owned())
+    };
+    let own = std::env::current_exe()?;
+    let served = folder.display().to_string();
+    let _servers = [
+        in_world("busybox", &["httpd", "-f", "-p", "8080", "-h", &served])?,
+        in_world("iperf3", &["-s", "-p", "5201"])?,
+        in_world(&own.display().to_string(), &[SERVE])?,
+    ];
+    let guest = Guest::create(&folder)?;
+    let fetch = |name: &str| {
+        guest.sh(&format!(
+            "curl -sS --retry 20 --retry-connrefused --retry-delay 1 http://{WORLD}:8080/{name} | sha256sum"
+        ))
+    };
+
+    ensure!(fetch("file")?.starts_with(&sum("file")?), "the file is not the same behind the NAT");
+    guest.sh(&format!("ping -c 2 -W 20 {WORLD}"))?;
+    for options in ["", "-R", "-P 4", "-u -b 20M", "-u -R -b 20M"] {
+        let said = guest.sh(&format!("iperf3 -c {WORLD} -p 5201 -t 2 {options}"));
+        said.with_context(|| format!("iperf3 {options}"))?;
+    }
+    // The name server at the gateway, which asks the one of the host's that resolv.conf names.
+    for how in ["+notcp", "+tcp"] {
+        let said = guest.sh(&format!("dig @198.18.0.1 {how} +short who.example"))?;
+        ensure!(said == "203.0.113.2", "{how}: {said}");
+    }
+    let text = guest.sh("dig @198.18.0.1 +short long.example TXT")?;
+    ensure!(text.len() > 15_000, "a long answer over TCP: {} bytes", text.len());
+    let own = guest.sh("dig @198.18.0.1 +short host.docker.internal")?;
+    ensure!(own == "198.18.0.254", "{own}");
+    ensure!(guest.sh("dig @198.18.0.1 unknown.example")?.contains("NXDOMAIN"), "an unknown name");
+    for options in ["", "-I"] {
+        let way = guest.sh(&format!("traceroute -n -w 5 -q 1 -m 5 {options} {WORLD}"))?;
+        ensure!(way.lines().last().is_some_and(|line| line.contains(WORLD)), "{options}: {way}");
+    }
+    // Over a lossy way: slower, and still whole.
+    guest.lossy.store(true, Ordering::Relaxed);
+    ensure!(fetch("small")?.starts_with(&sum("small")?), "not the same over a lossy way");
+    let counters = guest.end()?;
+    ensure!(counters.frames_in > 0 && counters.frames_out > 0, "{counters}");
+    std::fs::remove_dir_all(&folder)?;
+    Ok(())
+}
