@@ -724,7 +724,12 @@ impl Stack {
     }
 
     fn report(&mut self, error: &Unreachable) -> Dropped {
-        let frames = self.framer.unreachable(self.config.gateway, error);
+        // That a port has nobody is said by the host that was asked, everything else by a router (RFC 1122, 3.2.2.1).
+        let sender = match error.reason {
+            Icmpv4DstUnreachable::PortUnreachable => error.header.dst_addr,
+            _ => self.config.gateway,
+        };
+        let frames = self.framer.unreachable(sender, error);
         self.queue(frames)
     }
 

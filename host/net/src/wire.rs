@@ -162,11 +162,11 @@ impl Framer {
         self.fragments(addresses, IpProtocol::Icmp, self.guest_mac, &message)
     }
 
-    /// Tells the guest that a packet of its own did not arrive. The gateway says so.
-    pub(crate) fn unreachable(&mut self, gateway: Ipv4Addr, error: &Unreachable) -> Vec<Vec<u8>> {
+    /// Tells the guest that a packet of its own did not arrive, in the name of `sender`.
+    pub(crate) fn unreachable(&mut self, sender: Ipv4Addr, error: &Unreachable) -> Vec<Vec<u8>> {
         let Unreachable { reason, header, ref quote } = *error;
         let message = self.icmp(&Icmpv4Repr::DstUnreachable { reason, header, data: quote });
-        self.fragments((gateway, header.src_addr), IpProtocol::Icmp, self.guest_mac, &message)
+        self.fragments((sender, header.src_addr), IpProtocol::Icmp, self.guest_mac, &message)
     }
 
     fn icmp(&self, repr: &Icmpv4Repr<'_>) -> Vec<u8> {

@@ -498,7 +498,13 @@ fn read(frame: &[u8]) -> Said {
                     Said::EchoReply { from: header.src_addr, ident, sequence: seq_no, data: data.to_vec() }
                 }
                 Icmpv4Repr::DstUnreachable { reason, header: quoted, data } => {
-                    assert_eq!((header.src_addr, quoted.src_addr), (GATEWAY, GUEST));
+                    // A closed port is its host's affair, everything else the router's.
+                    let sender = if reason == Icmpv4DstUnreachable::PortUnreachable {
+                        quoted.dst_addr
+                    } else {
+                        GATEWAY
+                    };
+                    assert_eq!((header.src_addr, quoted.src_addr), (sender, GUEST));
                     let port = |at: usize| u16::from_be_bytes([data[at], data[at + 1]]);
                     Said::Unreachable {
                         reason,
