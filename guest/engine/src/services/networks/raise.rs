@@ -104,8 +104,7 @@ impl Networks {
             let early = |record: &NetworkRecord| {
                 !record.is_predefined()
                     || (record.driver == Driver::Bridge
-                        && (self.choice.early
-                            || std::path::Path::new("/sys/class/net").join(&record.interface).exists()))
+                        && (self.choice.early || is_interface(&record.interface)))
             };
             let nets = state.networks.values().filter(|net| !matches!(net.settings.kind, Kind::None));
             nets.filter(|net| early(&net.record))
@@ -120,15 +119,15 @@ impl Networks {
     }
 }
 
+/// Whether this computer has an interface. Not by /sys/class/net, which shows the namespace sysfs was mounted in.
+pub(super) fn is_interface(wanted: &str) -> bool {
+    let table = std::fs::read_to_string("/proc/thread-self/net/dev").unwrap_or_default();
+    table.lines().filter_map(|line| line.split_once(':')).any(|(name, _)| name.trim() == wanted)
+}
+
 /// A macvlan or ipvlan network hangs on an interface of the host, which has to be there.
 fn check_parent(record: &NetworkRecord) -> Result<(), Failure> {
-    // Not /sys/class/net, which shows the namespace sysfs was mounted in.
-    let table = std::fs::read_to_string("/proc/thread-self/net/dev").unwrap_or_default();
-    let is_there = table
-        .lines()
-        .filter_map(|line| line.split_once(':'))
-        .any(|(name, _)| name.trim() == record.interface);
-    if is_there {
+    if is_interface(&record.interface) {
         return Ok(());
     }
     let driver = record.driver.name();

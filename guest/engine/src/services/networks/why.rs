@@ -72,8 +72,7 @@ fn networks(state: &State, member: &Member) -> WayLink {
     let name = &member.record.name;
     for net in nets.clone() {
         let interface = &net.record.interface;
-        if net.settings.bridge().is_some() && !std::path::Path::new("/sys/class/net").join(interface).exists()
-        {
+        if net.settings.bridge().is_some() && !super::raise::is_interface(interface) {
             return broken(
                 "network",
                 format!("the interface `{interface}` of network {} is gone", net.record.name),
