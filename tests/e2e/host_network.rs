@@ -45,7 +45,8 @@ fn a_program_of_the_host_is_reached_from_containers(engine: &Engine) -> Result<(
         }
     });
     let host = format!("host.docker.internal:{name}");
-    for network in ["host", "bridge"] {
+    // The bridge, whose address the name means natively, comes with its first container.
+    for network in ["bridge", "host"] {
         let said = docker(
             engine,
             &[
@@ -83,10 +84,6 @@ fn the_way_to_a_port_is_walked_to_its_first_broken_link(engine: &Engine) -> Resu
     tells("way", &["broken  name", "way does not run", "cure: `engine start way`"])?;
     ok(engine, "start way")?;
     tells("way:80", &["ok      address", "ok      rule", "broken  listener", "nothing in way listens"])?;
-    ok(engine, "exec -d way nc -l -p 80 -s 127.0.0.1 -e cat")?;
-    wait_until("the listener on loopback is told of", PATIENCE, || {
-        Ok(why("way:80")?.stdout.contains("its own loopback").then_some(()))
-    })?;
     tells("way:81/udp", &["broken  listener"])?;
     docker(engine, &["exec", "-d", "way", "sh", "-c", "while :; do nc -l -p 82 -e cat; done"])?.ok()?;
     wait_until("the unpublished port is told of", PATIENCE, || {
