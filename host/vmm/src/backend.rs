@@ -63,7 +63,7 @@ pub enum BackendError {
 
 /// Decides what would run a machine on this host now. Blocks while KVM is probed (up to a second; see the probe).
 ///
-/// A machine of ours has no network device yet: on KVM, too, QEMU runs what has a network.
+/// A machine of ours with a network has not been booted by the tests yet: on KVM, too, QEMU runs what has one.
 pub fn choose_backend(choice: BackendChoice, network: NetworkSpec) -> Result<Backend, BackendError> {
     let usability = match choice {
         BackendChoice::Qemu => None,

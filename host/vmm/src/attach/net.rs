@@ -1,9 +1,11 @@
-//! The network card: QEMU's virtio-net on one end of a frame socket, the user-space NAT on the other.
+//! The network card: QEMU's virtio-net or ours on one end of a frame socket, the user-space NAT on the other.
 
 use std::error::Error;
 use std::os::unix::net::UnixStream;
 
+use host_devices::virtio::net::{Backend, Net as Card};
 use host_hypervisor::qemu::Device;
+use host_net::Config;
 
 use super::{Attached, Context, Plug};
 
@@ -12,7 +14,11 @@ const MAC: [u8; 6] = [0x02, 0x65, 0x6e, 0x67, 0x00, 0x02];
 
 pub(super) struct Attachment;
 
-struct Net(host_net::Handle);
+struct Net {
+    nat: host_net::Handle,
+    /// The card, unless it is QEMU's.
+    card: Option<Box<dyn Attached>>,
+}
 
 impl super::Attachment for Attachment {
     fn name(&self) -> &'static str {
@@ -23,13 +29,20 @@ impl super::Attachment for Attachment {
         self: Box<Self>,
         context: &mut Context<'_>,
     ) -> Result<Box<dyn Attached>, Box<dyn Error + Send + Sync>> {
-        let Plug::Qemu(qemu) = &mut context.plug else {
-            return Err("a machine in this process has no network device; QEMU must run it".into());
-        };
         let (ours, theirs) = UnixStream::pair()?;
-        let fd = qemu.fds.pass(theirs);
-        qemu.devices.push(Device::Network { fd, mac: MAC });
-        Ok(Box::new(Net(host_net::spawn(ours, host_net::Config::default())?)))
+        let (card, config) = match &mut context.plug {
+            Plug::Qemu(qemu) => {
+                let fd = qemu.fds.pass(theirs);
+                qemu.devices.push(Device::Network { fd, mac: MAC });
+                (None, Config::default())
+            }
+            Plug::InProcess(machine) => {
+                let config = Config { offloads: true, ..Config::default() };
+                let backend = Backend { stream: theirs, offloads: true, mac: MAC, mtu: config.mtu };
+                (Some(machine.serve("net", Box::new(Card::new(backend)?))?), config)
+            }
+        };
+        Ok(Box::new(Net { nat: host_net::spawn(ours, config)?, card }))
     }
 }
 
@@ -39,10 +52,13 @@ impl Attached for Net {
     }
 
     fn has_ended(&self) -> bool {
-        self.0.is_finished()
+        self.nat.is_finished()
     }
 
     fn detach(self: Box<Self>) {
-        self.0.stop();
+        self.nat.stop();
+        if let Some(card) = self.card {
+            card.detach();
+        }
     }
 }
