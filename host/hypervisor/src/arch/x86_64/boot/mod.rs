@@ -224,5 +224,16 @@ fn write_cmdline(memory: &GuestMemoryMmap, cmdline: &str, limit: usize) -> Resul
     Ok(())
 }
 
+/// Entry for the fuzz target: a kernel of somebody else's making.
+pub fn load_hostile(bytes: &[u8]) {
+    /// Allocated once: what an earlier input left in it is no more hostile than the next.
+    static MEMORY: std::sync::OnceLock<GuestMemoryMmap> = std::sync::OnceLock::new();
+    let memory = MEMORY.get_or_init(|| memory::allocate(32).expect("32 MiB of address space"));
+    let parameters = Parameters { cmdline: "quiet", cpus: 2, slots: &[] };
+    let (mut kernel, mut initramfs) = (io::Cursor::new(bytes), io::Cursor::new(&bytes[bytes.len() / 2..]));
+    // A refusal is as good as an entry.
+    let _loaded = load(memory, &mut kernel, &mut initramfs, parameters);
+}
+
 #[cfg(test)]
 mod tests;
