@@ -2,6 +2,7 @@
 //!
 //! Where KVM or the image is missing these tests are shown as ignored and say why: `tests/run nested-kvm` runs them in
 //! a machine that has both.
+#![forbid(unsafe_code)]
 #![expect(clippy::print_stdout, reason = "says why tests are not run")]
 
 use std::io::{Read, Write};
