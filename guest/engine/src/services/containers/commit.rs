@@ -13,6 +13,10 @@ use super::table::Phase;
 use crate::failure::Failure;
 use crate::services::images::{failure, image_config, merge};
 
+/// In the run folder of a container that is paused for as long as a commit takes: an engine that was killed meanwhile
+/// unpauses it when it comes back.
+pub(super) const PAUSED_FOR_COMMIT: &str = "paused-for-commit";
+
 /// The query and the body of a commit.
 #[derive(Clone, Debug, Default)]
 pub struct CommitQuery {
@@ -48,10 +52,18 @@ impl Containers {
 
         let pauses = query.pause && view.phase == Phase::Running;
         // One that ended, or was paused, in this moment needs no pause.
+        let note = self.context().run_folder(&view.record.id).join(PAUSED_FOR_COMMIT);
+        if pauses && let Err(error) = std::fs::write(&note, "") {
+            return Err(Failure::internal("cannot note that a container is paused for a commit", &error));
+        }
         let paused = pauses && self.pause(&view.record.id).await.is_ok();
         let made = self.context().images.commit(&view.record.id, MOUNT_POINTS, draft).await;
         if paused && let Err(error) = self.unpause(&view.record.id).await {
             tracing::warn!(container = view.record.short_id(), %error, "it is not unpaused after a commit");
+        }
+        if pauses && let Err(error) = std::fs::remove_file(&note) {
+            // Its folder goes when it ends.
+            tracing::debug!(container = view.record.short_id(), %error, "a note stays behind");
         }
         let id = made.map_err(|error| failure(&error))?.id.to_string();
         self.tell(&view, &query, &id);

@@ -56,7 +56,7 @@ impl Networks {
         self.sandboxes.join(&container[..12])
     }
 
-    fn member_path(&self, container: &str) -> PathBuf {
+    pub(super) fn member_path(&self, container: &str) -> PathBuf {
         self.members.join(format!("{}.json", &container[..12]))
     }
 
@@ -363,13 +363,16 @@ impl Networks {
             let names = [spec.interface.clone()];
             let made = Endpoint::attach(&sandbox, &record.id, vec![spec], gateways).await;
             let made = made.map_err(|error| failed(&error))?;
+            guest_fault::point("network.connect.after-plug");
             if let Some(member) = self.state().members.get_mut(&record.id) {
                 note_macs(member, &names, &made);
             }
         }
         self.serve_names(&record.id).await?;
         self.move_ports(record).await?;
-        self.keep(&record.id)
+        self.keep(&record.id)?;
+        guest_fault::point("network.connect.after-keep");
+        Ok(())
     }
 
     /// Leads published ports to where the container is reached by now.
@@ -411,24 +414,35 @@ impl Networks {
             Failure::internal(what, error)
         };
         let sandbox = Sandbox::open(&self.sandbox_path(&record.id)).map_err(|error| failed(&error))?;
-        Endpoint::detach(&sandbox, &record.id, endpoint.slot, &endpoint.interface, gateways)
-            .await
-            .map_err(|error| failed(&error))?;
-        {
-            let mut state = self.state();
-            if let Some(member) = state.members.get_mut(&record.id) {
-                member.endpoints.retain(|other| other.id != endpoint.id);
-            }
-            give_back(&mut state, std::slice::from_ref(&endpoint));
+        // Noted first: an engine that is killed from here on takes the interface away when it comes back.
+        self.change_places(&record.id, |places| places.retain(|other| other.id != endpoint.id));
+        let detached = async {
+            self.keep(&record.id)?;
+            guest_fault::point("network.disconnect.after-keep");
+            Endpoint::detach(&sandbox, &record.id, endpoint.slot, &endpoint.interface, gateways)
+                .await
+                .map_err(|error| failed(&error))
+        };
+        if let Err(failure) = detached.await {
+            self.change_places(&record.id, |places| places.push(endpoint.clone()));
+            self.keep(&record.id)?;
+            return Err(failure);
         }
+        guest_fault::point("network.disconnect.after-unplug");
+        give_back(&mut self.state(), std::slice::from_ref(&endpoint));
         self.move_ports(record).await?;
-        self.keep(&record.id)?;
         self.tell(record, &endpoint, "disconnect");
         Ok(())
     }
 
+    fn change_places(&self, container: &str, change: impl FnOnce(&mut Vec<EndpointRecord>)) {
+        if let Some(member) = self.state().members.get_mut(container) {
+            change(&mut member.endpoints);
+        }
+    }
+
     /// Writes what a restarted engine has to know, so that it appears whole or not at all.
-    fn keep(&self, container: &str) -> Result<(), Failure> {
+    pub(super) fn keep(&self, container: &str) -> Result<(), Failure> {
         let kept = match self.state().members.get(container) {
             None => return Ok(()),
             Some(member) => MemberRecord { endpoints: member.endpoints.clone(), ports: member.ports.clone() },
@@ -511,7 +525,7 @@ impl Networks {
 
     /// Removes the network of every container not in `live`: what an engine that was killed left.
     pub async fn sweep(&self, live: &[String]) -> Vec<Failure> {
-        let mut failures = Vec::new();
+        let mut failures = self.sweep_unfinished().await;
         let folder = match Sandbox::list(&self.sandboxes) {
             Ok(folder) => folder,
             Err(error) => return vec![Failure::internal("cannot list network namespaces", &error)],
@@ -685,7 +699,7 @@ fn is_link_local(address: IpAddr) -> bool {
     }
 }
 
-fn give_back(state: &mut State, endpoints: &[EndpointRecord]) {
+pub(super) fn give_back(state: &mut State, endpoints: &[EndpointRecord]) {
     for endpoint in endpoints {
         if let Some(net) = state.networks.get_mut(&endpoint.network_id) {
             for address in &endpoint.addresses {
@@ -729,7 +743,13 @@ fn spec(
     let uplink = match &net.settings.kind {
         Kind::Bridge(bridge) => {
             let publishes = record.host.publish_all_ports
-                || record.host.port_bindings.values().flatten().any(|list| !list.is_empty());
+                || record
+                    .host
+                    .port_bindings
+                    .iter()
+                    .flat_map(BTreeMap::values)
+                    .flatten()
+                    .any(|list| !list.is_empty());
             Uplink::Bridge { name: interface, isolated: !bridge.direct, hairpin: publishes }
         }
         Kind::Macvlan { mode, .. } => Uplink::Macvlan { parent: interface, mode: *mode },

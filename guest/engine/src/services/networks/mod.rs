@@ -2,9 +2,9 @@
 //!
 //! The service owns them ([`record`], stored) and which running container is where ([`state`], with a file each so
 //! that an engine that is started again knows). `create` and `options` read what clients ask, purely; `attach` puts
-//! containers onto networks and takes them off; `listening` leads the computer around the machine to those that use the
-//! machine's own network; `firewall` is the one writer of the rules; `show` is what clients see, and `why`
-//! what is in the way of a port.
+//! containers onto networks and takes them off; `settle` ends what a killed engine left half done; `listening` leads the
+//! computer around the machine to those that use the machine's own network; `firewall` is the one writer of the rules;
+//! `show` is what clients see, and `why` what is in the way of a port.
 //!
 //! On a host the default bridge and the firewall are made when the first container needs them, so that an engine whose
 //! containers use no network touches nothing; in the machine they are made at once, beside everything else.
@@ -22,8 +22,10 @@ mod raise;
 mod record;
 mod routes;
 mod service;
+mod settle;
 mod show;
 mod state;
+mod unfinished;
 mod why;
 
 pub use attach::{Attached, lookup_key};

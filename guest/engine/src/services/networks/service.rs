@@ -36,6 +36,8 @@ pub struct Networks {
     pub(super) sandboxes: PathBuf,
     /// Folder of what is kept of running containers.
     pub(super) members: PathBuf,
+    /// Folder of notes about networks that are being made or removed.
+    pub(super) unfinished: PathBuf,
     pub(super) ports: PortHost,
     /// In the machine: ports are published on the computer around it.
     pub(super) outside: Option<HostLeases>,
@@ -92,6 +94,7 @@ impl Networks {
             events,
             sandboxes: run.join("netns"),
             members: run.join("network"),
+            unfinished: run.join("networks"),
             ports: PortHost::default(),
             outside,
             store,
@@ -224,7 +227,9 @@ impl Networks {
 
     /// Makes what was reserved: interface, rules, record.
     async fn make(&self, record: &NetworkRecord) -> Result<Arc<NetworkRecord>, Failure> {
+        self.note_unfinished(record)?;
         self.raise(&record.id).await?;
+        guest_fault::point("network.create.after-raise");
         let record = match self.state().networks.get(&record.id) {
             Some(net) => net.record.clone(),
             None => return Err(Failure::broken("a network that was being made is gone")),
@@ -233,6 +238,8 @@ impl Networks {
             .put(store::NETWORKS, &record.id, record.as_ref())
             .await
             .map_err(|error| Failure::internal("cannot keep the network's record", &error))?;
+        guest_fault::point("network.create.after-record");
+        self.note_finished(&record.id);
         if let Some(net) = self.state().networks.get_mut(&record.id) {
             net.phase = Phase::Ready;
         }
@@ -244,6 +251,7 @@ impl Networks {
         if let Err(error) = self.lower(&record.id).await {
             tracing::warn!(network = record.name, %error, "a failed network leaves something behind");
         }
+        self.note_finished(&record.id);
         self.state().networks.remove(&record.id);
     }
 
@@ -284,9 +292,13 @@ impl Networks {
         // The record first: an interface without a record is removed at the next start, the other way round the
         // network would come back.
         let removed = async {
+            self.note_unfinished(&record)?;
             let removed = self.store.remove(store::NETWORKS, &record.id).await;
             removed.map_err(|error| Failure::internal("cannot remove the network's record", &error))?;
-            self.lower(&record.id).await
+            guest_fault::point("network.remove.after-record");
+            self.lower(&record.id).await?;
+            self.note_finished(&record.id);
+            Ok(())
         };
         if let Err(failure) = removed.await {
             if let Some(net) = self.state().networks.get_mut(&record.id) {

@@ -2,10 +2,11 @@
 
 use std::time::Duration;
 
-use guest_runtime::shim::Status;
+use guest_runtime::shim::{Request as ShimRequest, Status};
 use tokio::time::timeout;
 
 use super::Driver;
+use crate::services::containers::commit::PAUSED_FOR_COMMIT;
 use crate::services::containers::health::{self, Check};
 use crate::services::containers::record::{Live, RunRecord};
 use crate::services::containers::run;
@@ -42,10 +43,39 @@ impl Driver {
         };
         let live = Live { pid, started_at: run_record.started_at };
         self.context.networks.restore(&self.record);
+        match self.context.networks.settle(&mut self.record).await {
+            Ok(false) => {}
+            Ok(true) => {
+                if let Err(error) = self.save().await {
+                    tracing::error!(container = self.record.short_id(), %error, "cannot keep its networks");
+                }
+            }
+            Err(error) => {
+                tracing::warn!(container = self.record.short_id(), %error, "its networks are at odds")
+            }
+        }
         self.record.last.started_at = Some(live.started_at);
         self.record.stopped_by_user = run_record.stopped_by_user;
         self.record.last.health = Check::of(&self.record.config)
             .map(|_| health::read(&self.context.run_folder(&self.record.id)).unwrap_or_default());
+        let note = self.context.run_folder(&self.record.id).join(PAUSED_FOR_COMMIT);
+        let phase = match phase {
+            Phase::Paused if note.exists() => {
+                let unpaused = shim.ask("unpause", ShimRequest::Resume).await;
+                match unpaused.map(|()| std::fs::remove_file(&note)) {
+                    Ok(Ok(())) => Phase::Running,
+                    Ok(Err(error)) => {
+                        tracing::warn!(container = self.record.short_id(), %error, "a note stays behind");
+                        Phase::Running
+                    }
+                    Err(error) => {
+                        tracing::warn!(container = self.record.short_id(), %error, "it stays paused");
+                        Phase::Paused
+                    }
+                }
+            }
+            phase => phase,
+        };
         self.adopt(shim, live, None);
         self.phase = phase;
         if phase == Phase::Running {
