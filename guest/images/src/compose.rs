@@ -106,11 +106,13 @@ impl Images {
         let plan = blocking(move || {
             let mut ingest = images.0.content.ingest()?;
             fill(&images, &mut ingest)?;
+            guest_fault::point("compose.after-read");
             let digest = ingest.digest();
             tokio::runtime::Handle::current().block_on(held.hold([digest]));
             let (digest, size) = ingest.finish(None)?;
             let layer = (digest.hex() != EMPTY_TAR || parent.is_none())
                 .then(|| Descriptor::new(manifest::OCI_LAYER, digest, size));
+            guest_fault::point("compose.after-layer");
             images.plan_of(draft, parent.as_ref(), layer, &held)
         })
         .await?;

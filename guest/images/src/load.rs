@@ -113,6 +113,7 @@ impl Images {
         let lease = self.0.leases.lease();
         let (images, held) = (self.clone(), lease.clone());
         let files = blocking(move || images.spill(reader, &held)).await?;
+        guest_fault::point("load.after-archive");
         let (images, held) = (self.clone(), lease.clone());
         let Wanted { platform, name: rename } = wanted;
         let plans = blocking(move || images.plans(&files, platform.as_ref(), &held)).await?;
@@ -179,6 +180,7 @@ impl Images {
                     // Held before it has a name, so that the collector cannot come between.
                     runtime.block_on(lease.hold([ingest.digest()]));
                     files.blobs.insert(path, ingest.finish(None)?);
+                    guest_fault::point("load.after-file");
                 }
                 EntryKind::Symlink | EntryKind::HardLink => {
                     let target = String::from_utf8_lossy(&entry.link).into_owned();

@@ -59,7 +59,9 @@ impl Images {
                 }
                 (removal, removed)
             };
+            guest_fault::point("rmi.before-index");
             transaction.commit()?;
+            guest_fault::point("rmi.after-index");
             Ok((removal, removed))
         })
         .await?;

@@ -230,6 +230,7 @@ impl Saving {
                 }
             }
         }
+        guest_fault::point("save.after-blobs");
         archive.file("index.json", &database::encode(&index)?)?;
         archive.file("manifest.json", &database::encode(&saved)?)?;
         archive.file("oci-layout", br#"{"imageLayoutVersion":"1.0.0"}"#)?;

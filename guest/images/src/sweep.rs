@@ -192,6 +192,7 @@ fn retire(inner: &Inner) -> Result<(Collected, Vec<PathBuf>)> {
     for digest in dead_blobs {
         collected.bytes += inner.content.forget(&digest)?;
     }
+    guest_fault::point("rmi.after-blobs");
     let mut retired = Vec::new();
     for chain in dead_chains {
         retired.extend(inner.snapshotter.retire_layer(&chain)?);

@@ -172,6 +172,7 @@ impl Volumes {
         checked.map_err(|error| during("create", &name)(failure(&error)))?;
         let (local, folder) = (self.local.clone(), name.clone());
         blocking(move || local.create(&folder)).await.map_err(during("create", &name))?;
+        guest_fault::point("volume.create.after-folder");
         let saved = match user {
             // The container's own record follows, and is waited for.
             Some(_) => self.store.put_later(store::VOLUMES, &name, &*record).await.map(drop),
@@ -185,6 +186,7 @@ impl Volumes {
             }
             return Err(Failure::internal(format!("create {name}: cannot keep the volume's record"), &error));
         }
+        guest_fault::point("volume.create.after-record");
         self.state().records.insert(name.clone(), record.clone());
         self.note_user(&name, user);
         self.event("create", &name, &[("driver", DRIVER)]);
@@ -266,6 +268,7 @@ impl Volumes {
         let (local, folder) = (self.local.clone(), name.to_owned());
         let hidden = blocking(move || local.unmount(&folder).and_then(|()| local.hide(&folder))).await;
         hidden.map_err(during("remove", name))?;
+        guest_fault::point("volume.remove.after-hide");
         if let Err(error) = self.store.remove(store::VOLUMES, name).await {
             let (local, folder) = (self.local.clone(), name.to_owned());
             if let Err(also) = blocking(move || local.show(&folder)).await {
@@ -273,6 +276,7 @@ impl Volumes {
             }
             return Err(Failure::internal(format!("remove {name}: cannot remove its record"), &error));
         }
+        guest_fault::point("volume.remove.after-record");
         {
             let mut state = self.state();
             state.records.remove(name);
