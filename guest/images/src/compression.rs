@@ -2,12 +2,19 @@
 
 use std::io::{self, BufRead, Read};
 
+/// What unpacking xz may take: the archive says how much, and `xz -9` asks for 65 MiB.
+const XZ_MEMORY_BYTES: u64 = 128 << 20;
+
 /// How a blob is packed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Compression {
     None,
     Gzip,
     Zstd,
+    /// Archives of `load` and `import` only: no media type names it, so it is pushed packed otherwise.
+    Bzip2,
+    /// As [`Bzip2`](Self::Bzip2).
+    Xz,
 }
 
 impl Compression {
@@ -18,6 +25,8 @@ impl Compression {
             [0x28, 0xb5, 0x2f, 0xfd, ..] => Self::Zstd,
             // A skippable frame may come first.
             [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..] => Self::Zstd,
+            [b'B', b'Z', b'h', b'1'..=b'9', ..] => Self::Bzip2,
+            [0xfd, b'7', b'z', b'X', ..] => Self::Xz,
             _ => Self::None,
         }
     }
@@ -36,6 +45,51 @@ impl Compression {
             Self::None => (compression, Box::new(whole)),
             Self::Gzip => (compression, Box::new(flate2::bufread::MultiGzDecoder::new(whole))),
             Self::Zstd => (compression, Box::new(zstd::stream::read::Decoder::with_buffer(whole)?)),
+            Self::Bzip2 => (compression, Box::new(bzip2::bufread::MultiBzDecoder::new(whole))),
+            Self::Xz => {
+                let stream = liblzma::stream::Stream::new_stream_decoder(
+                    XZ_MEMORY_BYTES,
+                    liblzma::stream::CONCATENATED,
+                )?;
+                (compression, Box::new(liblzma::bufread::XzDecoder::new_stream(whole, stream)))
+            }
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    fn unpacked(packed: &[u8]) -> (Compression, Vec<u8>) {
+        let (compression, mut decoder) = Compression::decoder(packed).expect("a decoder");
+        let mut plain = Vec::new();
+        decoder.read_to_end(&mut plain).expect("unpacked");
+        (compression, plain)
+    }
+
+    #[test]
+    fn archives_packed_with_bzip2_and_xz_are_read() {
+        let plain = b"the archive of a root".repeat(1000);
+        let mut bzip2 = bzip2::write::BzEncoder::new(Vec::new(), bzip2::Compression::fast());
+        bzip2.write_all(&plain).expect("packed");
+        let packed = bzip2.finish().expect("packed");
+        assert_eq!(unpacked(&packed), (Compression::Bzip2, plain.clone()));
+        let mut xz = liblzma::write::XzEncoder::new(Vec::new(), 1);
+        xz.write_all(&plain).expect("packed");
+        let packed = xz.finish().expect("packed");
+        assert_eq!(unpacked(&packed), (Compression::Xz, plain));
+    }
+
+    #[test]
+    fn a_damaged_archive_is_an_error() {
+        for packed in [&b"BZh91AY&SY\xff\xff\xff\xff"[..], b"\xfd7zXZ\0\0\x04\xff\xff\xff\xff"] {
+            let failed = match Compression::decoder(packed) {
+                Ok((_, mut decoder)) => io::copy(&mut decoder, &mut io::sink()).is_err(),
+                Err(_) => true,
+            };
+            assert!(failed, "{packed:?}");
+        }
     }
 }

@@ -233,7 +233,7 @@ fn is_layer(media_type: &str) -> bool {
 /// The media type of a layer that is packed so.
 pub(crate) fn packed_layer_type(compression: Compression) -> String {
     let suffix = match compression {
-        Compression::None => "",
+        Compression::None | Compression::Bzip2 | Compression::Xz => "",
         Compression::Gzip => "+gzip",
         Compression::Zstd => "+zstd",
     };

@@ -244,7 +244,7 @@ impl<'a> PushLayer<'a> {
             let unreadable = |source| Error::io("read", &path, source);
             let (compression, mut plain) =
                 Compression::decoder(BufReader::with_capacity(READ_BYTES, file)).map_err(unreadable)?;
-            if compression != Compression::None {
+            if matches!(compression, Compression::Gzip | Compression::Zstd) {
                 let usual = if compression == Compression::Zstd {
                     format!("{OCI_LAYER}+zstd")
                 } else {
