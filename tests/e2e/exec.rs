@@ -27,6 +27,10 @@ fn commands_run_in_a_running_container(engine: &Engine) -> Result<()> {
     // As with dockerd the reason comes through the stream that was already handed over.
     let missing = engine.engine(["exec", "host", "nowhere"])?.exits(127)?;
     ensure!(missing.contains("exec: \"nowhere\": executable file not found in $PATH"), "{missing}");
+    // A user that nobody knows is refused before anything runs.
+    engine
+        .engine(["exec", "-u", "nobody-here", "host", "true"])?
+        .fails_with(1, "unable to find user nobody-here")?;
     let said = engine.engine_with_input(["exec", "-i", "host", "sh", "-c", "cat; echo end"], "in\n")?.ok()?;
     ensure!(said == "in\nend", "{said}");
     // The same namespaces and cgroup: it sees PID 1, and cannot do more than the container.

@@ -136,7 +136,7 @@ pub struct HostConfig {
     /// `default`, `bridge`, `host`, `none`, …
     pub network_mode: String,
     /// Published ports by `80/tcp`.
-    pub port_bindings: BTreeMap<String, Option<Vec<PortBinding>>>,
+    pub port_bindings: Option<BTreeMap<String, Option<Vec<PortBinding>>>>,
     /// What to do when it ends.
     pub restart_policy: RestartPolicy,
     /// Remove it when it ends.

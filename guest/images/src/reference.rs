@@ -196,8 +196,7 @@ impl FromStr for Reference {
             path.to_owned()
         };
         if path.bytes().any(|byte| byte.is_ascii_uppercase()) {
-            let shown = path.strip_prefix(OFFICIAL).unwrap_or(&path);
-            return Err(ReferenceError::Uppercase(shown.to_owned()));
+            return Err(ReferenceError::Uppercase(path));
         }
         if !is_domain(&domain) || !path.split('/').all(is_component) || !tag.is_none_or(is_tag) {
             return Err(ReferenceError::Format);
@@ -381,7 +380,10 @@ mod tests {
             assert_eq!(refused(text), format, "{text}");
         }
         assert_eq!(refused(&format!("x:{}", "t".repeat(129))), format);
-        assert_eq!(refused("Debian"), "invalid reference format: repository name (Debian) must be lowercase");
+        assert_eq!(
+            refused("Debian"),
+            "invalid reference format: repository name (library/Debian) must be lowercase"
+        );
         assert_eq!(refused("a/B:c"), "invalid reference format: repository name (a/B) must be lowercase");
         assert_eq!(refused(""), "repository name must have at least one component");
         assert_eq!(refused(&"a".repeat(300)), "repository name must not be more than 255 characters");

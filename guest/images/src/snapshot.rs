@@ -171,6 +171,14 @@ impl Snapshotter {
         }
     }
 
+    /// The folders of a stack of layers, the topmost first; none for no layers.
+    ///
+    /// # Errors
+    /// When one of them is gone.
+    pub fn layer_folders(&self, top: Option<ChainId>) -> Result<Vec<PathBuf>> {
+        self.lower(top)
+    }
+
     /// Mounts it at `target`, which is made when absent. Fine when it is mounted there already.
     ///
     /// Where it is mounted at another place too, both show one file system: two overlays over one upper folder would not

@@ -1,6 +1,7 @@
 //! `/containers/{id}/attach`: the streams of a container's process, with what they said before.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
@@ -25,6 +26,10 @@ pub async fn attach(services: &Arc<Services>, call: Call, id: &str) -> Answer {
         }
     }))
 }
+
+/// docker-py reads the head of the answer through a buffer that it then drops, with everything that came in the same
+/// read. What a container said before is there at once, so it follows the head after a moment.
+const READ_AHEAD: Duration = Duration::from_millis(20);
 
 /// Where the live output comes from.
 enum Live {
@@ -93,6 +98,9 @@ impl Session {
         C: AsyncRead + AsyncWrite + Unpin,
     {
         let mut past = self.past;
+        if past.is_some() {
+            tokio::time::sleep(READ_AHEAD).await;
+        }
         while let Some(Ok(batch)) = match &mut past {
             Some(past) => past.recv().await,
             None => None,

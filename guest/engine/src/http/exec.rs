@@ -17,7 +17,7 @@ use crate::services::exec::{Execs, Running};
 
 pub async fn create(services: &Services, call: Call, container: &str) -> Answer {
     let config: ExecCreate = call.json().await?;
-    let id = services.execs.create(container, config)?;
+    let id = services.execs.create(container, config).await?;
     respond::json(201, &ExecCreated { id })
 }
 

@@ -68,7 +68,7 @@ pub(crate) fn container_create(
         extra_hosts: list(&args.add_host),
         binds: list(&volumes.binds),
         volumes_from: list(&args.volumes_from),
-        port_bindings,
+        port_bindings: Some(port_bindings),
         publish_all_ports: args.publish_all,
         links: list(&args.link),
         group_add: list(&args.group_add),

@@ -247,7 +247,7 @@ impl Runner {
             ..ExecCreate::default()
         };
         let id = hex::encode(rand::random::<[u8; 32]>());
-        let words = self.check.command.join(" ");
+        let words = crate::services::exec::told(&self.check.command);
         self.event(&format!("exec_create: {words}"), &id, &[]);
         let description = process::describe(&self.context, &self.record, &config).await?;
         let request = ShimRequest::Exec {

@@ -39,6 +39,9 @@ enum Driver {
     None,
 }
 
+/// Drivers of dockerd that the engine has not.
+const NOT_OFFERED: [&str; 6] = ["awslogs", "fluentd", "gcplogs", "gelf", "logentries", "splunk"];
+
 impl Driver {
     fn of(name: &str) -> Result<Self, Failure> {
         Ok(match name {
@@ -47,8 +50,14 @@ impl Driver {
             "syslog" => Driver::Syslog,
             "journald" => Driver::Journald,
             "none" => Driver::None,
-            other => {
+            other if NOT_OFFERED.contains(&other) => {
                 return Err(Failure::invalid(format!("logger: no log driver named '{other}' is registered")));
+            }
+            // dockerd looks for a plugin of that name.
+            other => {
+                return Err(Failure::invalid(format!(
+                    "error looking up logging plugin {other}: plugin \"{other}\" not found"
+                )));
             }
         })
     }
@@ -323,7 +332,7 @@ mod tests {
         ] {
             assert!(verify(&config(kind, &options)).is_ok(), "{kind}");
         }
-        assert_eq!(refusal("asdf", &[]), "logger: no log driver named 'asdf' is registered");
+        assert_eq!(refusal("asdf", &[]), "error looking up logging plugin asdf: plugin \"asdf\" not found");
         assert_eq!(refusal("json-file", &[("x", "1")]), "unknown log opt 'x' for json-file log driver");
         assert_eq!(refusal("local", &[("labels", "1")]), "unknown log opt 'labels' for local log driver");
         assert!(verify(&config("json-file", &[("max-file", "3")])).is_ok());

@@ -343,7 +343,9 @@ impl Containers {
         if name.is_empty() {
             return Err(Failure::invalid("Neither old nor new names may be empty"));
         }
-        let name = names::check(name).map_err(|failure| Failure {
+        // dockerd has put the slash before it by then.
+        let shown = format!("/{}", name.trim_start_matches('/'));
+        let name = names::check(&shown).map_err(|failure| Failure {
             message: format!("Error when allocating new name: {}", failure.message),
             ..failure
         })?;

@@ -122,7 +122,10 @@ pub fn admit(phase: Phase, request: Request, id: &str, name: &str) -> Verdict {
             conflict(format!("Container {id} is restarting, wait until the container is running"))
         }
         (Request::Unpause, Paused) => Verdict::Go,
-        (Request::Unpause, Running | Restarting) => conflict(format!("Container {id} is not paused")),
+        // dockerd has no kind for this one.
+        (Request::Unpause, Running | Restarting) => {
+            Verdict::Refuse(ErrorKind::Internal, format!("Container {id} is not paused"))
+        }
 
         (Request::Resize | Request::Exec, Running) => Verdict::Go,
         (Request::Resize, Paused) => Verdict::Go,

@@ -3,4 +3,4 @@
 mod keep;
 mod service;
 
-pub use service::{Execs, Running};
+pub use service::{Execs, Running, told};

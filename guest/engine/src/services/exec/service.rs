@@ -18,7 +18,7 @@ use super::keep::{self, Kept, KeptState};
 use crate::failure::Failure;
 use crate::services::containers::{
     Containers, Request, Shim, Streams, Verdict, View, admit, describe, end_process, exec_failure,
-    shim_failure,
+    shim_failure, user_of,
 };
 
 /// How long the end of an exec is remembered.
@@ -102,7 +102,7 @@ impl Execs {
     }
 
     /// Remembers what is to be run.
-    pub fn create(&self, container: &str, config: ExecCreate) -> Result<String, Failure> {
+    pub async fn create(&self, container: &str, config: ExecCreate) -> Result<String, Failure> {
         let view = self.container(container)?;
         if config.cmd.as_ref().is_none_or(Vec::is_empty) {
             return Err(Failure::invalid("No exec command specified"));
@@ -112,6 +112,12 @@ impl Execs {
             return Err(Failure::invalid(format!(
                 "working directory '{folder}' of an exec is not an absolute path"
             )));
+        }
+        if !config.user.is_empty() {
+            let (context, record, user) =
+                (self.containers.context().clone(), view.record.clone(), config.user.clone());
+            let found = tokio::task::spawn_blocking(move || user_of(&context, &record, &user)).await;
+            found.map_err(|error| Failure::internal("preparing the exec failed", &error))??;
         }
         let id = hex::encode(rand::random::<[u8; 32]>());
         let exec =
@@ -372,13 +378,20 @@ impl Execs {
     fn event(&self, view: &View, action: &str, id: &str, config: &ExecCreate, more: &[(&str, String)]) {
         let action = match action {
             "exec_die" | "exec_detach" => action.to_owned(),
-            _ => format!("{action}: {}", config.cmd.as_deref().unwrap_or_default().join(" ")),
+            _ => format!("{action}: {}", told(config.cmd.as_deref().unwrap_or_default())),
         };
         let mut attributes = view.record.event_attributes();
         attributes.insert("execID".to_owned(), id.to_owned());
         attributes.extend(more.iter().map(|(key, value)| ((*key).to_owned(), value.clone())));
         self.containers.context().events.publish("container", &action, &view.record.id, attributes);
     }
+}
+
+/// A command as events tell it: the program, a space, its arguments, even if there are none.
+pub fn told(command: &[String]) -> String {
+    let (program, arguments) =
+        command.split_first().map_or(("", &[][..]), |(first, rest)| (first.as_str(), rest));
+    format!("{program} {}", arguments.join(" "))
 }
 
 fn forget_old(execs: &mut HashMap<String, Arc<Exec>>, now: Instant) -> Vec<(String, Arc<Exec>)> {

@@ -1,5 +1,8 @@
 //! From the image store's words to the API's.
 
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
 use guest_api::container::{ContainerConfig, GraphDriver, Healthcheck};
 use guest_api::image::{
     ErrorDetail, HistoryItem, ImageDeleted, ImageInspect, ImageMetadata, ImageSummary, ProgressDetail,
@@ -28,7 +31,7 @@ pub fn failure(error: &Error) -> Failure {
     Failure::new(kind, error.chain())
 }
 
-fn keys<T>(map: &std::collections::BTreeMap<String, T>) -> Option<KeySet> {
+fn keys<T>(map: &BTreeMap<String, T>) -> Option<KeySet> {
     (!map.is_empty()).then(|| map.keys().map(|key| (key.clone(), EmptyObject {})).collect())
 }
 
@@ -125,8 +128,28 @@ pub fn image_data(image: &Image, containers: Vec<String>) -> ImageProperties {
     }
 }
 
+/// The folders as overlay2 tells them: what would be mounted, and what is below.
+fn graph_data(folders: &[PathBuf]) -> Option<BTreeMap<String, String>> {
+    let (upper, lower) = folders.split_first()?;
+    let shown = |path: &Path| path.display().to_string();
+    let mut data: BTreeMap<String, String> = [
+        ("MergedDir", shown(&upper.with_extension("merged"))),
+        ("UpperDir", shown(upper)),
+        ("WorkDir", shown(&upper.with_extension("work"))),
+    ]
+    .map(|(key, value)| (key.to_owned(), value))
+    .into();
+    if !lower.is_empty() {
+        let lower: Vec<String> = lower.iter().map(|path| shown(path)).collect();
+        data.insert("LowerDir".to_owned(), lower.join(":"));
+    }
+    Some(data)
+}
+
 /// Everything about an image.
-pub fn inspect(image: &Image) -> ImageInspect {
+///
+/// `folders` are those of its layers, the topmost first.
+pub fn inspect(image: &Image, folders: &[PathBuf]) -> ImageInspect {
     let config = &image.config;
     ImageInspect {
         id: image.id.to_string(),
@@ -142,7 +165,7 @@ pub fn inspect(image: &Image) -> ImageInspect {
         variant: config.variant.clone(),
         os: config.os.clone(),
         size: size(image.size),
-        graph_driver: GraphDriver { data: None, name: "overlay2".to_owned() },
+        graph_driver: GraphDriver { data: graph_data(folders), name: "overlay2".to_owned() },
         root_fs: RootFs {
             kind: "layers".to_owned(),
             layers: image.layers.iter().map(|layer| layer.diff_id.to_string()).collect(),

@@ -162,7 +162,7 @@ impl ImagesService {
                 Ok(loaded) => {
                     for image in loaded {
                         let id = image.id.to_string();
-                        service.event("load", &id, image.names.first().unwrap_or(&id), None);
+                        service.event("load", &id, &id, None);
                     }
                 }
                 Err(error) => {

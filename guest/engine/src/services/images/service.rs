@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use guest_api::ErrorKind;
 use guest_api::image::{HistoryItem, ImageInspect};
-use guest_images::{Image, Images, Reference};
+use guest_images::{Image, Images, Reference, ReferenceError};
 
 use super::convert;
 use crate::failure::Failure;
@@ -51,7 +51,14 @@ impl ImagesService {
     }
 
     pub async fn inspect(&self, name: &str) -> Result<ImageInspect, Failure> {
-        Ok(convert::inspect(&self.resolve(name).await?))
+        let image = self.resolve(name).await?;
+        let snapshotter = self.images.snapshotter().clone();
+        let top = image.layers.last().map(|layer| layer.chain_id);
+        let folders = tokio::task::spawn_blocking(move || snapshotter.layer_folders(top)).await;
+        let folders = folders.map_err(|error| Failure::internal("looking at an image failed", &error))?;
+        // Of a damaged image the rest is still told.
+        let folders = folders.inspect_err(|error| tracing::warn!(image = %image.id, %error, "damaged"));
+        Ok(convert::inspect(&image, &folders.unwrap_or_default()))
     }
 
     pub async fn history(&self, name: &str) -> Result<Vec<HistoryItem>, Failure> {
@@ -75,18 +82,17 @@ impl ImagesService {
 }
 
 pub(super) fn reference(name: &str, tag: &str) -> Result<Reference, Failure> {
-    let invalid =
-        |error: &dyn std::fmt::Display| Failure::invalid(format!("invalid reference format: {error}"));
+    let invalid = |error: ReferenceError| Failure::invalid(error.to_string());
     let text = match tag {
         "" => name.to_owned(),
         digest if digest.contains(':') => format!("{name}@{digest}"),
         tag => {
             // A name that has a tag already keeps it unless another is given apart.
-            let bare: Reference = name.parse().map_err(|error| invalid(&error))?;
-            return bare.with_tag(tag).map_err(|error| invalid(&error));
+            let bare: Reference = name.parse().map_err(invalid)?;
+            return bare.with_tag(tag).map_err(|_| Failure::invalid("invalid tag format"));
         }
     };
-    text.parse().map_err(|error| invalid(&error))
+    text.parse().map_err(invalid)
 }
 
 #[cfg(test)]
@@ -99,6 +105,9 @@ mod tests {
         assert_eq!(reference("busybox:2", "").unwrap().familiar(), "busybox:2");
         let digest = format!("sha256:{}", "ab".repeat(32));
         assert!(reference("busybox", &digest).unwrap().digest().is_some());
-        assert!(reference("UPPER", "").unwrap_err().message.starts_with("invalid reference format"));
+        let refused = |name: &str, tag: &str| reference(name, tag).unwrap_err().message;
+        let capitals = "invalid reference format: repository name (library/UPPER) must be lowercase";
+        assert_eq!(refused("UPPER", "one"), capitals);
+        assert_eq!(refused("a", "b/c"), "invalid tag format");
     }
 }

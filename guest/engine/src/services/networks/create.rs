@@ -45,7 +45,7 @@ pub fn read(create: NetworkCreate, id: &str, now: Timestamp) -> Result<Draft, Fa
     let forbidden = |text: String| Err(Failure::new(ErrorKind::Forbidden, text));
     let name = create.name;
     if is_predefined(&name) {
-        return forbidden(format!("operation is not permitted on predefined {name} network"));
+        return forbidden(format!("operation is not permitted on predefined {name} network "));
     }
     let driver = match create.driver.as_str() {
         "" | "bridge" | "default" => Driver::Bridge,

@@ -64,7 +64,9 @@ fn check_shared(other: &str, config: &ContainerConfig, host: &HostConfig) -> Res
         () if some(&host.extra_hosts) => {
             "conflicting options: custom host-to-IP mapping and the network mode"
         }
-        () if !host.port_bindings.is_empty() || host.publish_all_ports => {
+        () if host.port_bindings.as_ref().is_some_and(|ports| !ports.is_empty())
+            || host.publish_all_ports =>
+        {
             "conflicting options: port publishing and the container type network mode"
         }
         () if config.exposed_ports.as_ref().is_some_and(|ports| !ports.is_empty()) => {

@@ -22,7 +22,7 @@ pub struct Wanted {
 
 /// Checks what can be checked before the container exists.
 pub fn check(host: &HostConfig) -> Result<(), Failure> {
-    for (port, bindings) in &host.port_bindings {
+    for (port, bindings) in host.port_bindings.iter().flatten() {
         container_port(port).ok_or_else(|| invalid(port.split('/').next().unwrap_or_default()))?;
         for binding in bindings.iter().flatten() {
             host_ports(&binding.host_port)?;
@@ -35,7 +35,7 @@ pub fn check(host: &HostConfig) -> Result<(), Failure> {
 /// Everything to publish, in order, each once.
 pub fn wanted(config: &ContainerConfig, host: &HostConfig) -> Result<Vec<Wanted>, Failure> {
     let mut all = BTreeSet::new();
-    for (port, bindings) in &host.port_bindings {
+    for (port, bindings) in host.port_bindings.iter().flatten() {
         let (container_port, protocol) =
             container_port(port).ok_or_else(|| invalid(port.split('/').next().unwrap_or_default()))?;
         for binding in bindings.iter().flatten() {
