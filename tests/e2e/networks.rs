@@ -108,8 +108,13 @@ fn packets_cross_two_routers(engine: &Engine) -> Result<()> {
         }
     }
     for (from, to) in [("west", 3), ("east", 1), ("west", 4), ("vault", 1), ("east", 4)] {
-        ensure!(reaches(engine, from, &format!("10.91.{to}.10"))?, "{from} does not reach net{to}");
-        ensure!(reaches(engine, from, &format!("fd91:{to}::10"))?, "{from} does not reach net{to} by IPv6");
+        // A router that has just come up has its neighbours to find first.
+        for address in [format!("10.91.{to}.10"), format!("fd91:{to}::10")] {
+            wait_until("the packets find their way", PATIENCE, || {
+                Ok(reaches(engine, from, &address)?.then_some(()))
+            })
+            .with_context(|| format!("{from} does not reach {address}"))?;
+        }
     }
     let way = shell(engine, "west", "traceroute -n -q 1 -m 4 -w 5 10.91.3.10")?.ok()?;
     for hop in ["10.91.1.20", "10.91.2.30", "10.91.3.10"] {

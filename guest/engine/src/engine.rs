@@ -36,6 +36,7 @@ pub async fn run(settings: Settings, ready: Option<OwnedFd>) -> anyhow::Result<(
     let outside = settings.vsock.map(|_| HostLeases::new());
     let (outside, keeper) = outside.unzip();
     let (services, tasks) = open(&settings, outside).await?;
+    services.networks.republish_all();
     let listeners = Listeners {
         unix: settings
             .socket

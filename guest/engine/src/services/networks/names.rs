@@ -151,14 +151,13 @@ impl Networks {
         Ok(true)
     }
 
-    /// Gives all containers that an earlier engine started their name servers and published ports back.
+    /// Gives all containers that an earlier engine started their name servers back.
     pub async fn resume(&self) {
         let containers: Vec<String> = self.state().members.keys().cloned().collect();
         for container in containers {
             if let Err(error) = self.serve_names(&container).await {
                 tracing::warn!(container = &container[..12], %error, "it cannot resolve names");
             }
-            self.republish(&container);
         }
     }
 }

@@ -176,8 +176,16 @@ impl Networks {
         self.firewall.refresh().await
     }
 
-    /// Takes again what a container had published before the engine was restarted.
-    pub(super) fn republish(&self, container: &str) {
+    /// Takes again what containers had published before the engine was restarted. It comes before the API answers: until
+    /// then anybody could take their ports.
+    pub fn republish_all(&self) {
+        let containers: Vec<String> = self.state().members.keys().cloned().collect();
+        for container in containers {
+            self.republish(&container);
+        }
+    }
+
+    fn republish(&self, container: &str) {
         let (name, published, target) = {
             let state = self.state();
             let Some(member) = state.members.get(container) else { return };
