@@ -1,7 +1,7 @@
 //! An application of several containers and networks, run by the stock docker-compose.
 
 use crate::networks::{ECHO, ECHO_IMAGE, echoes, leavings, load_echo, ok, says};
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use std::time::Duration;
 use tests_harness::{Engine, Finished, IMAGE, Timed};
 
@@ -62,7 +62,8 @@ struct Compose<'a> {
 impl Compose<'_> {
     fn run(&self, line: &str) -> Result<Finished> {
         let words = ["--ansi", "never", "--file", &self.file].into_iter().chain(line.split_whitespace());
-        Timed::new(self.engine.compose(words)?).within(LIMIT).run()
+        let command = self.engine.compose(words).context("docker-compose has gone")?;
+        Timed::new(command).within(LIMIT).run()
     }
 
     fn ok(&self, line: &str) -> Result<String> {
@@ -71,6 +72,12 @@ impl Compose<'_> {
 }
 
 fn an_application_of_three_networks_lives_and_leaves_nothing(engine: &Engine) -> Result<()> {
+    if engine.compose(["version"]).is_none() {
+        crate::skip(
+            "docker-compose, which installer/setup --tests fetches from the Python package index, is not here",
+        );
+        return Ok(());
+    }
     load_echo(engine)?;
     // The default bridge comes with the first container that needs it, and stays.
     ok(engine, &format!("run --rm {IMAGE} true"))?;

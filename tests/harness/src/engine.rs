@@ -247,25 +247,18 @@ impl Engine {
         Some(command)
     }
 
-    /// The stock docker-compose on this engine's socket.
-    ///
-    /// # Errors
-    /// When `installer/setup --tests` has not fetched it.
+    /// The stock docker-compose on this engine's socket. `None` when `installer/setup --tests` could not fetch it.
     pub fn compose<I: AsRef<std::ffi::OsStr>>(
         &self,
         arguments: impl IntoIterator<Item = I>,
-    ) -> Result<Command> {
+    ) -> Option<Command> {
         let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
         let home = || Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache"));
-        let cache = cache.or_else(home).context("neither XDG_CACHE_HOME nor HOME is set")?;
-        let program = cache.join("engine/clients").join(COMPOSE);
-        if !program.is_file() {
-            bail!("there is no `{}`: run installer/setup --tests", program.display());
-        }
-        let mut command = Command::new(program);
+        let program = cache.or_else(home)?.join("engine/clients").join(COMPOSE);
+        let mut command = program.is_file().then(|| Command::new(program))?;
         self.environment(&mut command);
         command.args(arguments);
-        Ok(command)
+        Some(command)
     }
 
     /// The processes that run for this engine.
