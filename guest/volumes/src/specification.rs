@@ -196,8 +196,10 @@ fn check(mount: &Mount) -> Result<(), SpecificationError> {
     }
 }
 
+/// dockerd reads backslashes as slashes here and nowhere else. What is the root only as it stands, `/a\b/..`, is refused too:
+/// it would be mounted over the whole container.
 fn not_root(path: &str) -> Result<(), String> {
-    if clean(&path.replace('\\', "/")) == "/" {
+    if clean(path) == "/" || clean(&path.replace('\\', "/")) == "/" {
         return Err("invalid specification: destination can't be '/'".to_owned());
     }
     Ok(())
@@ -359,6 +361,7 @@ mod tests {
             ("/", "volume", "invalid specification: destination can't be '/'"),
             ("vol1:\\", "volume", "invalid specification: destination can't be '/'"),
             ("/a:/", "bind", "invalid specification: destination can't be '/'"),
+            ("/a:/b\\c/..", "bind", "invalid specification: destination can't be '/'"),
             ("/a:b", "bind", "invalid mount path: 'b' mount path must be absolute"),
             ("a:b", "volume", "invalid mount path: 'b' mount path must be absolute"),
             ("vol1:/b:shared", "volume", "field BindOptions must not be specified"),
@@ -458,7 +461,9 @@ mod tests {
         let check = |path: &str| check_tmpfs_destination(path).map_err(|error| error.to_string());
         assert_eq!(check("/b"), Ok(()));
         assert_eq!(check("b").unwrap_err(), "invalid mount path: 'b' mount path must be absolute");
-        assert_eq!(check("/x/..").unwrap_err(), "invalid specification: destination can't be '/'");
+        for root in ["/", "\\", "/x/..", "/x\\y/.."] {
+            assert_eq!(check(root).unwrap_err(), "invalid specification: destination can't be '/'");
+        }
     }
 
     fn word() -> impl Strategy<Value = String> {
