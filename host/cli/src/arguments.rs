@@ -173,12 +173,6 @@ pub(crate) struct PsArgs {
     /// Show all containers (default shows just running)
     #[arg(short, long)]
     pub(crate) all: bool,
-    /// Filter output based on conditions provided
-    #[arg(short, long, value_name = "KEY=VALUE")]
-    pub(crate) filter: Vec<String>,
-    /// `json`, `table TEMPLATE` or a template such as `{{.Names}}`
-    #[arg(long)]
-    pub(crate) format: Option<String>,
     /// Show n last created containers (includes all states)
     #[arg(short = 'n', long, value_name = "N")]
     pub(crate) last: Option<u32>,
@@ -188,9 +182,8 @@ pub(crate) struct PsArgs {
     /// Don't truncate output
     #[arg(long)]
     pub(crate) no_trunc: bool,
-    /// Only display container IDs
-    #[arg(short, long)]
-    pub(crate) quiet: bool,
+    #[command(flatten)]
+    pub(crate) listing: ListArgs,
 }
 
 #[derive(Debug, Args)]
@@ -229,9 +222,8 @@ pub(crate) struct StopArgs {
     /// Seconds to wait before killing the container
     #[arg(short = 't', long, alias = "time", allow_hyphen_values = true, value_name = "SECONDS")]
     pub(crate) timeout: Option<i64>,
-    /// The containers
-    #[arg(required = true)]
-    pub(crate) containers: Vec<String>,
+    #[command(flatten)]
+    pub(crate) on: ContainersArgs,
 }
 
 #[derive(Debug, Args)]
@@ -239,9 +231,8 @@ pub(crate) struct KillArgs {
     /// Signal to send to the container
     #[arg(short, long)]
     pub(crate) signal: Option<String>,
-    /// The containers
-    #[arg(required = true)]
-    pub(crate) containers: Vec<String>,
+    #[command(flatten)]
+    pub(crate) on: ContainersArgs,
 }
 
 #[derive(Debug, Args)]
@@ -252,9 +243,8 @@ pub(crate) struct RmArgs {
     /// Remove anonymous volumes associated with the container
     #[arg(short, long)]
     pub(crate) volumes: bool,
-    /// The containers
-    #[arg(required = true)]
-    pub(crate) containers: Vec<String>,
+    #[command(flatten)]
+    pub(crate) on: ContainersArgs,
 }
 
 #[derive(Debug, Args)]
@@ -265,18 +255,11 @@ pub(crate) struct ImagesArgs {
     /// Show digests
     #[arg(long)]
     pub(crate) digests: bool,
-    /// Filter output based on conditions provided
-    #[arg(short, long, value_name = "KEY=VALUE")]
-    pub(crate) filter: Vec<String>,
-    /// `json`, `table TEMPLATE` or a template such as `{{.Repository}}`
-    #[arg(long)]
-    pub(crate) format: Option<String>,
     /// Don't truncate output
     #[arg(long)]
     pub(crate) no_trunc: bool,
-    /// Only show image IDs
-    #[arg(short, long)]
-    pub(crate) quiet: bool,
+    #[command(flatten)]
+    pub(crate) listing: ListArgs,
     /// Only this repository, or this image
     #[arg(value_name = "REPOSITORY[:TAG]")]
     pub(crate) reference: Option<String>,
@@ -514,7 +497,7 @@ pub(crate) struct ListArgs {
     /// `json`, `table TEMPLATE` or a template such as `{{.Name}}`
     #[arg(long)]
     pub(crate) format: Option<String>,
-    /// Only display names (volumes) or IDs (networks)
+    /// Only display names (volumes) or IDs
     #[arg(short, long)]
     pub(crate) quiet: bool,
 }

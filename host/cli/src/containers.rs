@@ -48,7 +48,7 @@ pub(crate) async fn stop(docker: &Docker, verb: &str, args: &StopArgs) -> Result
     query.extend(args.signal.as_ref().map(|signal| format!("signal={}", encode(signal))));
     let query = query.join("&");
     let query = &query;
-    each(&args.containers, |name| async move {
+    each(&args.on.containers, |name| async move {
         docker.post(&format!("/containers/{}/{verb}?{query}", encode(&name))).await.map(|()| name)
     })
     .await
@@ -56,7 +56,7 @@ pub(crate) async fn stop(docker: &Docker, verb: &str, args: &StopArgs) -> Result
 
 pub(crate) async fn kill(docker: &Docker, args: &KillArgs) -> Result<bool> {
     let signal = args.signal.as_deref().unwrap_or("KILL");
-    each(&args.containers, |name| async move {
+    each(&args.on.containers, |name| async move {
         docker
             .post(&format!("/containers/{}/kill?signal={}", encode(&name), encode(signal)))
             .await
@@ -194,7 +194,7 @@ struct ImageId {
 pub(crate) async fn rm(docker: &Docker, args: &RmArgs) -> Result<bool> {
     let query = format!("force={}&v={}", u8::from(args.force), u8::from(args.volumes));
     let query = &query;
-    each(&args.containers, |name| async move {
+    each(&args.on.containers, |name| async move {
         docker.delete(&format!("/containers/{}?{query}", encode(&name))).await.map(|_| name)
     })
     .await

@@ -21,8 +21,8 @@ pub(crate) fn filters(typed: &[String]) -> Result<Filters> {
 }
 
 pub(crate) async fn ps(docker: &Docker, args: &PsArgs) -> Result<()> {
-    let template = args.format.as_deref().map(Template::parse).transpose()?;
-    let filters = filters(&args.filter)?;
+    let template = args.listing.format.as_deref().map(Template::parse).transpose()?;
+    let filters = filters(&args.listing.filter)?;
     let mut path = format!("/containers/json?all={}", u8::from(args.all));
     match (args.latest, args.last) {
         (true, _) => path += "&limit=1",
@@ -36,7 +36,7 @@ pub(crate) async fn ps(docker: &Docker, args: &PsArgs) -> Result<()> {
     let id = |container: &ContainerSummary| {
         if args.no_trunc { container.id.clone() } else { short_id(&container.id).to_owned() }
     };
-    if args.quiet {
+    if args.listing.quiet {
         containers.iter().try_for_each(|container| line(&id(container)))?;
         return Ok(());
     }
@@ -112,8 +112,8 @@ fn container_record(container: &ContainerSummary, id: &str, now: i64, no_trunc: 
 }
 
 pub(crate) async fn images(docker: &Docker, args: &ImagesArgs) -> Result<()> {
-    let template = args.format.as_deref().map(Template::parse).transpose()?;
-    let mut filters = filters(&args.filter)?;
+    let template = args.listing.format.as_deref().map(Template::parse).transpose()?;
+    let mut filters = filters(&args.listing.filter)?;
     if let Some(reference) = &args.reference {
         filters.add("reference", reference.as_str());
     }
@@ -124,7 +124,7 @@ pub(crate) async fn images(docker: &Docker, args: &ImagesArgs) -> Result<()> {
     let images: Vec<ImageSummary> = docker.get(&path).await?;
     let now = jiff::Timestamp::now().as_second();
     let rows: Vec<ImageRow> = images.iter().flat_map(|image| image_rows(image, args.no_trunc)).collect();
-    if args.quiet {
+    if args.listing.quiet {
         let mut seen = std::collections::BTreeSet::new();
         rows.iter().filter(|row| seen.insert(row.id.as_str())).try_for_each(|row| line(&row.id))?;
         return Ok(());
