@@ -11,6 +11,7 @@ crate::scenarios![
     the_stock_client_works_on_images,
     the_stock_client_sees_events_and_versions,
     our_lists_read_like_the_stock_clients,
+    our_attach_and_stats_read_like_the_stock_clients,
 ];
 
 pub(crate) fn docker(engine: &Engine, arguments: &[&str]) -> Result<Finished> {
@@ -120,11 +121,12 @@ fn our_lists_read_like_the_stock_clients(engine: &Engine) -> Result<()> {
     let since = unix_now();
     engine.engine(["run", "--name", "compared", IMAGE, "sh", "-c", "exit 3"])?.exits(3)?;
     let until = unix_now();
-    let commands: [&[&str]; 6] = [
+    let commands: [&[&str]; 7] = [
         &["ps", "-a"],
         &["ps", "-aq"],
         &["images"],
         &["images", "-q", "--no-trunc"],
+        &["history", IMAGE],
         &["logs", "compared"],
         &["events", "--since", &since, "--until", &until],
     ];
@@ -148,4 +150,30 @@ fn our_lists_read_like_the_stock_clients(engine: &Engine) -> Result<()> {
         );
     }
     engine.engine(["rm", "compared"])?.ok().map(drop)
+}
+
+fn our_attach_and_stats_read_like_the_stock_clients(engine: &Engine) -> Result<()> {
+    let script = "while read word; do echo got $word; [ $word = end ] && exit 5; done";
+    engine.engine(["run", "-d", "-i", "--name", "attached", IMAGE, "sh", "-c", script])?.ok()?;
+    // A client whose input ends leaves the container's open.
+    for (client, word) in [("docker", "one"), ("engine", "two")] {
+        let command = match client {
+            "docker" => engine.docker(["attach", "attached"]),
+            _ => Some(engine.command(["attach", "attached"])),
+        };
+        let Some(command) = command else { bail!("no docker CLI") };
+        let attached = Timed::new(command).input(format!("{word}\n")).spawn()?;
+        wait_until("the word has arrived", Duration::from_secs(60), || {
+            Ok(engine.engine(["logs", "attached"])?.stdout.contains(word).then_some(()))
+        })?;
+        drop(attached);
+    }
+    let columns = ["stats", "--no-stream", "--format", "{{.Name}} {{.PIDs}} {{.CPUPerc}}", "attached"];
+    for said in [engine.engine(columns)?.ok()?, docker(engine, &columns)?.ok()?] {
+        ensure!(said.starts_with("attached 1 ") && said.ends_with('%'), "{said}");
+    }
+    let said = engine.engine_with_input(["attach", "attached"], "end\n")?.exits(5)?;
+    ensure!(said == "got end", "{said}");
+    engine.engine(["attach", "attached"])?.fails_with(1, "cannot attach to a stopped container")?;
+    engine.engine(["rm", "attached"])?.ok().map(drop)
 }

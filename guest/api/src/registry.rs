@@ -22,6 +22,11 @@ pub fn decode_auth(header: &[u8]) -> AuthConfig {
     decode(header).unwrap_or_default()
 }
 
+/// Credentials as `X-Registry-Auth` carries them: what [`decode_auth`] reads.
+pub fn encode_auth(auth: &AuthConfig) -> Result<String, serde_json::Error> {
+    Ok(BASE64.encode(serde_json::to_vec(auth)?))
+}
+
 /// The credentials in `X-Registry-Config`, by registry.
 #[must_use]
 pub fn decode_auths(header: &[u8]) -> BTreeMap<String, AuthConfig> {

@@ -23,6 +23,8 @@ pub(crate) enum Command {
     /// Create a new container
     #[command(disable_help_flag = true)]
     Create(Box<crate::run::raw::RawRunArgs>),
+    /// Attach local standard input, output, and error streams to a running container
+    Attach(AttachArgs),
     /// Execute a command in a running container
     Exec(ExecArgs),
     /// List containers
@@ -70,6 +72,8 @@ pub(crate) enum Command {
         #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true, value_names = ["CONTAINER", "PS_OPTIONS"])]
         words: Vec<String>,
     },
+    /// Display a live stream of container(s) resource usage statistics
+    Stats(StatsArgs),
     /// Inspect changes to files on a container's filesystem
     Diff {
         /// The container
@@ -104,6 +108,10 @@ pub(crate) enum Command {
     Images(ImagesArgs),
     /// Download an image from a registry
     Pull(PullArgs),
+    /// Upload an image to a registry
+    Push(PushArgs),
+    /// Show the history of an image
+    History(HistoryArgs),
     /// Load an image from a tar archive or standard input
     Load(LoadArgs),
     /// Create a tag TARGET that refers to SOURCE
@@ -166,6 +174,36 @@ impl ExecArgs {
     pub(crate) fn command(&self) -> &[String] {
         self.words.get(1..).unwrap_or_default()
     }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct AttachArgs {
+    /// Do not attach STDIN
+    #[arg(long)]
+    pub(crate) no_stdin: bool,
+    /// Proxy all received signals to the process
+    #[arg(long, default_value_t = true, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true")]
+    pub(crate) sig_proxy: bool,
+    /// The container
+    pub(crate) container: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct StatsArgs {
+    /// Show all containers (default shows just running)
+    #[arg(short, long)]
+    pub(crate) all: bool,
+    /// `json`, `table TEMPLATE` or a template such as `{{.CPUPerc}}`
+    #[arg(long)]
+    pub(crate) format: Option<String>,
+    /// Disable streaming stats and only pull the first result
+    #[arg(long)]
+    pub(crate) no_stream: bool,
+    /// Don't truncate output
+    #[arg(long)]
+    pub(crate) no_trunc: bool,
+    /// The containers; all that run if there are none
+    pub(crate) containers: Vec<String>,
 }
 
 #[derive(Debug, Args)]
@@ -275,6 +313,34 @@ pub(crate) struct PullArgs {
     pub(crate) quiet: bool,
     /// The image
     #[arg(value_name = "NAME[:TAG|@DIGEST]")]
+    pub(crate) image: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PushArgs {
+    /// Push all tags of an image to the repository
+    #[arg(short, long)]
+    pub(crate) all_tags: bool,
+    /// Suppress verbose output
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    /// The image
+    #[arg(value_name = "NAME[:TAG]")]
+    pub(crate) image: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct HistoryArgs {
+    /// `json`, `table TEMPLATE` or a template such as `{{.CreatedBy}}`
+    #[arg(long)]
+    pub(crate) format: Option<String>,
+    /// Don't truncate output
+    #[arg(long)]
+    pub(crate) no_trunc: bool,
+    /// Only show image IDs
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    /// The image
     pub(crate) image: String,
 }
 

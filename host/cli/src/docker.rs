@@ -4,6 +4,8 @@
 use anyhow::{Context, Result, anyhow};
 use bytes::Bytes;
 use guest_api::ErrorBody;
+use guest_api::image::AuthConfig;
+use guest_api::registry::encode_auth;
 use http_body_util::{BodyExt, Full, combinators::BoxBody};
 use hyper::body::Incoming;
 use hyper::{Method, Request, Response, StatusCode};
@@ -91,6 +93,15 @@ impl Docker {
     /// The response as soon as its headers are there; the body is the caller's to read.
     pub(crate) async fn stream(&self, method: Method, path: &str, body: Body) -> Result<Response<Incoming>> {
         self.send(method, path, body).await
+    }
+
+    /// Asks for something that needs a registry, with the credentials for it.
+    pub(crate) async fn with_registry(&self, path: &str, auth: &AuthConfig) -> Result<Response<Incoming>> {
+        let mut request = request(Method::POST, path, empty())?;
+        let mut value = hyper::header::HeaderValue::try_from(encode_auth(auth)?)?;
+        value.set_sensitive(true);
+        request.headers_mut().insert("x-registry-auth", value);
+        check(self.exchange(request).await?).await
     }
 
     pub(crate) async fn hijack(&self, path: &str, body: Option<Vec<u8>>) -> Result<Hijacked> {

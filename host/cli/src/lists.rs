@@ -1,11 +1,11 @@
-//! `engine ps` and `engine images`.
+//! `engine ps`, `engine images` and `engine history`.
 
-use crate::arguments::{ImagesArgs, PsArgs};
-use crate::docker::{Docker, encode};
+use crate::arguments::{HistoryArgs, ImagesArgs, PsArgs};
+use crate::docker::{Docker, encode, encode_name};
 use crate::output::{age, line, short_id, size, table, text};
 use crate::template::Template;
 use anyhow::{Context, Result};
-use guest_api::image::ImageSummary;
+use guest_api::image::{HistoryItem, ImageSummary};
 use guest_api::{ContainerSummary, Filters};
 use serde_json::{Value, json};
 
@@ -86,10 +86,15 @@ fn ports(container: &ContainerSummary) -> String {
 }
 
 fn command(command: &str, whole: bool) -> String {
-    if whole || command.chars().count() <= 20 {
-        return format!("\"{command}\"");
+    if whole { format!("\"{command}\"") } else { format!("\"{}\"", ellipsis(command, 20)) }
+}
+
+/// At most `longest` characters, the last of them `…` when some were left out.
+fn ellipsis(text: &str, longest: usize) -> String {
+    if text.chars().count() <= longest {
+        return text.to_owned();
     }
-    format!("\"{}…\"", command.chars().take(19).collect::<String>())
+    text.chars().take(longest - 1).chain(['…']).collect()
 }
 
 fn container_record(container: &ContainerSummary, id: &str, now: i64, no_trunc: bool) -> Value {
@@ -153,6 +158,48 @@ pub(crate) async fn images(docker: &Docker, args: &ImagesArgs) -> Result<()> {
         })
         .collect();
     Ok(text(&table(&headings, &cells))?)
+}
+
+/// The longest instruction that `engine history` shows whole.
+const INSTRUCTION_CHARACTERS_MAX: usize = 45;
+
+pub(crate) async fn history(docker: &Docker, args: &HistoryArgs) -> Result<()> {
+    let template = args.format.as_deref().map(Template::parse).transpose()?;
+    let path = format!("/images/{}/history", encode_name(&args.image));
+    let steps: Vec<HistoryItem> = docker.get(&path).await?;
+    let id = |step: &HistoryItem| match args.no_trunc {
+        true => step.id.clone(),
+        false => short_id(&step.id).to_owned(),
+    };
+    if args.quiet {
+        return Ok(steps.iter().try_for_each(|step| line(&id(step)))?);
+    }
+    let instruction = |step: &HistoryItem| {
+        let one_line = step.created_by.replace('\t', " ");
+        if args.no_trunc { one_line } else { ellipsis(&one_line, INSTRUCTION_CHARACTERS_MAX) }
+    };
+    let now = jiff::Timestamp::now().as_second();
+    if let Some(template) = template {
+        let record = |step: &HistoryItem| {
+            let created = jiff::Timestamp::from_second(step.created).unwrap_or_default();
+            json!({
+                "ID": id(step),
+                "CreatedBy": instruction(step),
+                "CreatedSince": format!("{} ago", age(now - step.created)),
+                "CreatedAt": created.strftime("%Y-%m-%dT%H:%M:%SZ").to_string(),
+                "Comment": step.comment,
+                "Size": size(step.size),
+            })
+        };
+        let records: Vec<Value> = steps.iter().map(record).collect();
+        return Ok(text(&template.render_all(&records)?)?);
+    }
+    let row = |step: &HistoryItem| {
+        let created = format!("{} ago", age(now - step.created));
+        vec![id(step), created, instruction(step), size(step.size), step.comment.clone()]
+    };
+    let rows: Vec<Vec<String>> = steps.iter().map(row).collect();
+    Ok(text(&table(&["IMAGE", "CREATED", "CREATED BY", "SIZE", "COMMENT"], &rows))?)
 }
 
 #[derive(Debug, PartialEq)]
@@ -238,6 +285,7 @@ mod tests {
     fn commands_are_cut_as_docker_cuts_them() {
         assert_eq!(command("sleep 100", false), "\"sleep 100\"");
         assert_eq!(command("sh -c 'while true; do date; done'", false), "\"sh -c 'while true; …\"");
+        assert_eq!((ellipsis("äöü", 3), ellipsis("äöüx", 3)), ("äöü".into(), "äö…".into()));
     }
 
     #[test]

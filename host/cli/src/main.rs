@@ -8,6 +8,7 @@ mod archive;
 mod arguments;
 mod containers;
 mod control;
+mod credentials;
 mod docker;
 mod lists;
 mod machine;
@@ -18,6 +19,7 @@ mod pull;
 mod run;
 mod session;
 mod signals;
+mod stats;
 mod streams;
 mod system;
 mod template;
@@ -132,6 +134,13 @@ async fn execute(cli: Cli) -> Result<u8> {
             pull::pull(&docker, &args.image, args.platform.as_deref(), args.quiet).await?;
             output::line(&args.image).map(|()| true).context("cannot write to standard output")
         }
+        Command::Push(args) => {
+            pull::push(&session.docker().await?, &args.image, args.all_tags, args.quiet).await?;
+            output::line(&args.image).map(|()| true).context("cannot write to standard output")
+        }
+        Command::History(args) => lists::history(&session.docker().await?, args).await.map(|()| true),
+        Command::Stats(args) => stats::stats(&session.docker().await?, args).await,
+        Command::Attach(args) => return run::attach(&session.docker().await?, args).await,
         Command::Load(args) => {
             pull::load(&session.docker().await?, args.input.as_deref(), args.quiet).await.map(|()| true)
         }

@@ -75,22 +75,33 @@ pub(crate) fn age(seconds: i64) -> String {
     }
 }
 
-/// `1.23MB`: four digits at most, powers of 1000, as Docker tells sizes of images.
+/// `1.23MB`: three digits, powers of 1000, as Docker tells sizes of images.
 pub(crate) fn size(bytes: i64) -> String {
     #[expect(clippy::cast_precision_loss, reason = "three digits are shown")]
-    let mut value = bytes as f64;
-    let mut units = ["B", "kB", "MB", "GB", "TB", "PB"].into_iter();
+    scaled(bytes as f64, 1000.0, ["B", "kB", "MB", "GB", "TB", "PB"], 3)
+}
+
+/// `1.234MiB`: four digits, powers of 1024, as Docker tells memory.
+pub(crate) fn binary_size(bytes: u64) -> String {
+    #[expect(clippy::cast_precision_loss, reason = "four digits are shown")]
+    scaled(bytes as f64, 1024.0, ["B", "KiB", "MiB", "GiB", "TiB", "PiB"], 4)
+}
+
+fn scaled(mut value: f64, step: f64, units: [&str; 6], digits: usize) -> String {
+    let mut units = units.into_iter();
     let mut unit = units.next().unwrap_or_default();
-    while value >= 1000.0 {
+    while value >= step {
         let Some(larger) = units.next() else { break };
-        value /= 1000.0;
+        value /= step;
         unit = larger;
     }
-    let decimals = match value {
-        value if value >= 100.0 => 0,
-        value if value >= 10.0 => 1,
-        _ => 2,
+    let whole_digits = match value {
+        value if value >= 1000.0 => 4,
+        value if value >= 100.0 => 3,
+        value if value >= 10.0 => 2,
+        _ => 1,
     };
+    let decimals = digits.saturating_sub(whole_digits);
     let text = format!("{value:.decimals$}");
     let text = if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.') } else { &text };
     format!("{text}{unit}")
@@ -131,6 +142,9 @@ mod tests {
             [(0, "0B"), (999, "999B"), (1_500, "1.5kB"), (77_800_000, "77.8MB"), (1_234_000_000, "1.23GB")]
         {
             assert_eq!(size(bytes), text);
+        }
+        for (bytes, text) in [(0, "0B"), (1536, "1.5KiB"), (7_900_000, "7.534MiB"), (1023 << 20, "1023MiB")] {
+            assert_eq!(binary_size(bytes), text);
         }
         assert_eq!(short_id("sha256:0123456789abcdef"), "0123456789ab");
     }

@@ -1,6 +1,7 @@
-//! Pulling and loading images: streams of progress lines.
+//! Pulling, pushing and loading images: streams of progress lines.
 
-use crate::docker::{Body, Docker, Lines, encode};
+use crate::credentials;
+use crate::docker::{Body, Docker, Lines, encode, encode_name};
 use crate::output;
 use crate::progress::Pull;
 use anyhow::{Context, Result, bail};
@@ -8,8 +9,8 @@ use bytes::Bytes;
 use futures_util::StreamExt;
 use guest_api::image::ProgressLine;
 use http_body_util::{BodyExt, StreamBody};
-use hyper::Method;
-use hyper::body::Frame;
+use hyper::body::{Frame, Incoming};
+use hyper::{Method, Response};
 use std::path::Path;
 use tokio::io::AsyncRead;
 
@@ -22,7 +23,24 @@ pub(crate) async fn pull(docker: &Docker, image: &str, platform: Option<&str>, q
     if let Some(platform) = platform {
         path += &format!("&platform={}", encode(platform));
     }
-    let mut lines = Lines::new(docker.stream(Method::POST, &path, crate::docker::empty()).await?);
+    show(docker.with_registry(&path, &credentials::of_image(image).await).await?, quiet).await
+}
+
+/// Pushes `image`, or every tag of that repository; its progress goes to standard error.
+pub(crate) async fn push(docker: &Docker, image: &str, all_tags: bool, quiet: bool) -> Result<()> {
+    let (name, tag) = split(image);
+    let mut path = format!("/images/{}/push", encode_name(name));
+    match (all_tags, name == image) {
+        (true, true) => {}
+        (true, false) => bail!("`{image}` names one tag: leave it out to push them all"),
+        (false, _) => path += &format!("?tag={}", encode(tag)),
+    }
+    show(docker.with_registry(&path, &credentials::of_image(name).await).await?, quiet).await
+}
+
+/// Shows what a pull or a push tells, to its end.
+async fn show(response: Response<Incoming>, quiet: bool) -> Result<()> {
+    let mut lines = Lines::new(response);
     let mut progress = (!quiet).then(Pull::new);
     while let Some(line) = lines.next::<ProgressLine>().await? {
         fail(&line)?;

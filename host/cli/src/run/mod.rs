@@ -1,16 +1,18 @@
-//! `engine run`: create (pulling first when the image is missing), attach, wait, start, join the streams.
+//! `engine run`: create (pulling first when the image is missing), attach, wait, start, join the streams. `engine attach` joins
+//! those of a container that runs already.
 
 pub(crate) mod create;
 mod publish;
 pub(crate) mod raw;
 mod volume;
 
+use crate::arguments::AttachArgs;
 use crate::docker::{ApiError, Docker, Hijacked, encode};
 use crate::session::{Failed, Session};
 use crate::streams::{self, End, Input};
 use crate::{pull, signals, terminal};
 use anyhow::{Context, Result, anyhow, bail};
-use guest_api::{ContainerCreate, ContainerCreated, WaitResult};
+use guest_api::{ContainerCreate, ContainerCreated, ContainerInspect, WaitResult};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use hyper::{Method, Response, StatusCode};
@@ -111,27 +113,66 @@ async fn start(docker: &Docker, id: &str) -> Result<()> {
     })
 }
 
+/// `engine attach`: the streams of a container that runs; its exit code when it ends meanwhile.
+pub(crate) async fn attach(docker: &Docker, args: &AttachArgs) -> Result<u8> {
+    let container: ContainerInspect =
+        docker.get(&format!("/containers/{}/json", encode(&args.container))).await?;
+    let state = &container.state;
+    match () {
+        () if !state.running => bail!("cannot attach to a stopped container, start it first"),
+        () if state.paused => bail!("cannot attach to a paused container, unpause it first"),
+        () if state.restarting => bail!("cannot attach to a restarting container, wait until it is running"),
+        () => {}
+    }
+    let (stdin, tty) = (!args.no_stdin && container.config.open_stdin, container.config.tty);
+    if stdin && tty && !std::io::stdin().is_terminal() {
+        bail!("the input device is not a TTY");
+    }
+    let attachment = Attachment::new(docker, &container.id, stdin, tty, "not-running").await?;
+    attachment.join(docker, args.sig_proxy && !tty).await
+}
+
 async fn attached(docker: &Docker, id: &str, args: &RawRunArgs) -> Result<u8> {
-    let stdin = if args.interactive { "&stdin=1" } else { "" };
-    let hijacked =
-        docker.hijack(&format!("/containers/{id}/attach?stream=1&stdout=1&stderr=1{stdin}"), None).await;
-    let hijacked = hijacked.map_err(Failed::code(ENGINE_FAILED))?;
     // Asked before the start, so that no exit is too quick to be seen.
     let condition = if args.rm { "removed" } else { "next-exit" };
-    let path = format!("/containers/{id}/wait?condition={condition}");
-    let waiting = docker
-        .stream(Method::POST, &path, crate::docker::empty())
+    let attachment = Attachment::new(docker, id, args.interactive, args.tty, condition)
         .await
         .map_err(Failed::code(ENGINE_FAILED))?;
     start(docker, id).await?;
-    let forwarding = (!args.tty).then(|| signals::forward(docker.clone(), id.to_owned()));
-    let end = join(docker, hijacked, &format!("/containers/{id}/resize"), args.interactive, args.tty).await;
-    if let Some(forwarding) = forwarding {
-        forwarding.abort();
+    attachment.join(docker, !args.tty).await
+}
+
+/// A container's streams, and its end being waited for.
+struct Attachment {
+    id: String,
+    stdin: bool,
+    tty: bool,
+    streams: Hijacked,
+    waiting: Response<Incoming>,
+}
+
+impl Attachment {
+    async fn new(docker: &Docker, id: &str, stdin: bool, tty: bool, condition: &str) -> Result<Self> {
+        let input = if stdin { "&stdin=1" } else { "" };
+        let path = format!("/containers/{id}/attach?stream=1&stdout=1&stderr=1{input}");
+        let streams = docker.hijack(&path, None).await?;
+        let path = format!("/containers/{id}/wait?condition={condition}");
+        let waiting = docker.stream(Method::POST, &path, crate::docker::empty()).await?;
+        Ok(Self { id: id.to_owned(), stdin, tty, streams, waiting })
     }
-    match end? {
-        End::Detached => Ok(0),
-        End::Output => exit_code(waiting).await,
+
+    /// Until the output ends, or the user detaches; the exit code for this process.
+    async fn join(self, docker: &Docker, pass_signals: bool) -> Result<u8> {
+        let forwarding = pass_signals.then(|| signals::forward(docker.clone(), self.id.clone()));
+        let resize = format!("/containers/{}/resize", self.id);
+        let end = join(docker, self.streams, &resize, self.stdin, self.tty).await;
+        if let Some(forwarding) = forwarding {
+            forwarding.abort();
+        }
+        match end? {
+            End::Detached => Ok(0),
+            End::Output => exit_code(self.waiting).await,
+        }
     }
 }
 
