@@ -138,9 +138,6 @@ pub(crate) async fn images(docker: &Docker, args: &ImagesArgs) -> Result<()> {
         let records: Vec<Value> = rows.iter().map(|row| row.record(now)).collect();
         return Ok(text(&template.render_all(&records)?)?);
     }
-    let created = |row: &ImageRow| {
-        if row.created <= 0 { "N/A".to_owned() } else { format!("{} ago", age(now - row.created)) }
-    };
     let mut headings = vec!["REPOSITORY", "TAG"];
     if args.digests {
         headings.push("DIGEST");
@@ -153,7 +150,7 @@ pub(crate) async fn images(docker: &Docker, args: &ImagesArgs) -> Result<()> {
             if args.digests {
                 cells.push(row.digest.clone());
             }
-            cells.extend([row.id.clone(), created(row), size(row.size)]);
+            cells.extend([row.id.clone(), since(row.created, now), size(row.size)]);
             cells
         })
         .collect();
@@ -185,7 +182,7 @@ pub(crate) async fn history(docker: &Docker, args: &HistoryArgs) -> Result<()> {
             json!({
                 "ID": id(step),
                 "CreatedBy": instruction(step),
-                "CreatedSince": format!("{} ago", age(now - step.created)),
+                "CreatedSince": since(step.created, now),
                 "CreatedAt": created.strftime("%Y-%m-%dT%H:%M:%SZ").to_string(),
                 "Comment": step.comment,
                 "Size": size(step.size),
@@ -195,11 +192,15 @@ pub(crate) async fn history(docker: &Docker, args: &HistoryArgs) -> Result<()> {
         return Ok(text(&template.render_all(&records)?)?);
     }
     let row = |step: &HistoryItem| {
-        let created = format!("{} ago", age(now - step.created));
-        vec![id(step), created, instruction(step), size(step.size), step.comment.clone()]
+        vec![id(step), since(step.created, now), instruction(step), size(step.size), step.comment.clone()]
     };
     let rows: Vec<Vec<String>> = steps.iter().map(row).collect();
     Ok(text(&table(&["IMAGE", "CREATED", "CREATED BY", "SIZE", "COMMENT"], &rows))?)
+}
+
+/// How long ago an image or a step of it was made, seconds since the epoch. Reproducible builds do not say.
+fn since(created: i64, now: i64) -> String {
+    if created <= 0 { "N/A".to_owned() } else { format!("{} ago", age(now - created)) }
 }
 
 #[derive(Debug, PartialEq)]
@@ -220,7 +221,7 @@ impl ImageRow {
             "Repository": self.repository,
             "Tag": self.tag,
             "Digest": self.digest,
-            "CreatedSince": format!("{} ago", age(now - self.created)),
+            "CreatedSince": since(self.created, now),
             "CreatedAt": created.strftime("%Y-%m-%d %H:%M:%S +0000 UTC").to_string(),
             "Size": size(self.size),
         })
