@@ -8,6 +8,7 @@ use tests_harness::{Engine, Finished, IMAGE, Timed};
 
 crate::scenarios![
     files_are_copied_both_ways,
+    our_copies_land_where_the_stock_clients_do,
     a_copy_does_not_leave_the_container,
     a_copy_into_a_volume_lands_in_the_volume,
     read_only_places_are_refused,
@@ -306,4 +307,76 @@ fn an_archive_that_lies_is_refused(engine: &Engine) -> Result<()> {
     let nothing = docker_with_input(engine, &["load"], b"no archive at all".to_vec())?;
     ensure!(nothing.code != 0, "{nothing:?}");
     docker(engine, &["run", "--rm", IMAGE, "true"])?.ok().map(drop)
+}
+
+/// Sources in a container or on this computer, and targets: new names, folders, files, links, and what is refused.
+const COPIES: [(&str, &str); 13] = [
+    ("tree", "new"),
+    ("tree", "there"),
+    ("tree/.", "there"),
+    ("tree/.", "fresh"),
+    ("tree", "taken"),
+    ("alone", "renamed"),
+    ("alone", "taken"),
+    ("alone", "there"),
+    ("alone", "to-there/deep"),
+    ("alone", "absent/"),
+    ("alone", "no/such"),
+    ("link", "there"),
+    ("nothing", "there"),
+];
+const TREE: &str = "mkdir -p tree/inner; echo text >tree/inner/file; chmod 700 tree/inner; echo alone >alone; ln -s tree link";
+const TARGETS: &str = "mkdir there; echo taken >taken; ln -s there to-there";
+const LISTING: &str = r#"find . | sort | while read name; do stat -c "%n %a %F %u" "$name"; cat "$name" 2>/dev/null || true; done"#;
+
+fn our_copies_land_where_the_stock_clients_do(engine: &Engine) -> Result<()> {
+    let script = format!("mkdir /source && cd /source && {TREE}; sleep 1000");
+    docker(engine, &["run", "-d", "--init", "--name", "copied", IMAGE, "sh", "-c", &script])?.ok()?;
+    let local = engine.path("copies");
+    let shell = |folder: &std::path::Path, script: &str| {
+        std::fs::create_dir_all(folder)?;
+        let mut command = Command::new("sh");
+        command.args(["-c", script]).current_dir(folder);
+        tests_harness::run(command)?.ok()
+    };
+    shell(&local.join("source"), TREE)?;
+    let mut seen = Vec::new();
+    for client in ["docker", "engine"] {
+        let copy = |arguments: &[&str]| match client {
+            "docker" => docker(engine, arguments),
+            _ => engine.engine(arguments),
+        };
+        let here = local.join(client);
+        shell(&here, TARGETS)?;
+        let inside = format!("mkdir /{client} && cd /{client} && {TARGETS}");
+        engine.engine(["exec", "copied", "sh", "-c", &inside])?.ok()?;
+        let mut codes = Vec::new();
+        for (source, target) in COPIES {
+            let (out, to) = (format!("copied:/source/{source}"), format!("{}/{target}", here.display()));
+            let (from, into) =
+                (format!("{}/source/{source}", local.display()), format!("copied:/{client}/{target}"));
+            codes.push((source, target, copy(&["cp", &out, &to])?.code, copy(&["cp", &from, &into])?.code));
+        }
+        codes.push((
+            "link",
+            "-L",
+            copy(&["cp", "-L", "copied:/source/link", &format!("{}/followed", here.display())])?.code,
+            0,
+        ));
+        let inside = format!("cd /{client} && {LISTING}");
+        let inside = engine.engine(["exec", "copied", "sh", "-c", &inside])?.ok()?;
+        seen.push((codes, shell(&here, LISTING)?, inside));
+    }
+    let [theirs, ours] = seen.as_slice() else { bail!("two clients") };
+    ensure!(theirs == ours, "theirs: {theirs:#?}\nours: {ours:#?}");
+    // Through archives on the standard streams, and what no client does.
+    let packed =
+        engine.command(["cp", "copied:/source/tree", "-"]).output().context("cannot run engine")?.stdout;
+    ensure!(names(&packed)?.iter().any(|name| name == "tree/inner/file"), "{:?}", names(&packed)?);
+    engine.engine_with_input(["cp", "-", "copied:/engine/there"], packed)?.ok()?;
+    engine.engine(["cp", "copied:/a", "copied:/b"])?.fails_with(1, "between containers is not supported")?;
+    engine.engine(["cp", "a", "b"])?.fails_with(1, "at least one container")?;
+    engine.engine(["cp", "nobody:/a", "b"])?.fails_with(1, "No such container: nobody")?;
+    std::fs::remove_dir_all(&local)?;
+    remove(engine, "copied")
 }

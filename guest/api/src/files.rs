@@ -1,8 +1,13 @@
 //! Files in a container: what `HEAD /containers/{id}/archive` and `GET /containers/{id}/changes` tell.
 
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
 use serde::{Deserialize, Serialize};
 
-/// A file or folder, in the header `X-Docker-Container-Path-Stat` (base64 of JSON).
+/// Where the facts about a path are: [`PathStat`] in base64 of JSON.
+pub const PATH_STAT_HEADER: &str = "x-docker-container-path-stat";
+
+/// A file or folder, in the header [`PATH_STAT_HEADER`].
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct PathStat {
@@ -16,6 +21,19 @@ pub struct PathStat {
     pub mtime: String,
     /// Of a symbolic link: the path it leads to, from the container's root.
     pub link_target: String,
+}
+
+impl PathStat {
+    /// The header's value.
+    pub fn encode(&self) -> Result<String, serde_json::Error> {
+        Ok(BASE64_STANDARD.encode(serde_json::to_vec(self)?))
+    }
+
+    /// What a header's value says, if it can be read.
+    #[must_use]
+    pub fn decode(value: &[u8]) -> Option<Self> {
+        crate::decode(&BASE64_STANDARD.decode(value).ok()?).ok()
+    }
 }
 
 /// One line of `GET /containers/{id}/changes`.
@@ -62,5 +80,12 @@ mod tests {
     fn a_stat_has_camel_case_names() {
         let json = serde_json::to_string(&PathStat { name: "x".into(), ..PathStat::default() }).unwrap();
         assert_eq!(json, r#"{"name":"x","size":0,"mode":0,"mtime":"","linkTarget":""}"#);
+    }
+
+    #[test]
+    fn a_stat_survives_its_header() {
+        let stat = PathStat { name: "x".into(), size: 7, mode: 1 << 31, ..PathStat::default() };
+        assert_eq!(PathStat::decode(stat.encode().unwrap().as_bytes()), Some(stat));
+        assert_eq!(PathStat::decode(b"no base64"), None);
     }
 }

@@ -32,7 +32,8 @@ pub(crate) async fn download(docker: &Docker, path: &str, output: Option<&Path>)
     copied.with_context(|| format!("cannot write the archive `{}`", output.display()))
 }
 
-async fn copy(mut body: hyper::body::Incoming, target: &mut impl Write) -> Result<()> {
+/// Streams a body into `target`.
+pub(crate) async fn copy(mut body: hyper::body::Incoming, target: &mut impl Write) -> Result<()> {
     while let Some(frame) = body.frame().await {
         if let Ok(data) = frame.context("the engine broke off the archive")?.into_data() {
             target.write_all(&data)?;

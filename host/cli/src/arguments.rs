@@ -25,6 +25,8 @@ pub(crate) enum Command {
     Create(Box<crate::run::raw::RawRunArgs>),
     /// Attach local standard input, output, and error streams to a running container
     Attach(AttachArgs),
+    /// Copy files/folders between a container and the local filesystem
+    Cp(CpArgs),
     /// Execute a command in a running container
     Exec(ExecArgs),
     /// List containers
@@ -186,6 +188,25 @@ pub(crate) struct AttachArgs {
     pub(crate) sig_proxy: bool,
     /// The container
     pub(crate) container: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CpArgs {
+    /// Archive mode (copy all uid/gid information)
+    #[arg(short, long)]
+    pub(crate) archive: bool,
+    /// Always follow symbol link in SRC_PATH
+    #[arg(short = 'L', long)]
+    pub(crate) follow_link: bool,
+    /// Suppress progress output during copy
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    /// `CONTAINER:PATH`, a path of this computer, or `-` for an archive on standard input
+    #[arg(value_name = "SRC_PATH")]
+    pub(crate) source: String,
+    /// `CONTAINER:PATH`, a path of this computer, or `-` for an archive on standard output
+    #[arg(value_name = "DEST_PATH")]
+    pub(crate) target: String,
 }
 
 #[derive(Debug, Args)]

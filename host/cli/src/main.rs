@@ -8,6 +8,7 @@ mod archive;
 mod arguments;
 mod containers;
 mod control;
+mod copy;
 mod credentials;
 mod docker;
 mod lists;
@@ -139,6 +140,7 @@ async fn execute(cli: Cli) -> Result<u8> {
             output::line(&args.image).map(|()| true).context("cannot write to standard output")
         }
         Command::History(args) => lists::history(&session.docker().await?, args).await.map(|()| true),
+        Command::Cp(args) => copy::copy(&session.docker().await?, args).await.map(|()| true),
         Command::Stats(args) => stats::stats(&session.docker().await?, args).await,
         Command::Attach(args) => return run::attach(&session.docker().await?, args).await,
         Command::Load(args) => {

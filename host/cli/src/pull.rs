@@ -94,7 +94,8 @@ pub(crate) async fn load(docker: &Docker, input: Option<&Path>, quiet: bool) -> 
     Ok(())
 }
 
-fn upload(reader: impl AsyncRead + Send + Sync + 'static) -> Body {
+/// A body read from `reader`.
+pub(crate) fn upload(reader: impl AsyncRead + Send + Sync + 'static) -> Body {
     let chunks = futures_util::stream::unfold(Box::pin(reader), |mut reader| async move {
         let mut buffer = bytes::BytesMut::with_capacity(BUFFER_BYTES);
         match tokio::io::AsyncReadExt::read_buf(&mut reader, &mut buffer).await {

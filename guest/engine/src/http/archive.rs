@@ -1,9 +1,7 @@
 //! `/containers/{id}/archive`, `/export` and `/changes`.
 
-use base64::Engine;
-use base64::prelude::BASE64_STANDARD;
 use futures_util::TryStreamExt;
-use guest_api::files::PathStat;
+use guest_api::files::{PATH_STAT_HEADER, PathStat};
 use http_body_util::BodyStream;
 use hyper::header::HeaderValue;
 use tokio_util::io::{StreamReader, SyncIoBridge};
@@ -14,9 +12,6 @@ use super::request::Call;
 use super::respond::{self, Answer, Response};
 use crate::failure::Failure;
 use crate::services::containers::ExtractQuery;
-
-/// Where the facts about a path are, in base64 of JSON.
-const STAT: &str = "x-docker-container-path-stat";
 
 /// The body of a request as a reader for threads outside of the runtime. It fails when the client has gone.
 pub fn body_reader(body: RequestBody) -> impl std::io::Read + Send + 'static {
@@ -33,11 +28,10 @@ fn path(call: &Call) -> Result<&str, Failure> {
 }
 
 fn tell(response: &mut Response, stat: &PathStat) -> Result<(), Failure> {
-    let json =
-        serde_json::to_vec(stat).map_err(|error| Failure::internal("cannot write the answer", &error))?;
-    let value = HeaderValue::from_str(&BASE64_STANDARD.encode(json))
-        .map_err(|error| Failure::internal("cannot write the answer", &error))?;
-    response.headers_mut().insert(STAT, value);
+    let value = stat.encode().map_err(|error| Failure::internal("cannot write the answer", &error))?;
+    let value =
+        HeaderValue::try_from(value).map_err(|error| Failure::internal("cannot write the answer", &error))?;
+    response.headers_mut().insert(PATH_STAT_HEADER, value);
     Ok(())
 }
 
