@@ -27,6 +27,17 @@ pub(crate) struct Chain<'a> {
     pub writable: Buffers<'a>,
 }
 
+/// How a round of [`Ring::serve`] ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Round {
+    /// No chain is left; the driver kicks when it adds one.
+    Empty,
+    /// The budget is used up, only to let others have a turn.
+    HasMore,
+    /// A chain could not be served now and went back; whoever stopped knows when to go on.
+    Stopped,
+}
+
 /// A queue of at most `maximum` entries, with this size and these guest addresses, from its beginning.
 ///
 /// Fails on sizes and alignments that no driver may choose. Whether the rings lie in memory is not looked at.
@@ -122,6 +133,31 @@ impl Ring {
             Default::default()
         });
         Some(Chain { head, readable, writable })
+    }
+
+    /// Hands every available chain to `one`, up to `budget` of them. It returns how many bytes it wrote into the chain,
+    /// which then goes back to the driver, or `None` to leave that chain where it was and end the round.
+    ///
+    /// Kicks are off meanwhile. The driver is told by [`Self::flush`], which is the caller's.
+    pub fn serve(&mut self, budget: usize, mut one: impl FnMut(Chain<'_>) -> Option<u32>) -> Round {
+        let memory = self.memory();
+        self.disable_kicks();
+        for _ in 0..budget {
+            let Some(chain) = self.take(&memory) else {
+                // One that was added before kicks were on again comes without a kick.
+                match self.enable_kicks() {
+                    true => continue,
+                    false => return Round::Empty,
+                }
+            };
+            let head = chain.head;
+            let Some(length) = one(chain) else {
+                self.untake(1);
+                return Round::Stopped;
+            };
+            self.complete(&memory, head, length);
+        }
+        Round::HasMore
     }
 
     /// Takes the next available chain of a queue whose buffers are not data: the guest's ranges of memory that the device
@@ -281,6 +317,31 @@ mod tests {
         check(u16::MAX, 0, 1, true);
         check(u16::MAX - 1, 1, 3, true);
         check(7, 7, 1 << 16, true);
+    }
+
+    #[test]
+    fn a_round_ends_with_the_chains_the_budget_or_a_chain_that_waits() {
+        let memory = driver::memory(1 << 20);
+        let mut driver = DriverQueue::new(&memory, 0x1000, 8, true);
+        let mut ring = Ring::new(DeviceKind::Rng, 0, driver.resources());
+        let piece = Piece { address: 0x8000, length: 64, writable: true };
+        let heads: Vec<u16> = (0..5).map(|_| driver.add(&[piece])).collect();
+        let mut seen = Vec::new();
+        let mut round = |ring: &mut Ring, budget, stop_at: usize| {
+            ring.serve(budget, |chain| {
+                let served = (seen.len() < stop_at).then_some(7);
+                if served.is_some() {
+                    seen.push(chain.head);
+                }
+                served
+            })
+        };
+        assert_eq!(round(&mut ring, 2, 9), Round::HasMore);
+        assert_eq!(round(&mut ring, 8, 3), Round::Stopped);
+        assert_eq!(round(&mut ring, 8, 9), Round::Empty);
+        assert_eq!(seen, heads, "the chain that waited came again, and none came twice");
+        let used: Vec<_> = std::iter::from_fn(|| driver.take_used()).collect();
+        assert_eq!(used, heads.iter().map(|head| (*head, 7)).collect::<Vec<_>>());
     }
 
     #[test]

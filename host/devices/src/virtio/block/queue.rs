@@ -10,7 +10,7 @@ use super::Counters;
 use super::file::Backend;
 use super::request::{RequestError, serve};
 use crate::throttle::Throttle;
-use crate::virtio::ring::Ring;
+use crate::virtio::ring::{Ring, Round};
 use crate::virtio::worker::{Model, Rings};
 
 /// Requests taken from one queue before the next has its turn.
@@ -31,34 +31,18 @@ impl Queues {
 
     /// Serves requests of one queue; `true` when there may be more.
     fn serve(&mut self, ring: &mut Ring) -> bool {
-        let memory = ring.memory();
-        ring.disable_kicks();
-        for _ in 0..BUDGET {
-            match ring.take(&memory) {
-                Some(chain) => {
-                    let served = serve(&self.backend, &self.counters, chain.readable, chain.writable);
-                    let length = match served {
-                        Some((length, result)) => {
-                            if let Err(error) = result {
-                                self.failed(&error);
-                            }
-                            length
-                        }
-                        None => {
-                            self.counters.malformed.add(1);
-                            0
-                        }
-                    };
-                    ring.complete(&memory, chain.head, length);
-                }
-                None => {
-                    if !ring.enable_kicks() {
-                        return false;
-                    }
-                }
+        let round = ring.serve(BUDGET, |chain| {
+            let served = serve(&self.backend, &self.counters, chain.readable, chain.writable);
+            let Some((length, result)) = served else {
+                self.counters.malformed.add(1);
+                return Some(0);
+            };
+            if let Err(error) = result {
+                self.failed(&error);
             }
-        }
-        true
+            Some(length)
+        });
+        round == Round::HasMore
     }
 
     fn failed(&mut self, error: &RequestError) {

@@ -14,7 +14,7 @@ use tracing::debug;
 
 use super::{Counters, Message};
 use crate::virtio::buffers::Buffers;
-use crate::virtio::ring::Ring;
+use crate::virtio::ring::{Ring, Round};
 use crate::virtio::worker::{Model, Rings};
 
 /// Queue indexes (virtio 1.3 §5.3.2).
@@ -59,28 +59,12 @@ impl Queues {
         })
     }
 
-    /// Takes output of the guest; `true` when there may be more.
-    fn transmit(&mut self, ring: &mut Ring) -> bool {
-        let memory = ring.memory();
-        ring.disable_kicks();
-        for _ in 0..BUDGET {
-            let Some(mut chain) = ring.take(&memory) else {
-                if !ring.enable_kicks() {
-                    return false;
-                }
-                continue;
-            };
-            if chain.readable.is_empty() {
-                self.counters.malformed.add(1);
-            }
-            chain.readable.truncate(CHAIN_MAX);
-            self.output(chain.readable);
-            ring.complete(&memory, chain.head, 0);
-        }
-        true
-    }
-
+    /// Takes output of the guest.
     fn output(&mut self, mut bytes: Buffers<'_>) {
+        if bytes.is_empty() {
+            self.counters.malformed.add(1);
+        }
+        bytes.truncate(CHAIN_MAX);
         self.counters.output_bytes.add(bytes.len() as u64);
         while self.pending.is_empty() && self.writable && !bytes.is_empty() {
             if let Err(error) = bytes.send(self.stream.as_fd()) {
@@ -196,7 +180,11 @@ impl Model for Queues {
         if self.transmit_kicked
             && let Some(ring) = &mut rings[TRANSMIT]
         {
-            self.transmit_kicked = self.transmit(ring);
+            let round = ring.serve(BUDGET, |chain| {
+                self.output(chain.readable);
+                Some(0)
+            });
+            self.transmit_kicked = round == Round::HasMore;
             ring.flush();
         }
         let mut more = false;

@@ -10,7 +10,8 @@ use tracing::warn;
 
 use super::Counters;
 use crate::throttle::Throttle;
-use crate::virtio::ring::Ring;
+use crate::virtio::buffers::Buffers;
+use crate::virtio::ring::Round;
 use crate::virtio::worker::{Model, Rings};
 
 /// The most given for one buffer. A driver that wants more asks again.
@@ -30,37 +31,23 @@ impl Queues {
         Self { counters, kicked: false, throttle: Throttle::default() }
     }
 
-    /// Fills buffers; `true` when there may be more.
-    fn serve(&mut self, ring: &mut Ring) -> bool {
-        let memory = ring.memory();
-        ring.disable_kicks();
-        for _ in 0..BUDGET {
-            let Some(mut chain) = ring.take(&memory) else {
-                if !ring.enable_kicks() {
-                    return false;
-                }
-                continue;
-            };
-            let mut bytes = [0; BYTES_MAX];
-            let wanted = chain.writable.len().min(BYTES_MAX);
-            let given = match fill(&mut bytes[..wanted]) {
-                Ok(()) => chain.writable.copy_in(&bytes[..wanted]),
-                Err(error) => {
-                    // A used buffer must hold at least a byte (§5.4.6.2), so this one waits for the next kick.
-                    ring.untake(1);
-                    if let Some(suppressed) = self.throttle.admit(Instant::now()) {
-                        warn!(suppressed, %error, "the host has no randomness for the guest");
-                    }
-                    return false;
-                }
-            };
-            match given {
-                0 => self.counters.malformed.add(1),
-                given => self.counters.bytes.add(given as u64),
+    /// Fills a buffer; says with how many bytes.
+    fn give(&mut self, mut buffer: Buffers<'_>) -> Option<u32> {
+        let mut bytes = [0; BYTES_MAX];
+        let wanted = buffer.len().min(BYTES_MAX);
+        if let Err(error) = fill(&mut bytes[..wanted]) {
+            // A used buffer must hold at least a byte (§5.4.6.2), so this one waits for the next kick.
+            if let Some(suppressed) = self.throttle.admit(Instant::now()) {
+                warn!(suppressed, %error, "the host has no randomness for the guest");
             }
-            ring.complete(&memory, chain.head, given as u32);
+            return None;
         }
-        true
+        let given = buffer.copy_in(&bytes[..wanted]);
+        match given {
+            0 => self.counters.malformed.add(1),
+            given => self.counters.bytes.add(given as u64),
+        }
+        Some(given as u32)
     }
 }
 
@@ -96,7 +83,12 @@ impl Model for Queues {
         if let Some(ring) = &mut rings[0]
             && std::mem::take(&mut self.kicked)
         {
-            self.kicked = self.serve(ring);
+            let round = ring.serve(BUDGET, |chain| self.give(chain.writable));
+            self.kicked = round == Round::HasMore;
+            if round == Round::Stopped {
+                // What is there already comes with the next, too.
+                let _more = ring.enable_kicks();
+            }
             ring.flush();
             return self.kicked;
         }

@@ -14,7 +14,7 @@ use super::connection::{Received, Verdict};
 use super::muxer::{Muxer, Turn};
 use super::packet::{HEADER_BYTES, Header};
 use crate::virtio::buffers::Buffers;
-use crate::virtio::ring::Ring;
+use crate::virtio::ring::{Ring, Round};
 use crate::virtio::worker::{Model, Rings};
 
 /// Queue indexes (virtio 1.3 §5.10.2).
@@ -61,23 +61,12 @@ impl Queues {
 
     /// Takes packets from the guest; `true` when there may be more.
     fn transmit(&mut self, ring: &mut Ring) -> bool {
-        let memory = ring.memory();
-        ring.disable_kicks();
-        for _ in 0..TRANSMIT_BUDGET {
-            match ring.take(&memory) {
-                Some(chain) => {
-                    self.muxer.counters().packets_from_guest.add(1);
-                    self.muxer.guest_packet(chain.readable);
-                    ring.complete(&memory, chain.head, 0);
-                }
-                None => {
-                    if !ring.enable_kicks() {
-                        return false;
-                    }
-                }
-            }
-        }
-        true
+        let round = ring.serve(TRANSMIT_BUDGET, |chain| {
+            self.muxer.counters().packets_from_guest.add(1);
+            self.muxer.guest_packet(chain.readable);
+            Some(0)
+        });
+        round == Round::HasMore
     }
 
     /// Gives packets to the guest; `true` when there may be more to give now.
