@@ -10,10 +10,9 @@
 //! Kind 1: a TCP segment over IPv4 that is to be cut so that each has `cut to` bytes of payload; kind 5: so a UDP
 //! datagram. `headers` is how long all headers are.
 
-use crate::counters::DropReason;
+use host_frames::OFFLOAD_BYTES;
 
-/// Bytes before each frame.
-pub(crate) const OFFLOAD_BYTES: usize = 10;
+use crate::counters::DropReason;
 
 const CHECKSUM_MISSING: u8 = 1;
 const WHOLE: u8 = 0;

@@ -15,6 +15,7 @@ use std::collections::VecDeque;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::time::Duration;
 
+use host_frames::OFFLOAD_BYTES;
 use smoltcp::phy::{Checksum, ChecksumCapabilities};
 use smoltcp::wire::{
     ArpPacket, ArpRepr, DHCP_CLIENT_PORT, DHCP_SERVER_PORT, EthernetFrame, EthernetProtocol,
@@ -29,7 +30,7 @@ use crate::dhcp;
 use crate::dns::{self, DNS_PORT, Query, RESOLVERS_MAX, Response, Verdict as DnsVerdict};
 use crate::flow::{Flow, FlowId, Key, Table};
 use crate::icmp::{self, Echo, Unreachable};
-use crate::offload::{OFFLOAD_BYTES, Offload};
+use crate::offload::Offload;
 use crate::random::Random;
 use crate::reassembly::{Name, Outcome, Reassembly};
 use crate::tcp::{Connection, Timeout, Verdict};

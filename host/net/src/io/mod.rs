@@ -5,21 +5,23 @@
 //! host sockets; a slow host socket shrinks the guest's window. While nothing happens the thread sleeps without a
 //! timer.
 
-mod link;
 mod socket;
 
 use std::collections::VecDeque;
 use std::hash::{BuildHasher, RandomState};
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use mio::{Events, Poll, Token, Waker};
+use host_frames::FrameSocket;
+use mio::event::Event;
+use mio::unix::SourceFd;
+use mio::{Events, Interest, Poll, Token, Waker};
 
-use self::link::Link;
 use self::socket::{HostSocket, Progress};
 use crate::config::Config;
 use crate::counters::{Counters, DropReason};
@@ -130,7 +132,10 @@ impl Shared {
 pub fn spawn(stream: UnixStream, config: Config) -> io::Result<Handle> {
     let poll = Poll::new()?;
     let waker = Waker::new(poll.registry(), WAKE)?;
-    let link = Link::new(stream, poll.registry(), LINK)?;
+    stream.set_nonblocking(true)?;
+    let interest = Interest::READABLE | Interest::WRITABLE;
+    poll.registry().register(&mut SourceFd(&stream.as_raw_fd()), LINK, interest)?;
+    let link = FrameSocket::new(stream);
     let shared = Arc::new(Shared::default());
     let mut driver = Driver::new(poll, link, config, Arc::clone(&shared));
     let thread = std::thread::Builder::new().name("nat".into()).spawn(move || {
@@ -146,7 +151,7 @@ pub fn spawn(stream: UnixStream, config: Config) -> io::Result<Handle> {
 struct Driver {
     poll: Poll,
     stack: Stack,
-    link: Link,
+    link: FrameSocket<UnixStream>,
     resolv_conf: ResolvConf,
     shared: Arc<Shared>,
     start: Instant,
@@ -160,7 +165,7 @@ struct Driver {
 }
 
 impl Driver {
-    fn new(poll: Poll, link: Link, config: Config, shared: Arc<Shared>) -> Self {
+    fn new(poll: Poll, link: FrameSocket<UnixStream>, config: Config, shared: Arc<Shared>) -> Self {
         let resolv_conf = ResolvConf::new(config.resolv_conf.clone());
         // The standard library's keys come from the system's source of randomness.
         let seed = RandomState::new().hash_one(std::process::id());
@@ -191,7 +196,7 @@ impl Driver {
             }
             for event in &events {
                 match event.token() {
-                    LINK => self.link.notice(event),
+                    LINK => notice_link(&mut self.link, event),
                     WAKE => {}
                     Token(bits) => self.notice(FlowId::from_bits(bits as u64), event),
                 }
@@ -205,6 +210,9 @@ impl Driver {
             self.work(now);
             self.operate(now);
             self.send_frames(now)?;
+            if self.link.is_closed() {
+                return Ok(());
+            }
             self.shared.publish(&self.stack.counters());
         }
     }
@@ -218,7 +226,7 @@ impl Driver {
         Some(deadline.saturating_sub(self.start.elapsed()))
     }
 
-    fn notice(&mut self, flow: FlowId, event: &mio::event::Event) {
+    fn notice(&mut self, flow: FlowId, event: &Event) {
         if let Some(socket) = socket_of(&mut self.sockets, flow) {
             socket.notice(event);
             queue(&mut self.work, socket);
@@ -233,8 +241,9 @@ impl Driver {
         if let Some(resolvers) = self.resolv_conf.changed(now) {
             self.stack.set_resolvers(&resolvers);
         }
-        while let Some(frame) = self.link.next_frame()? {
+        while let Some(frame) = self.link.peek()? {
             self.stack.receive_from_link(frame, now);
+            self.link.skip();
         }
         Ok(true)
     }
@@ -330,7 +339,10 @@ impl Driver {
 
     fn send_frames(&mut self, now: Duration) -> io::Result<()> {
         loop {
-            let filled = self.link.put_frames(|out| self.stack.next_frame(out, now));
+            let mut filled = true;
+            while filled && self.link.has_room() {
+                filled = self.link.put(|out| self.stack.next_frame(out, now).map(drop));
+            }
             let sent = self.link.flush()?;
             if !(filled && sent) {
                 break;
@@ -347,6 +359,11 @@ impl Driver {
         self.operate(now);
         Ok(())
     }
+}
+
+fn notice_link(link: &mut FrameSocket<UnixStream>, event: &Event) {
+    let readable = event.is_readable() || event.is_read_closed() || event.is_error();
+    link.notice(readable, event.is_writable());
 }
 
 fn socket_of(sockets: &mut [Option<HostSocket>], flow: FlowId) -> Option<&mut HostSocket> {

@@ -3,8 +3,7 @@
 //! Pure: bytes in, bytes out. Nothing a frame says about itself is believed before it has been checked against its
 //! length; what does not fit together is `None`, and the frame is dropped.
 
-/// Bytes of the part of the header that says what is left to do; a driver's header goes on with the number of buffers.
-pub const OFFLOAD_BYTES: usize = 10;
+use host_frames::OFFLOAD_BYTES;
 
 /// The checksum from `checksum_start` on is still to be made.
 const NEEDS_CHECKSUM: u8 = 1;

@@ -4,18 +4,19 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Instant;
 
+use host_frames::{FRAME_MAX, OFFLOAD_BYTES};
 use mio::event::Event;
 use vm_memory::GuestMemoryMmap;
 
-use super::link::{FRAME_MAX, Link};
-use super::offload::{OFFLOAD_BYTES, Offload, Segmentation, complete, cut};
+use super::link::Link;
+use super::offload::{Offload, Segmentation, complete, cut};
 use super::{
     Counters, F_CSUM, F_GUEST_CSUM, F_GUEST_TSO4, F_GUEST_TSO6, F_HOST_TSO4, F_HOST_TSO6, F_HOST_USO,
     F_MRG_RXBUF, STATUS,
 };
 use crate::virtio::buffers::Buffers;
 use crate::virtio::config::ConfigSpace;
-use crate::virtio::ring::Ring;
+use crate::virtio::ring::{Ring, Round};
 use crate::virtio::worker::{Model, Rings};
 
 /// Queue indexes (virtio 1.3 §5.1.2).
@@ -82,28 +83,21 @@ impl Queues {
 
     /// Takes frames from the guest; `true` when there may be more that can be taken now.
     fn transmit(&mut self, ring: &mut Ring) -> bool {
-        let memory = ring.memory();
-        ring.disable_kicks();
-        for _ in 0..BUDGET {
+        let round = ring.serve(BUDGET, |chain| {
             if !self.link.has_room() {
                 self.link.flush();
                 if !self.link.has_room() {
-                    return false;
+                    return None;
                 }
             }
-            let Some(chain) = ring.take(&memory) else {
-                if !ring.enable_kicks() {
-                    self.transmit_kicked = false;
-                    return false;
-                }
-                continue;
-            };
             if self.send(chain.readable).is_none() || self.link.is_closed() {
                 self.counters.dropped_from_guest.add(1);
             }
-            ring.complete(&memory, chain.head, 0);
-        }
-        true
+            Some(0)
+        });
+        // A round that was stopped goes on when the link has room.
+        self.transmit_kicked = round != Round::Empty;
+        round == Round::HasMore
     }
 
     /// Sends one frame of the guest; `None` when it makes no sense.
