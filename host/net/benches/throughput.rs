@@ -69,7 +69,7 @@ struct Open {
 fn open(mtu: u16) -> Open {
     let mut stack = Stack::new(Config { mtu, ..Config::default() }, 1);
     stack.receive_frame(&frame(TcpControl::Syn, 1000, None, b""), Duration::ZERO);
-    let Some(Operation::Connect { flow, to: SocketAddr::V4(PEER) }) = stack.next_operation() else {
+    let Some(Operation::Connect { flow, to: SocketAddr::V4(PEER), .. }) = stack.next_operation() else {
         unreachable!("a SYN opens a connection")
     };
     stack.connected(flow);

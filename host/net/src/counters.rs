@@ -10,7 +10,7 @@ pub enum DropReason {
     Malformed,
     /// For another machine's hardware address.
     NotForUs,
-    /// IPv6, which this link does not carry yet.
+    /// IPv6, on a link too small for it.
     Ipv6,
     /// Neither ARP nor IP, or an IP protocol other than TCP, UDP and ICMP.
     UnknownProtocol,
@@ -18,7 +18,7 @@ pub enum DropReason {
     Spoofed,
     /// A destination that must not appear on a wire (loopback, 0.0.0.0/8, 240.0.0.0/4).
     Martian,
-    /// Broadcast and multicast other than ARP and DHCP.
+    /// Broadcast and multicast other than ARP, DHCP and neighbour discovery.
     Multicast,
     /// A fragment that fits nothing; what it belonged to is discarded too.
     Fragment,
@@ -32,7 +32,7 @@ pub enum DropReason {
     HostQueueFull,
     /// A TCP segment of no known connection; answered with a reset.
     NoConnection,
-    /// ICMP other than echo.
+    /// ICMP other than echo and neighbour discovery.
     UnsupportedIcmp,
     /// A DHCP or DNS message that makes no sense, or an answer nobody asked for.
     UnexpectedMessage,

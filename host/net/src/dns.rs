@@ -6,7 +6,7 @@
 //! looked into beyond id and code: whatever record types and options there are pass through.
 //! Queries over TCP are plain connections to the first resolver (tcp.rs).
 
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use guest_protocol::dns::{HEADER_BYTES as HEADER, Question};
@@ -94,7 +94,7 @@ fn own_answer(question: &[u8], address: Option<Ipv4Addr>) -> Vec<u8> {
 /// A query under way to the resolvers.
 #[derive(Debug)]
 pub(crate) struct Query {
-    guest: SocketAddrV4,
+    guest: SocketAddr,
     id: u16,
     our_id: u16,
     message: Vec<u8>,
@@ -114,11 +114,11 @@ pub(crate) enum Response {
 }
 
 impl Query {
-    pub(crate) fn new(guest: SocketAddrV4, message: &[u8], id: u16, our_id: u16, now: Duration) -> Self {
+    pub(crate) fn new(guest: SocketAddr, message: &[u8], id: u16, our_id: u16, now: Duration) -> Self {
         Self { guest, id, our_id, message: message.to_vec(), attempt: 0, deadline: now + PATIENCE }
     }
 
-    pub(crate) fn guest(&self) -> SocketAddrV4 {
+    pub(crate) fn guest(&self) -> SocketAddr {
         self.guest
     }
 
@@ -244,7 +244,7 @@ mod tests {
 
     #[test]
     fn an_answer_counts_only_with_the_id_it_was_asked_with() {
-        let guest = SocketAddrV4::new(Ipv4Addr::new(198, 18, 0, 2), 4000);
+        let guest = SocketAddr::from(([198, 18, 0, 2], 4000));
         let asked = query(7, "example.com", TYPE_A);
         let question = Query::new(guest, &asked, 7, 0xabcd, Duration::ZERO);
         assert_eq!(question.request()[..2], [0xab, 0xcd]);
@@ -265,7 +265,7 @@ mod tests {
 
     #[test]
     fn each_resolver_is_asked_twice_then_the_guest_is_told() {
-        let guest = SocketAddrV4::new(Ipv4Addr::new(198, 18, 0, 2), 4000);
+        let guest = SocketAddr::from(([198, 18, 0, 2], 4000));
         let asked = query(7, "example.com", TYPE_A);
         let mut question = Query::new(guest, &asked, 7, 1, Duration::ZERO);
         let mut order = Vec::new();

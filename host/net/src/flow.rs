@@ -12,7 +12,7 @@
 //! ```
 
 use std::collections::HashMap;
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use crate::dns::Query;
@@ -51,10 +51,10 @@ impl FlowId {
 /// How a packet from the guest finds its flow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Key {
-    Tcp { guest: SocketAddrV4, remote: SocketAddrV4 },
-    Udp { guest: SocketAddrV4, remote: SocketAddrV4 },
-    Dns { guest: SocketAddrV4, id: u16 },
-    Echo { guest: Ipv4Addr, remote: Ipv4Addr, ident: u16 },
+    Tcp { guest: SocketAddr, remote: SocketAddr },
+    Udp { guest: SocketAddr, remote: SocketAddr },
+    Dns { guest: SocketAddr, id: u16 },
+    Echo { guest: IpAddr, remote: IpAddr, ident: u16 },
 }
 
 #[derive(Debug)]
@@ -156,7 +156,7 @@ mod tests {
     use super::*;
 
     fn echo(ident: u16) -> (Key, Flow) {
-        let (guest, remote) = (Ipv4Addr::new(198, 18, 0, 2), Ipv4Addr::new(10, 0, 0, 1));
+        let (guest, remote) = ([198, 18, 0, 2].into(), [10, 0, 0, 1].into());
         (Key::Echo { guest, remote, ident }, Flow::Echo(Echo::new(guest, remote, ident, Duration::ZERO)))
     }
 

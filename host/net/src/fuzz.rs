@@ -1,9 +1,11 @@
 //! The entry for invented frames.
 
+use std::net::Ipv6Addr;
 use std::time::Duration;
 
-use crate::config::Config;
+use crate::config::{Config, ROUTER_LINK_LOCAL};
 use crate::flow::FLOW_CAPACITY;
+use crate::icmp::{Reason, Trouble};
 use crate::stack::{Failure, Operation, Stack};
 
 /// Plays `data` to a NAT: each step is a tag, a length and so many bytes: a frame, the inside of one, or something that
@@ -14,7 +16,7 @@ use crate::stack::{Failure, Operation, Stack};
 pub fn fuzz_nat_frames(data: &[u8]) {
     let config = Config::default();
     let longest = usize::from(config.mtu) + 14;
-    let mut stack = Stack::new(config, 1);
+    let mut stack = Stack::new(config.clone(), 1);
     stack.ignore_checksums();
     stack.set_resolvers(&[([10, 0, 0, 1], 53).into(), ([10, 0, 0, 2], 53).into()]);
     let mut now = Duration::ZERO;
@@ -24,7 +26,7 @@ pub fn fuzz_nat_frames(data: &[u8]) {
         let (bytes, tail) = tail.split_at(usize::from(*length).min(tail.len()));
         rest = tail;
         let flow = flows.get(usize::from(*length) % flows.len().max(1)).copied();
-        match (tag % 8, flow) {
+        match (tag % 12, flow) {
             (0, _) => now += Duration::from_millis(u64::from(*length) * 100),
             (1, Some(flow)) => {
                 let room = stack.room(flow);
@@ -41,6 +43,15 @@ pub fn fuzz_nat_frames(data: &[u8]) {
             (5, _) => stack.receive_frame(&packet(TCP, [198, 18, 0, 254], bytes), now),
             (6, _) => stack.receive_frame(&packet(UDP, [198, 18, 0, 1], bytes), now),
             (7, _) => stack.receive_frame(&packet(*length, [10, 0, 0, 9], bytes), now),
+            (8, _) => stack.receive_frame(&packet6(TCP, &config.host_alias6(), bytes), now),
+            (9, _) => stack.receive_frame(&packet6(ICMPV6, &ROUTER_LINK_LOCAL, bytes), now),
+            (10, _) => stack.receive_frame(&packet6(*length, &FAR6, bytes), now),
+            (11, Some(flow)) => {
+                let reason = [Reason::TooLarge { mtu: 1400 }, Reason::HopsExceeded, Reason::PortUnreachable]
+                    [usize::from(*tag) % 3];
+                let from = Some(if *length < 128 { [10, 0, 0, 3].into() } else { FAR6.into() });
+                stack.trouble(flow, Trouble { reason, from, sequence: None }, now);
+            }
             _ => stack.receive_frame(bytes, now),
         }
         stack.tick(now);
@@ -73,6 +84,8 @@ pub fn fuzz_nat_frames(data: &[u8]) {
 
 const TCP: u8 = 6;
 const UDP: u8 = 17;
+const ICMPV6: u8 = 58;
+const FAR6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 9);
 
 /// Honest headers around invented bytes, which so get further.
 fn packet(protocol: u8, to: [u8; 4], payload: &[u8]) -> Vec<u8> {
@@ -81,6 +94,17 @@ fn packet(protocol: u8, to: [u8; 4], payload: &[u8]) -> Vec<u8> {
     frame.extend([2, 0, 0, 0, 0, 2, 0x08, 0x00]);
     frame.extend([0x45, 0, length[0], length[1], 0, 1, 0, 0, 64, protocol, 0, 0, 198, 18, 0, 2]);
     frame.extend(to);
+    frame.extend(payload);
+    frame
+}
+
+/// The same in IPv6.
+fn packet6(next: u8, to: &Ipv6Addr, payload: &[u8]) -> Vec<u8> {
+    let length = (payload.len() as u16).to_be_bytes();
+    let mut frame = vec![0xff; 6];
+    frame.extend([2, 0, 0, 0, 0, 2, 0x86, 0xdd, 0x60, 0, 0, 0, length[0], length[1], next, 255]);
+    frame.extend(Ipv6Addr::new(0xfdc7, 0x9a1e, 0x5d28, 0, 0, 0, 0, 2).octets());
+    frame.extend(to.octets());
     frame.extend(payload);
     frame
 }

@@ -8,13 +8,13 @@
 //! | [`stack`] | the pure machine: frames and socket events in, frames and socket operations out |
 //! | `flow` | the one table of conversations, their keys and states |
 //! | `tcp`, `udp`, `dns`, `icmp` | one conversation each |
-//! | `arp`, `dhcp` | questions answered on the spot |
-//! | `wire` | bytes, by smoltcp |
+//! | `arp`, `neighbour`, `dhcp` | questions answered on the spot |
+//! | `wire`, `ipv6` | bytes, by smoltcp where it has them |
 //! | `offload` | what the two ends of the link leave to each other |
 //! | [`io`] | the loop that does what the stack says: one thread, no timers while idle |
 //!
-//! IPv4 only in this version: IPv6 frames are counted and dropped. Fragments are put together (`reassembly`), and
-//! datagrams to the guest are fragmented where the link needs it.
+//! Both families alike: where the host has no way, the guest hears so at once. Fragments are put together
+//! (`reassembly`), and datagrams to the guest are fragmented where the link needs it.
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
@@ -27,6 +27,8 @@ mod flow;
 mod fuzz;
 mod icmp;
 pub mod io;
+mod ipv6;
+mod neighbour;
 mod offload;
 mod random;
 mod reassembly;
@@ -42,6 +44,7 @@ pub use config::Config;
 pub use counters::{Counters, DropReason};
 pub use flow::{FLOW_CAPACITY, FlowId};
 pub use fuzz::fuzz_nat_frames;
+pub use icmp::{Reason, Trouble};
 pub use io::{Handle, spawn};
 pub use offload::Offload;
 pub use stack::{Failure, Operation, Stack};

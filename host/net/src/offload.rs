@@ -7,8 +7,10 @@
 //!
 //! Little-endian, as a virtio network card has them (virtio 1.3 §5.1.6). Flag 1: the transport checksum is missing; it
 //! is made of everything from `from` on and goes `behind` bytes behind that, where the sum of the pseudo header is now.
-//! Kind 1: a TCP segment over IPv4 that is to be cut so that each has `cut to` bytes of payload; kind 5: so a UDP
-//! datagram. `headers` is how long all headers are.
+//! Kind 1: a TCP segment over IPv4 that is to be cut so that each has `cut to` bytes of payload; kind 4: so one over
+//! IPv6; kind 5: so a UDP datagram. `headers` is how long all headers are.
+
+use std::net::IpAddr;
 
 use host_frames::OFFLOAD_BYTES;
 
@@ -17,6 +19,7 @@ use crate::counters::DropReason;
 const CHECKSUM_MISSING: u8 = 1;
 const WHOLE: u8 = 0;
 const TCP4: u8 = 1;
+const TCP6: u8 = 4;
 const DATAGRAMS: u8 = 5;
 
 /// The most datagrams that come as one frame.
@@ -39,7 +42,7 @@ impl Offload {
         let size = u16::from_le_bytes([low, high]);
         // A large TCP segment is taken as it is.
         let datagram_bytes = match kind {
-            WHOLE | TCP4 => None,
+            WHOLE | TCP4 | TCP6 => None,
             DATAGRAMS if size > 0 => Some(size),
             _ => return None,
         };
@@ -58,9 +61,10 @@ impl Offload {
     }
 }
 
-/// What is left to the guest for a TCP segment over IPv4 without options: its checksum, and cutting it if it has more
-/// than `limit` bytes of payload.
+/// What is left to the guest for a TCP segment from `source`: its checksum, and cutting it if it has more than `limit`
+/// bytes of payload.
 pub(crate) fn of_segment(
+    source: IpAddr,
     transport: usize,
     headers: usize,
     payload: usize,
@@ -69,7 +73,7 @@ pub(crate) fn of_segment(
     let [start, checksum] = [transport as u16, 16].map(u16::to_le_bytes);
     let mut bytes = [CHECKSUM_MISSING, WHOLE, 0, 0, 0, 0, start[0], start[1], checksum[0], checksum[1]];
     if payload > limit {
-        bytes[1] = TCP4;
+        bytes[1] = if source.is_ipv4() { TCP4 } else { TCP6 };
         bytes[2..4].copy_from_slice(&(headers as u16).to_le_bytes());
         bytes[4..6].copy_from_slice(&(limit as u16).to_le_bytes());
     }
@@ -94,7 +98,8 @@ mod tests {
         check([1, 1, 54, 0, 0xb4, 5], Some((true, None)));
         check([1, 5, 0, 0, 0xb4, 5], Some((true, Some(1460))));
         check([1, 5, 0, 0, 0, 0], None);
-        check([1, 4, 0, 0, 1, 0], None);
+        check([1, 4, 74, 0, 0xa0, 5], Some((true, None)));
+        check([1, 3, 0, 0, 1, 0], None);
         assert_eq!(Offload::split(&[0; 9]), None);
     }
 

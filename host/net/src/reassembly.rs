@@ -1,17 +1,17 @@
-//! Packets that the guest sends in fragments (RFC 791 §3.2), put together again in bounded room.
+//! Packets that the guest sends in fragments (RFC 791 §3.2, RFC 8200 §4.5), put together again in bounded room.
 //!
 //! Fragments that overlap, or do not fit, discard the whole packet: an honest sender makes neither. There is no timer:
 //! what stays incomplete makes room for the next, or is found too old when one comes.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::time::Duration;
 
 use smoltcp::wire::IpProtocol;
 
 /// Packets under way at a time. A link that loses nothing has one.
 const PENDING_MAX: usize = 16;
-/// Largest payload of an IPv4 packet.
+/// Largest payload of a packet: IPv4's, whose header counts too.
 const PAYLOAD_MAX: usize = 65_515;
 /// As long as Linux waits.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -19,10 +19,10 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// What the fragments of one packet have in common.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Name {
-    pub(crate) source: Ipv4Addr,
-    pub(crate) destination: Ipv4Addr,
+    pub(crate) source: IpAddr,
+    pub(crate) destination: IpAddr,
     pub(crate) protocol: IpProtocol,
-    pub(crate) ident: u16,
+    pub(crate) ident: u32,
 }
 
 #[derive(Debug)]
@@ -115,8 +115,8 @@ mod tests {
 
     use super::*;
 
-    fn name(ident: u16) -> Name {
-        let (source, destination) = (Ipv4Addr::new(198, 18, 0, 2), Ipv4Addr::new(10, 0, 0, 1));
+    fn name(ident: u32) -> Name {
+        let (source, destination) = ([198, 18, 0, 2].into(), [10, 0, 0, 1].into());
         Name { source, destination, protocol: IpProtocol::Udp, ident }
     }
 
@@ -156,7 +156,7 @@ mod tests {
     #[test]
     fn the_oldest_makes_room_and_age_ends_waiting() {
         let mut reassembly = Reassembly::default();
-        for ident in 0..PENDING_MAX as u16 + 1 {
+        for ident in 0..PENDING_MAX as u32 + 1 {
             reassembly.insert(name(ident), 0, true, &[7; 8], Duration::ZERO);
         }
         assert_eq!(reassembly.pending.len(), PENDING_MAX);
@@ -172,7 +172,7 @@ mod tests {
     proptest! {
         #[test]
         fn any_pieces_are_survived_in_bounded_room(
-            pieces in prop::collection::vec((0..4u16, 0..9000usize, any::<bool>(), 0..2000usize), 0..200)
+            pieces in prop::collection::vec((0..4u32, 0..9000usize, any::<bool>(), 0..2000usize), 0..200)
         ) {
             let mut reassembly = Reassembly::default();
             for (ident, offset, more, length) in pieces {

@@ -3,7 +3,7 @@
 //! Each association has a connected host socket of its own, so that the host's "port unreachable" reaches the right
 //! guest port and strangers' datagrams reach nobody.
 
-use std::net::SocketAddrV4;
+use std::net::SocketAddr;
 use std::time::Duration;
 
 /// Silence that ends an association nobody has answered (as Linux' connection tracking does).
@@ -13,8 +13,8 @@ const REPLIED: Duration = Duration::from_secs(180);
 
 #[derive(Debug)]
 pub(crate) struct Association {
-    guest: SocketAddrV4,
-    remote: SocketAddrV4,
+    guest: SocketAddr,
+    remote: SocketAddr,
     state: State,
     expires: Duration,
     /// Payload length of the last datagram, which ICMP errors quote.
@@ -28,17 +28,17 @@ enum State {
 }
 
 impl Association {
-    pub(crate) fn new(guest: SocketAddrV4, remote: SocketAddrV4, now: Duration) -> Self {
+    pub(crate) fn new(guest: SocketAddr, remote: SocketAddr, now: Duration) -> Self {
         Self { guest, remote, state: State::Unreplied, expires: now + UNREPLIED, last_length: 0 }
     }
 
     /// The guest's end.
-    pub(crate) fn guest(&self) -> SocketAddrV4 {
+    pub(crate) fn guest(&self) -> SocketAddr {
         self.guest
     }
 
     /// The peer as the guest addresses it.
-    pub(crate) fn remote(&self) -> SocketAddrV4 {
+    pub(crate) fn remote(&self) -> SocketAddr {
         self.remote
     }
 
@@ -67,13 +67,11 @@ impl Association {
 
 #[cfg(test)]
 mod tests {
-    use std::net::Ipv4Addr;
-
     use super::*;
 
     #[test]
     fn an_answer_prolongs_the_association() {
-        let end = |port| SocketAddrV4::new(Ipv4Addr::new(10, 0, 0, 1), port);
+        let end = |port| SocketAddr::from(([10, 0, 0, 1], port));
         let mut association = Association::new(end(1), end(2), Duration::ZERO);
         association.sent(5, Duration::from_secs(1));
         assert_eq!(association.expires(), Duration::from_secs(31));

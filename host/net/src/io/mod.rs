@@ -5,6 +5,7 @@
 //! host sockets; a slow host socket shrinks the guest's window. While nothing happens the thread sleeps without a
 //! timer.
 
+mod heard;
 mod socket;
 
 use std::collections::VecDeque;
@@ -21,6 +22,7 @@ use host_frames::FrameSocket;
 use mio::event::Event;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token, Waker};
+use rustix::io::Errno;
 
 use self::socket::{HostSocket, Progress};
 use crate::config::Config;
@@ -252,8 +254,8 @@ impl Driver {
     fn operate(&mut self, now: Duration) {
         while let Some(operation) = self.stack.next_operation() {
             match operation {
-                Operation::Connect { flow, to } => {
-                    let opened = HostSocket::connect(flow, to, self.poll.registry());
+                Operation::Connect { flow, to, hops } => {
+                    let opened = HostSocket::connect(flow, to, hops, self.poll.registry());
                     self.install(flow, opened, now);
                 }
                 Operation::OpenUdp { flow, to } => {
@@ -264,7 +266,9 @@ impl Driver {
                     let opened = HostSocket::echo(flow, to, self.poll.registry());
                     self.install(flow, opened, now);
                 }
-                Operation::SendDatagram { flow, payload } => self.send_datagram(flow, &payload, now),
+                Operation::SendDatagram { flow, payload, hops, whole } => {
+                    self.send_datagram(flow, (&payload, hops, whole), now);
+                }
                 Operation::Send { flow } | Operation::Receive { flow } => {
                     if let Some(socket) = socket_of(&mut self.sockets, flow) {
                         queue(&mut self.work, socket);
@@ -301,13 +305,27 @@ impl Driver {
         place.take_if(|socket| socket.flow() == flow)
     }
 
-    fn send_datagram(&mut self, flow: FlowId, payload: &[u8], now: Duration) {
+    fn send_datagram(&mut self, flow: FlowId, datagram: (&[u8], u8, bool), now: Duration) {
         let Some(socket) = socket_of(&mut self.sockets, flow) else { return };
-        let mut sent = socket.send_datagram(payload);
-        if sent.as_ref().is_err_and(|error| failure(error) == Failure::Refused) {
-            // The refusal is of an earlier datagram, and this one has not been sent.
-            self.stack.failed(flow, Failure::Refused, now);
-            sent = socket.send_datagram(payload);
+        let (payload, hops, whole) = datagram;
+        let mut sent = socket.send_datagram(payload, hops, whole);
+        if let Err(error) = &sent
+            && error.kind() != io::ErrorKind::WouldBlock
+        {
+            // What the kernel has heard of earlier datagrams is told at the next, which it does not send.
+            let told = socket.listen(&mut self.stack, now).unwrap_or_default();
+            let too_large = Errno::from_io_error(error) == Some(Errno::MSGSIZE);
+            if too_large {
+                // The guest has been told, or there is nothing to tell it: a datagram was lost.
+                return;
+            }
+            let refused = failure(error) == Failure::Refused;
+            if refused && !told {
+                self.stack.failed(flow, Failure::Refused, now);
+            }
+            if told || refused {
+                sent = socket.send_datagram(payload, hops, whole);
+            }
         }
         match sent {
             Ok(()) => {}
@@ -380,7 +398,6 @@ fn queue(work: &mut VecDeque<FlowId>, socket: &mut HostSocket) {
 /// What an error of a host socket means to the guest.
 fn failure(error: &io::Error) -> Failure {
     use io::ErrorKind as Kind;
-    use rustix::io::Errno;
 
     match error.kind() {
         Kind::ConnectionRefused => Failure::Refused,
@@ -388,6 +405,8 @@ fn failure(error: &io::Error) -> Failure {
         Kind::HostUnreachable | Kind::TimedOut => Failure::HostUnreachable,
         Kind::PermissionDenied | Kind::AddrNotAvailable | Kind::OutOfMemory => Failure::NoSocket,
         _ => match Errno::from_io_error(error) {
+            // A host without IPv6.
+            Some(Errno::AFNOSUPPORT) => Failure::NetworkUnreachable,
             Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::PROTONOSUPPORT) => Failure::NoSocket,
             _ => Failure::Reset,
         },
@@ -400,15 +419,14 @@ mod tests {
 
     #[test]
     fn system_errors_become_what_the_guest_should_see() {
-        let check =
-            |errno: rustix::io::Errno, expected| assert_eq!(failure(&errno.into()), expected, "{errno}");
-        check(rustix::io::Errno::CONNREFUSED, Failure::Refused);
-        check(rustix::io::Errno::NETUNREACH, Failure::NetworkUnreachable);
-        check(rustix::io::Errno::HOSTUNREACH, Failure::HostUnreachable);
-        check(rustix::io::Errno::TIMEDOUT, Failure::HostUnreachable);
-        check(rustix::io::Errno::MFILE, Failure::NoSocket);
-        check(rustix::io::Errno::ACCESS, Failure::NoSocket);
-        check(rustix::io::Errno::CONNRESET, Failure::Reset);
-        check(rustix::io::Errno::PIPE, Failure::Reset);
+        let check = |errno: Errno, expected| assert_eq!(failure(&errno.into()), expected, "{errno}");
+        check(Errno::CONNREFUSED, Failure::Refused);
+        check(Errno::NETUNREACH, Failure::NetworkUnreachable);
+        check(Errno::HOSTUNREACH, Failure::HostUnreachable);
+        check(Errno::TIMEDOUT, Failure::HostUnreachable);
+        check(Errno::MFILE, Failure::NoSocket);
+        check(Errno::ACCESS, Failure::NoSocket);
+        check(Errno::CONNRESET, Failure::Reset);
+        check(Errno::PIPE, Failure::Reset);
     }
 }

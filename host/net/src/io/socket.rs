@@ -9,8 +9,10 @@ use mio::event::Event;
 use mio::net::{TcpStream, UdpSocket};
 use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
+use rustix::io::Errno;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
+use super::heard;
 use crate::flow::FlowId;
 use crate::stack::Stack;
 
@@ -18,13 +20,20 @@ use crate::stack::Stack;
 const STREAM_SHARE: usize = 256 * 1024;
 /// The same in datagrams.
 const DATAGRAM_SHARE: usize = 64;
+/// A SYN with fewer hops left asks for the way (traceroute -T); others have what the host gives its own.
+const FEW_HOPS: u8 = 32;
 
 #[derive(Debug)]
 pub(super) struct HostSocket {
     flow: FlowId,
     kind: Kind,
+    ipv6: bool,
+    /// What datagrams were last told to do on their way: hops, and whether they stay whole.
+    manner: Option<(u8, bool)>,
     readable: bool,
     writable: bool,
+    /// The kernel may have heard something about what was sent.
+    heard: bool,
     /// Whether the flow stands in the driver's queue.
     pub(super) queued: bool,
 }
@@ -38,7 +47,10 @@ enum Kind {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum TcpState {
-    Connecting,
+    /// The kernel keeps what it hears, if it `listens`.
+    Connecting {
+        listens: bool,
+    },
     Open,
     /// The peer sends no more; we may.
     Ended,
@@ -56,12 +68,23 @@ pub(super) enum Progress {
 }
 
 impl HostSocket {
-    pub(super) fn connect(flow: FlowId, to: SocketAddr, registry: &Registry) -> io::Result<Self> {
-        let mut stream = TcpStream::connect(to)?;
-        registry.register(&mut stream, token(flow), Interest::READABLE | Interest::WRITABLE)?;
+    pub(super) fn connect(flow: FlowId, to: SocketAddr, hops: u8, registry: &Registry) -> io::Result<Self> {
+        let socket = Socket::new(Domain::for_address(to), Type::STREAM, Some(Protocol::TCP))?;
+        socket.set_nonblocking(true)?;
         // The guest's own stack decides when to send small pieces.
-        stream.set_nodelay(true)?;
-        Ok(Self::new(flow, Kind::Tcp { stream, state: TcpState::Connecting }))
+        socket.set_tcp_nodelay(true)?;
+        if hops < FEW_HOPS {
+            set_hops(&socket, to.is_ipv6(), hops)?;
+            heard::listen(&socket, to.is_ipv6())?;
+        }
+        match socket.connect(&to.into()) {
+            Err(error) if Errno::from_io_error(&error) != Some(Errno::INPROGRESS) => return Err(error),
+            _ => {}
+        }
+        let mut stream = TcpStream::from_std(socket.into());
+        registry.register(&mut stream, token(flow), Interest::READABLE | Interest::WRITABLE)?;
+        let listens = hops < FEW_HOPS;
+        Ok(Self::new(flow, to, Kind::Tcp { stream, state: TcpState::Connecting { listens } }))
     }
 
     pub(super) fn udp(flow: FlowId, to: SocketAddr, registry: &Registry) -> io::Result<Self> {
@@ -70,21 +93,29 @@ impl HostSocket {
             SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
         };
         let mut socket = UdpSocket::bind(SocketAddr::new(any, 0))?;
+        heard::listen(&socket, to.is_ipv6())?;
         socket.connect(to)?;
         registry.register(&mut socket, token(flow), Interest::READABLE)?;
-        Ok(Self::new(flow, Kind::Udp(socket)))
+        Ok(Self::new(flow, to, Kind::Udp(socket)))
     }
 
-    pub(super) fn echo(flow: FlowId, to: Ipv4Addr, registry: &Registry) -> io::Result<Self> {
-        let socket = Socket::new(Domain::IPV4, Type::DGRAM, Some(Protocol::ICMPV4))?;
+    pub(super) fn echo(flow: FlowId, to: IpAddr, registry: &Registry) -> io::Result<Self> {
+        let (domain, protocol) = match to {
+            IpAddr::V4(_) => (Domain::IPV4, Protocol::ICMPV4),
+            IpAddr::V6(_) => (Domain::IPV6, Protocol::ICMPV6),
+        };
+        let socket = Socket::new(domain, Type::DGRAM, Some(protocol))?;
         socket.set_nonblocking(true)?;
-        socket.connect(&SocketAddr::new(to.into(), 0).into())?;
+        heard::listen(&socket, to.is_ipv6())?;
+        let to = SocketAddr::new(to, 0);
+        socket.connect(&to.into())?;
         registry.register(&mut SourceFd(&socket.as_raw_fd()), token(flow), Interest::READABLE)?;
-        Ok(Self::new(flow, Kind::Echo(socket)))
+        Ok(Self::new(flow, to, Kind::Echo(socket)))
     }
 
-    fn new(flow: FlowId, kind: Kind) -> Self {
-        Self { flow, kind, readable: false, writable: false, queued: false }
+    fn new(flow: FlowId, to: SocketAddr, kind: Kind) -> Self {
+        let ipv6 = to.is_ipv6();
+        Self { flow, kind, ipv6, manner: None, readable: false, writable: false, heard: false, queued: false }
     }
 
     pub(super) fn flow(&self) -> FlowId {
@@ -92,6 +123,7 @@ impl HostSocket {
     }
 
     pub(super) fn notice(&mut self, event: &Event) {
+        self.heard |= event.is_error();
         self.readable |= event.is_readable() || event.is_read_closed() || event.is_error();
         self.writable |= event.is_writable() || event.is_write_closed() || event.is_error();
     }
@@ -105,12 +137,39 @@ impl HostSocket {
         }
     }
 
-    pub(super) fn send_datagram(&self, payload: &[u8]) -> io::Result<()> {
-        match &self.kind {
-            Kind::Udp(socket) => socket.send(payload).map(drop),
-            Kind::Echo(socket) => socket.send(payload).map(drop),
-            Kind::Tcp { .. } => Ok(()),
+    /// Sends a datagram through at most `hops` routers; one that is `whole` may not be cut.
+    pub(super) fn send_datagram(&mut self, payload: &[u8], hops: u8, whole: bool) -> io::Result<()> {
+        let change = self.manner != Some((hops, whole));
+        let socket = match &self.kind {
+            Kind::Udp(socket) => SockRef::from(socket),
+            Kind::Echo(socket) => SockRef::from(socket),
+            Kind::Tcp { .. } => return Ok(()),
+        };
+        if change {
+            set_hops(&socket, self.ipv6, hops)?;
+            heard::may_be_cut(&*socket, self.ipv6, !whole)?;
+            self.manner = Some((hops, whole));
         }
+        socket.send(payload).map(drop)
+    }
+
+    /// Passes on what the kernel has heard about what was sent. Returns whether there was anything.
+    pub(super) fn listen(&mut self, stack: &mut Stack, now: Duration) -> io::Result<bool> {
+        self.heard = false;
+        let socket = match &self.kind {
+            Kind::Udp(socket) => SockRef::from(socket),
+            Kind::Echo(socket) => SockRef::from(socket),
+            Kind::Tcp { stream, state: TcpState::Connecting { listens: true } } => SockRef::from(stream),
+            Kind::Tcp { .. } => return Ok(false),
+        };
+        let mut any = false;
+        while let Some(heard) = heard::read(&*socket)? {
+            any = true;
+            if let Some(trouble) = heard {
+                stack.trouble(self.flow, trouble, now);
+            }
+        }
+        Ok(any)
     }
 
     /// One turn: connects, reads, writes, as far as socket and stack are ready. An error means the socket is done.
@@ -120,9 +179,16 @@ impl HostSocket {
         scratch: &mut [u8],
         now: Duration,
     ) -> io::Result<Progress> {
-        if let Kind::Tcp { stream, state: state @ TcpState::Connecting } = &mut self.kind {
+        if self.heard {
+            self.listen(stack, now)?;
+        }
+        if let Kind::Tcp { stream, state: state @ TcpState::Connecting { .. } } = &mut self.kind {
             if !is_connected(stream, self.writable)? {
                 return Ok(Progress::Waits);
+            }
+            if *state == (TcpState::Connecting { listens: true }) {
+                // From now on passing trouble is TCP's own to deal with.
+                heard::listen_no_more(stream, self.ipv6)?;
             }
             *state = TcpState::Open;
             stack.connected(self.flow);
@@ -132,7 +198,11 @@ impl HostSocket {
                 self.write_stream(stack)?;
                 self.read_stream(stack, scratch)
             }
-            Kind::Udp(_) | Kind::Echo(_) => self.read_datagrams(stack, scratch, now),
+            Kind::Udp(_) | Kind::Echo(_) => match self.read_datagrams(stack, scratch, now) {
+                // What the kernel has just heard, it says here too.
+                Err(_) if self.listen(stack, now)? => Ok(Progress::HasMore),
+                other => other,
+            },
         }
     }
 
@@ -227,6 +297,10 @@ fn is_connected(stream: &TcpStream, writable: bool) -> io::Result<bool> {
         Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(false),
         Err(error) => Err(error),
     }
+}
+
+fn set_hops(socket: &Socket, ipv6: bool, hops: u8) -> io::Result<()> {
+    if ipv6 { socket.set_unicast_hops_v6(hops.into()) } else { socket.set_ttl_v4(hops.into()) }
 }
 
 fn token(flow: FlowId) -> Token {

@@ -156,10 +156,10 @@ pub(crate) struct Connection {
 }
 
 impl Connection {
-    /// The answer to a guest's SYN, once the host's connection stands. `mtu` is the link's, `initial` our first
-    /// sequence number.
-    pub(crate) fn new(syn: &TcpRepr<'_>, mtu: u16, initial: u32) -> Self {
-        let our_mss = mtu.saturating_sub(40).max(MSS_MIN);
+    /// The answer to a guest's SYN, once the host's connection stands. `largest` is the largest payload of a segment on
+    /// the link, `initial` our first sequence number.
+    pub(crate) fn new(syn: &TcpRepr<'_>, largest: u16, initial: u32) -> Self {
+        let our_mss = largest.max(MSS_MIN);
         let received = Seq(syn.seq_number.0.cast_unsigned()) + 1;
         let initial = Seq(initial);
         let mss = syn.max_seg_size.unwrap_or(MSS_DEFAULT).clamp(MSS_MIN, our_mss).into();

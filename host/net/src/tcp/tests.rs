@@ -27,7 +27,7 @@ fn segment(control: TcpControl, seq: u32, ack: Option<u32>, window: u16, payload
 
 fn connection() -> Connection {
     let syn = segment(TcpControl::Syn, GUEST_FIRST, None, 4000, b"");
-    Connection::new(&TcpRepr { window_scale: Some(0), ..syn }, 1500, OUR_FIRST)
+    Connection::new(&TcpRepr { window_scale: Some(0), ..syn }, 1460, OUR_FIRST)
 }
 
 fn open() -> Connection {

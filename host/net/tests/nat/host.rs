@@ -2,7 +2,7 @@
 //! the other.
 
 use std::io::{self, Read, Write};
-use std::net::{Ipv4Addr, Shutdown, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::thread;
@@ -99,7 +99,7 @@ impl Bench {
     }
 
     fn connect(&mut self, port: u16) -> SocketHandle {
-        self.guest.connect(SocketAddrV4::new(HOST, port), 256 * 1024)
+        self.guest.connect(SocketAddr::new(HOST.into(), port), 256 * 1024)
     }
 }
 
@@ -338,7 +338,7 @@ fn ten_thousand_short_connections_leave_nothing() {
     let mut open: Vec<(SocketHandle, bool)> = Vec::new();
     bench.until("10,000 connections", |guest| {
         while open.len() < AT_ONCE && started < CONNECTIONS {
-            open.push((guest.connect(SocketAddrV4::new(HOST, port), 4096), false));
+            open.push((guest.connect(SocketAddr::new(HOST.into(), port), 4096), false));
             started += 1;
         }
         open.retain_mut(|(handle, asked)| {
@@ -474,8 +474,8 @@ fn a_ping_of_the_world_is_answered_where_the_host_allows_it() {
         let probe = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).ok()?;
         probe.connect((Ipv4Addr::new(203, 0, 113, 1), 9)).ok()?;
         match probe.local_addr().ok()? {
-            std::net::SocketAddr::V4(address) => Some(*address.ip()),
-            std::net::SocketAddr::V6(_) => None,
+            SocketAddr::V4(address) => Some(*address.ip()),
+            SocketAddr::V6(_) => None,
         }
     };
     let allowed =

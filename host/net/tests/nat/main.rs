@@ -2,5 +2,8 @@
 
 mod host;
 mod offloads;
+mod played;
 mod script;
+mod six;
 mod support;
+mod weather;

@@ -1,7 +1,7 @@
 //! A guest for the tests: smoltcp's interface and sockets on an in-memory Ethernet port.
 
 use std::collections::VecDeque;
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use smoltcp::iface::{Config, Interface, SocketHandle, SocketSet};
@@ -13,6 +13,12 @@ use smoltcp::wire::{EthernetAddress, HardwareAddress, IpAddress, IpCidr, IpEndpo
 pub const GUEST: Ipv4Addr = Ipv4Addr::new(198, 18, 0, 2);
 pub const GATEWAY: Ipv4Addr = Ipv4Addr::new(198, 18, 0, 1);
 pub const HOST: Ipv4Addr = Ipv4Addr::new(198, 18, 0, 254);
+/// The guest in IPv6.
+pub const GUEST6: Ipv6Addr = Ipv6Addr::new(0xfdc7, 0x9a1e, 0x5d28, 0, 0, 0, 0, 2);
+pub const GATEWAY6: Ipv6Addr = Ipv6Addr::new(0xfdc7, 0x9a1e, 0x5d28, 0, 0, 0, 0, 1);
+pub const HOST6: Ipv6Addr = Ipv6Addr::new(0xfdc7, 0x9a1e, 0x5d28, 0, 0, 0, 0, 0xfe);
+/// The router on the link.
+pub const ROUTER: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0x65, 0x6eff, 0xfe67, 1);
 pub const GUEST_MAC: EthernetAddress = EthernetAddress([0x02, 0, 0, 0, 0, 0x02]);
 
 /// The port: frames that have come for the guest, and frames it has sent.
@@ -75,7 +81,9 @@ impl Guest {
         let mut guest = Self::without_address(mtu);
         guest.interface.update_ip_addrs(|addresses| {
             addresses.push(IpCidr::new(IpAddress::Ipv4(GUEST), 24)).unwrap();
+            addresses.push(IpCidr::new(IpAddress::Ipv6(GUEST6), 64)).unwrap();
         });
+        guest.interface.routes_mut().add_default_ipv6_route(ROUTER).unwrap();
         guest.interface.routes_mut().add_default_ipv4_route(GATEWAY).unwrap();
         guest
     }
@@ -97,7 +105,7 @@ impl Guest {
         Some(Duration::from_micros(at.total_micros().try_into().unwrap_or_default()))
     }
 
-    pub fn connect(&mut self, to: SocketAddrV4, buffer: usize) -> SocketHandle {
+    pub fn connect(&mut self, to: SocketAddr, buffer: usize) -> SocketHandle {
         let mut socket = tcp::Socket::new(
             tcp::SocketBuffer::new(vec![0; buffer]),
             tcp::SocketBuffer::new(vec![0; buffer]),
@@ -105,7 +113,7 @@ impl Guest {
         socket.set_ack_delay(None);
         socket.set_nagle_enabled(false);
         self.next_port = self.next_port.checked_add(1).unwrap_or(40_000);
-        let remote = IpEndpoint::new(IpAddress::Ipv4(*to.ip()), to.port());
+        let remote = IpEndpoint::from(to);
         socket.connect(self.interface.context(), remote, self.next_port).unwrap();
         self.sockets.add(socket)
     }
