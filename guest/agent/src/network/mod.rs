@@ -1,4 +1,5 @@
-//! The machine's own interfaces: loopback, and `eth0` with an address from DHCP.
+//! The machine's own interfaces: loopback, and `eth0` with an address from DHCP, and in IPv6 one that the kernel makes
+//! of what the router advertises.
 //!
 //! Bridges, forwarding and firewall are the engine's. One task drives all of this for as long as the machine runs.
 
@@ -25,6 +26,11 @@ const RESOLV_CONF: &str = "/etc/resolv.conf";
 /// How long the interface may take to appear after its driver was loaded.
 const APPEAR_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// How the kernel deals with the router's advertisements, below `/proc/sys/net/ipv6/conf/eth0`: it believes them
+/// although the machine routes for its containers, and uses its address at once, as the link has no other guest.
+const IPV6_SETTINGS: [(&str, &str); 3] =
+    [("accept_ra", "2"), ("accept_dad", "0"), ("router_solicitation_delay", "0")];
+
 /// Brings the interfaces up and keeps the address. `ready` becomes true with the first address.
 ///
 /// Returns only on failure; the machine then has no network but is otherwise well.
@@ -33,6 +39,7 @@ pub async fn run(ready: watch::Sender<bool>) -> Result<()> {
     tokio::spawn(connection);
     bring_up(&netlink, "lo", None).await?;
     let index = appear().await?;
+    prepare_ipv6();
     bring_up(&netlink, INTERFACE, None).await?;
     let socket = open_socket().await?;
     let began = Instant::now();
@@ -92,6 +99,16 @@ async fn appear() -> Result<u32> {
             Ok(index) => return Ok(index.trim().parse()?),
             Err(_) if Instant::now() < deadline => tokio::time::sleep(Duration::from_millis(5)).await,
             Err(error) => return Err(error).with_context(|| format!("there is no interface {INTERFACE}")),
+        }
+    }
+}
+
+/// Without, the machine has IPv4 only, and is otherwise well.
+fn prepare_ipv6() {
+    for (name, value) in IPV6_SETTINGS {
+        let path = format!("/proc/sys/net/ipv6/conf/{INTERFACE}/{name}");
+        if let Err(error) = fs::write(&path, value) {
+            warn!(%error, path, value, "cannot prepare the interface for IPv6");
         }
     }
 }
