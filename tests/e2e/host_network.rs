@@ -9,6 +9,7 @@ use tests_harness::{Engine, IMAGE, Stage, wait_until};
 crate::scenarios![
     what_a_host_container_listens_at_is_on_localhost,
     a_program_of_the_host_is_reached_from_containers,
+    a_program_of_the_host_is_reached_in_ipv6,
     the_way_to_a_port_is_walked_to_its_first_broken_link,
 ];
 
@@ -68,6 +69,33 @@ fn a_program_of_the_host_is_reached_from_containers(engine: &Engine) -> Result<(
         ensure!(said == "from the host", "on {network}: {said}");
     }
     Ok(())
+}
+
+fn a_program_of_the_host_is_reached_in_ipv6(engine: &Engine) -> Result<()> {
+    // Natively the network's own gateway is the host, through the machine the NAT has an address for its loopback.
+    let (bind, address) = match engine.stage {
+        Stage::Native => ("[::]:0", "fd00:6::1"),
+        Stage::Qemu => ("[::1]:0", "fdc7:9a1e:5d28::fe"),
+    };
+    let Ok(listener) = TcpListener::bind(bind) else {
+        crate::skip("containers in IPv6: this computer has none");
+        return Ok(());
+    };
+    let port = listener.local_addr()?.port();
+    std::thread::spawn(move || {
+        while let Ok((mut stream, _)) = listener.accept() {
+            // Who does not wait for the words has its reasons.
+            let _ = stream.write_all(b"from the host\n");
+        }
+    });
+    ok(engine, "network create --ipv6 --subnet fd00:6::/64 --gateway fd00:6::1 six")?;
+    wait_until("the host answers in IPv6", PATIENCE, || {
+        let to = port.to_string();
+        let said =
+            docker(engine, &["run", "--rm", "--network", "six", IMAGE, "nc", "-w", "20", address, &to])?;
+        Ok((said.stdout.trim() == "from the host").then_some(()))
+    })?;
+    ok(engine, "network rm six").map(drop)
 }
 
 /// `engine net why` finds what is in the way, one fault after another.

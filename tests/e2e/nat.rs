@@ -20,6 +20,15 @@ pub(crate) fn native_scenarios() -> Vec<Scenario> {
 
 /// The world's address, as [`World`] has it.
 const WORLD: &str = "203.0.113.1";
+/// The world in IPv6, and this host beside it.
+const WORLD6: &str = "2001:db8::1";
+const HERE6: &str = "2001:db8::2/64";
+/// Somebody behind the world, by a way that takes no large packets.
+const FAR: &str = "192.0.2.9";
+const FAR6: &str = "2001:db8:f::9";
+/// The NAT's own addresses.
+const GATEWAY: &str = "198.18.0.1";
+const GATEWAY6: &str = "fdc7:9a1e:5d28::1";
 /// Bytes fetched with a checksum. An unoptimised build takes its time.
 const FILE_BYTES: u64 = if cfg!(debug_assertions) { 64 << 20 } else { 1 << 30 };
 /// A lossy way loses one frame of so many.
@@ -140,6 +149,39 @@ impl Guest {
     }
 }
 
+/// Gives the world IPv6, and somebody behind it.
+fn beyond(world: &World) -> Result<World> {
+    let far = World::empty()?;
+    let sh = |mut command: Command, line: &str| {
+        command.args(["-c", line]);
+        Timed::new(command).within(LIMIT).run()?.ok().with_context(|| line.to_owned())
+    };
+    sh(Command::new("sh"), &format!("ip address add {HERE6} dev uplink nodad"))?;
+    sh(Command::new("sh"), &format!("ip -6 route add {FAR6} via {WORLD6}"))?;
+    // Whether all of an ICMP router's words are said depends on the moment, unless it may say as much as it likes.
+    sh(
+        world.enter("sh"),
+        &format!(
+            "ip address add {WORLD6}/64 dev world nodad && echo 1 > /proc/sys/net/ipv4/ip_forward && \
+             echo 1 > /proc/sys/net/ipv6/conf/all/forwarding && echo 0 > /proc/sys/net/ipv4/icmp_ratelimit && \
+             echo 0 > /proc/sys/net/ipv6/icmp/ratelimit && \
+             ip link add near type veth peer name far netns {} && \
+             ip address add 192.0.2.1/24 dev near && ip address add 2001:db8:f::1/64 dev near nodad && \
+             ip link set near mtu 1400 up",
+            far.id()
+        ),
+    )?;
+    sh(
+        far.enter("sh"),
+        &format!(
+            "ip link set lo up && ip address add {FAR}/24 dev far && ip address add {FAR6}/64 dev far nodad && \
+             ip link set far mtu 1400 up && ip route add default via 192.0.2.1 && \
+             ip -6 route add default via 2001:db8:f::1"
+        ),
+    )?;
+    Ok(far)
+}
+
 fn real_peers_talk_through_it(engine: &Engine) -> Result<()> {
     let world = engine.world().context("natively there is a world")?;
     let folder = engine.path("nat");
@@ -157,10 +199,12 @@ fn real_peers_talk_through_it(engine: &Engine) -> Result<()> {
         command.arg(folder.join(name));
         Ok::<_, anyhow::Error>(Timed::new(command).within(LIMIT).run()?.ok()?[..64].to_owned())
     };
+    let _far = beyond(world)?;
     let own = std::env::current_exe()?;
     let served = folder.display().to_string();
     let _servers = [
         in_world("busybox", &["httpd", "-f", "-p", "8080", "-h", &served])?,
+        in_world("busybox", &["httpd", "-f", "-p", &format!("[{WORLD6}]:8086"), "-h", &served])?,
         in_world("iperf3", &["-s", "-p", "5201"])?,
         in_world(&own.display().to_string(), &[SERVE])?,
     ];
@@ -193,11 +237,63 @@ fn real_peers_talk_through_it(engine: &Engine) -> Result<()> {
         let way = guest.sh(&format!("traceroute -n -w 5 -q 1 -m 5 {options} {WORLD}"))?;
         ensure!(way.lines().last().is_some_and(|line| line.contains(WORLD)), "{options}: {way}");
     }
+    in_ipv6(&guest, &sum("small")?)?;
+    errors_on_the_way(&guest)?;
     // Over a lossy way: slower, and still whole.
     guest.lossy.store(true, Ordering::Relaxed);
     ensure!(fetch("small")?.starts_with(&sum("small")?), "not the same over a lossy way");
     let counters = guest.end()?;
     ensure!(counters.frames_in > 0 && counters.frames_out > 0, "{counters}");
     std::fs::remove_dir_all(&folder)?;
+    Ok(())
+}
+
+/// What the machine has learnt by the NAT's advertisement carries everything that IPv4 does.
+fn in_ipv6(guest: &Guest, sum: &str) -> Result<()> {
+    wait_until("the machine has an address and a router in IPv6", PATIENCE, || {
+        let route = guest.sh("ip -6 route show default")?;
+        let address = guest.sh("ip -6 address show dev tap0 scope global -tentative")?;
+        Ok((route.contains("fe80::65:6eff:fe67:1") && address.contains("fdc7:9a1e:5d28:")).then_some(()))
+    })?;
+    let fetch = format!(
+        "curl -sS --retry 20 --retry-connrefused --retry-delay 1 http://[{WORLD6}]:8086/small | sha256sum"
+    );
+    ensure!(guest.sh(&fetch)?.starts_with(sum), "the file is not the same in IPv6");
+    guest.sh(&format!("ping -6 -c 2 -W 20 {WORLD6}"))?;
+    for options in ["", "-R", "-u -b 20M", "-u -b 5M -l 4000"] {
+        let said = guest.sh(&format!("iperf3 -6 -c {WORLD6} -p 5201 -t 1 {options}"));
+        said.with_context(|| format!("iperf3 -6 {options}"))?;
+    }
+    for how in ["+notcp", "+tcp"] {
+        let said = guest.sh(&format!("dig @{GATEWAY6} {how} +short who.example"))?;
+        ensure!(said == "203.0.113.2", "{how}: {said}");
+    }
+    // Where the host has no way, and where nobody listens, a client hears so and can try another address.
+    for nobody in ["[3fff:1::1]:80", &format!("[{WORLD6}]:1")] {
+        let said = guest.sh(&format!("curl -sS --max-time 300 http://{nobody}/; echo $?"))?;
+        ensure!(said.ends_with('7'), "{nobody}: {said}");
+    }
+    Ok(())
+}
+
+/// What routers say of packets is heard in the machine as if they said it to it.
+fn errors_on_the_way(guest: &Guest) -> Result<()> {
+    for (family, hops) in [("-4", [GATEWAY, WORLD, FAR]), ("-6", [GATEWAY6, WORLD6, FAR6])] {
+        for options in ["", "-I", "-T"] {
+            let to = hops[2];
+            let way = guest.sh(&format!("traceroute {family} -n -w 20 -q 1 -m 6 {options} {to}"))?;
+            let seen: Vec<&str> =
+                way.lines().skip(1).filter_map(|line| line.split_whitespace().nth(1)).collect();
+            ensure!(seen == hops, "{family} {options}: {way}");
+        }
+    }
+    for (family, to, told) in
+        [("-4", FAR, ["From 203.0.113.1", "mtu = 1400"]), ("-6", FAR6, ["From 2001:db8::1", "mtu=1400"])]
+    {
+        let said = guest.sh(&format!("ping {family} -M do -s 1440 -c 1 -W 20 {to}; true"))?;
+        ensure!(told.iter().all(|word| said.contains(word)), "{family}: {said}");
+        // And then it fits, in pieces.
+        guest.sh(&format!("ping {family} -s 3000 -c 1 -W 20 {to}"))?;
+    }
     Ok(())
 }

@@ -55,6 +55,11 @@ impl World {
         Ok(world)
     }
 
+    /// The process that holds the namespace, for `ip link … netns`.
+    pub fn id(&self) -> u32 {
+        self.holder.id()
+    }
+
     /// A command that runs in the world.
     pub fn enter(&self, program: &str) -> Command {
         let mut command = Command::new("nsenter");
