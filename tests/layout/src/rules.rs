@@ -58,12 +58,13 @@ const ROOMS: [(&[&str], &[&str], &str); 6] = [
     (&["libfuzzer-sys"], &["tests-fuzz"], "fuzz targets are in tests/fuzz"),
 ];
 /// Crates that must work without an async runtime: pure cores, device threads, single-threaded programs.
-const SYNCHRONOUS: [&str; 7] = [
+const SYNCHRONOUS: [&str; 8] = [
     "host-api",
     "guest-api",
     "guest-protocol",
     "host-net",
     "host-devices",
+    "host-fs",
     "host-hypervisor",
     "guest-runtime",
 ];

@@ -1,0 +1,103 @@
+//! What the guest has open, by the numbers we gave it.
+
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use rustix::io::Errno;
+
+use crate::node::Node;
+
+/// The most files open at once. Each takes a descriptor of the host process.
+pub const HANDLES_MAX: usize = 1 << 17;
+
+/// What is open.
+#[derive(Debug)]
+pub enum Open {
+    /// A file.
+    File(OwnedFd),
+    /// A folder, whose position one reader at a time moves.
+    Folder(Mutex<OwnedFd>),
+    /// The made-up root.
+    Root,
+}
+
+/// One open file or folder.
+#[derive(Debug)]
+pub struct Handle {
+    pub open: Open,
+    /// `None` for the made-up root.
+    pub node: Option<Arc<Node>>,
+}
+
+impl Handle {
+    /// The open file; `EBADF` for a folder.
+    pub fn file(&self) -> Result<&OwnedFd, Errno> {
+        match &self.open {
+            Open::File(file) => Ok(file),
+            Open::Folder(_) | Open::Root => Err(Errno::BADF),
+        }
+    }
+
+    /// Whether this handle's export takes changes.
+    pub fn writable(&self) -> Result<(), Errno> {
+        match &self.node {
+            Some(node) if !node.export.spec.read_only => Ok(()),
+            _ => Err(Errno::ROFS),
+        }
+    }
+}
+
+/// All that is open.
+#[derive(Default)]
+pub struct Handles(Mutex<Table>);
+
+#[derive(Default)]
+struct Table {
+    open: HashMap<u64, Arc<Handle>>,
+    last: u64,
+}
+
+impl Handles {
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn insert(&self, open: Open, node: Option<Arc<Node>>) -> Result<u64, Errno> {
+        let mut table = self.table();
+        if table.open.len() >= HANDLES_MAX {
+            return Err(Errno::NFILE);
+        }
+        table.last += 1;
+        let number = table.last;
+        table.open.insert(number, Arc::new(Handle { open, node }));
+        Ok(number)
+    }
+
+    pub fn get(&self, number: u64) -> Result<Arc<Handle>, Errno> {
+        self.table().open.get(&number).cloned().ok_or(Errno::BADF)
+    }
+
+    pub fn remove(&self, number: u64) -> Result<(), Errno> {
+        // Closed without the lock: closing may take long.
+        let gone = self.table().open.remove(&number);
+        gone.map(drop).ok_or(Errno::BADF)
+    }
+
+    /// Closes whatever `which` says.
+    pub fn remove_all(&self, which: impl Fn(&Handle) -> bool) {
+        let mut gone = Vec::new();
+        self.table().open.retain(|_, handle| {
+            let goes = which(handle);
+            if goes {
+                gone.push(Arc::clone(handle));
+            }
+            !goes
+        });
+    }
+
+    /// How many are open.
+    pub fn count(&self) -> usize {
+        self.table().open.len()
+    }
+}
