@@ -138,6 +138,13 @@ impl<'a> Buffers<'a> {
 
     /// Copies bytes out of guest memory and consumes them; returns how many there were.
     pub fn copy_out(&mut self, target: &mut [u8]) -> usize {
+        let done = self.peek(target);
+        self.advance(done);
+        done
+    }
+
+    /// Copies the first bytes out of guest memory and leaves them there; returns how many there were.
+    pub fn peek(&self, target: &mut [u8]) -> usize {
         let mut done = 0;
         for piece in self.remaining() {
             if done == target.len() {
@@ -145,7 +152,6 @@ impl<'a> Buffers<'a> {
             }
             done += piece.copy_to(&mut target[done..]);
         }
-        self.advance(done);
         done
     }
 

@@ -43,6 +43,8 @@ pub enum DeviceKind {
     Balloon = 5,
     /// A socket device (§5.10).
     Vsock = 19,
+    /// A file system (§5.11).
+    FileSystem = 26,
 }
 
 impl DeviceKind {
@@ -61,6 +63,7 @@ impl fmt::Display for DeviceKind {
             Self::Rng => "rng",
             Self::Balloon => "balloon",
             Self::Vsock => "vsock",
+            Self::FileSystem => "fs",
         })
     }
 }

@@ -5,6 +5,7 @@ pub mod block;
 pub mod buffers;
 pub mod console;
 pub mod device;
+pub mod fs;
 pub mod mmio;
 pub mod net;
 pub mod rng;

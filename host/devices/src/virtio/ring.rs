@@ -3,6 +3,7 @@
 //! Everything the driver can get wrong ends here as a count and one throttled log line. A ring whose own structure is
 //! broken (indexes that run away, rings outside of memory) stops until the driver sets it up again.
 
+use std::ops::Deref;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -14,7 +15,7 @@ use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryLoadGuard, Gu
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::throttle::Throttle;
-use crate::virtio::buffers::{Buffers, MAX_DESCRIPTORS};
+use crate::virtio::buffers::{Buffers, ChainError, MAX_DESCRIPTORS};
 use crate::virtio::device::{DeviceKind, Interrupt, Memory, QueueResources};
 
 /// One chain taken from a ring.
@@ -74,6 +75,24 @@ fn is_passed(mark: u16, next: u16, count: u32) -> bool {
     u32::from(next.wrapping_sub(mark).wrapping_sub(1)) < count
 }
 
+/// One chain taken from a ring, with the memory it lies in: it can be worked on elsewhere.
+pub(crate) struct OwnedChain {
+    memory: GuestMemoryLoadGuard<GuestMemoryMmap>,
+    chain: DescriptorChain<GuestMemoryLoadGuard<GuestMemoryMmap>>,
+}
+
+impl OwnedChain {
+    /// Names the chain when it is handed back.
+    pub fn head(&self) -> u16 {
+        self.chain.head_index()
+    }
+
+    /// The buffers as the driver has them now: those the device reads, then those it writes.
+    pub fn buffers(&self) -> Result<(Buffers<'_>, Buffers<'_>), ChainError> {
+        Buffers::of_chain(&self.memory, self.chain.clone())
+    }
+}
+
 /// A running queue.
 pub(crate) struct Ring {
     kind: DeviceKind,
@@ -127,9 +146,7 @@ impl Ring {
         let chain = self.next(memory)?;
         let head = chain.head_index();
         let (readable, writable) = Buffers::of_chain(memory, chain).unwrap_or_else(|error| {
-            if let Some(suppressed) = self.throttle.admit(Instant::now()) {
-                warn!(device = %self.kind, queue = self.index, suppressed, %error, "malformed chain");
-            }
+            self.malformed(&error);
             Default::default()
         });
         Some(Chain { head, readable, writable })
@@ -160,6 +177,13 @@ impl Ring {
         Round::HasMore
     }
 
+    /// Takes the next available chain, to work on it beside the ring.
+    pub fn take_owned(&mut self) -> Option<OwnedChain> {
+        let memory = self.memory.memory();
+        let chain = self.next(memory.clone())?;
+        Some(OwnedChain { memory, chain })
+    }
+
     /// Takes the next available chain of a queue whose buffers are not data: the guest's ranges of memory that the device
     /// might write. They may lie anywhere.
     pub fn take_ranges(&mut self, memory: &GuestMemoryMmap) -> Option<(u16, Vec<(GuestAddress, u32)>)> {
@@ -170,7 +194,10 @@ impl Ring {
         Some((head, ranges))
     }
 
-    fn next<'a>(&mut self, memory: &'a GuestMemoryMmap) -> Option<DescriptorChain<&'a GuestMemoryMmap>> {
+    fn next<M>(&mut self, memory: M) -> Option<DescriptorChain<M>>
+    where
+        M: Deref<Target = GuestMemoryMmap> + Clone,
+    {
         if self.broken {
             return None;
         }
@@ -180,6 +207,13 @@ impl Ring {
                 self.fail(&error);
                 None
             }
+        }
+    }
+
+    /// Takes note of a chain that makes no sense.
+    pub fn malformed(&mut self, error: &ChainError) {
+        if let Some(suppressed) = self.throttle.admit(Instant::now()) {
+            warn!(device = %self.kind, queue = self.index, suppressed, %error, "malformed chain");
         }
     }
 
