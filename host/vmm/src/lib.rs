@@ -20,4 +20,4 @@ pub mod spec;
 
 pub use backend::{Accelerator, Backend, BackendError, choose_backend};
 pub use control::{Channel, Command, Event, StopReason};
-pub use spec::{BackendChoice, DiskSpec, MachineSpec, NetworkSpec};
+pub use spec::{BackendChoice, DiskSpec, MachineSpec, NetworkSpec, ShareSpec};

@@ -48,6 +48,9 @@ pub struct MachineSpec {
     /// How the guest reaches the network.
     #[serde(default)]
     pub network: NetworkSpec,
+    /// The folders of the host that the guest can use.
+    #[serde(default)]
+    pub shares: Vec<ShareSpec>,
     /// How long the guest's agent may take to open its control session, in seconds.
     #[serde(default = "boot_timeout_seconds")]
     pub boot_timeout_seconds: u32,
@@ -60,6 +63,18 @@ pub struct DiskSpec {
     pub path: PathBuf,
     /// Size of the disk the guest sees. A file can grow to it; it never shrinks.
     pub size_bytes: u64,
+}
+
+/// A folder of the host that the guest can use.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShareSpec {
+    /// Its name in the guest: one path component.
+    pub name: String,
+    /// The folder.
+    pub path: PathBuf,
+    /// Whether the guest may only read it.
+    #[serde(default)]
+    pub read_only: bool,
 }
 
 /// What is asked to run the machine's processors.
@@ -265,6 +280,7 @@ mod tests {
             console_log: folder.join("console.log"),
             backend: BackendChoice::Auto,
             network: NetworkSpec::Nat,
+            shares: vec![ShareSpec { name: "home".into(), path: "/home/ana".into(), read_only: false }],
             boot_timeout_seconds: 60,
         }
     }

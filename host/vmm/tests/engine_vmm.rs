@@ -49,6 +49,7 @@ impl Vmm {
             console_log: file("console.log"),
             backend: BackendChoice::Qemu,
             network: NetworkSpec::Nat,
+            shares: Vec::new(),
             boot_timeout_seconds: 60,
         };
         let (ours, theirs) = UnixStream::pair().unwrap();

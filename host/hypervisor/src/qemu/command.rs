@@ -51,6 +51,15 @@ pub enum Device {
         /// QEMU's end of the vhost-user socket.
         fd: RawFd,
     },
+    /// A file system device served over vhost-user.
+    VhostUserFs {
+        /// QEMU's end of the vhost-user socket.
+        fd: RawFd,
+        /// What the guest mounts it by.
+        tag: &'static str,
+        /// Entries per queue.
+        queue_size: u16,
+    },
     /// A network card whose frames go over a stream socket (`u32` big-endian length before each).
     Network {
         /// QEMU's end of the frame socket.
@@ -126,6 +135,13 @@ impl CommandLine {
                 self.option("-chardev", format!("socket,id={id},fd={fd}"));
                 self.option("-device", format!("vhost-user-vsock-pci,chardev={id}"));
             }
+            Device::VhostUserFs { fd, tag, queue_size } => {
+                self.option("-chardev", format!("socket,id={id},fd={fd}"));
+                self.option(
+                    "-device",
+                    format!("vhost-user-fs-pci,chardev={id},tag={tag},queue-size={queue_size}"),
+                );
+            }
             Device::Network { fd, mac } => {
                 let mac = mac.map(|byte| format!("{byte:02x}")).join(":");
                 self.option("-netdev", format!("stream,id={id},server=off,addr.type=fd,addr.str={fd}"));
@@ -154,6 +170,7 @@ mod tests {
                 Device::VhostUserBlock { fd: 11, queues: 1, queue_size: 256 },
                 Device::Network { fd: 12, mac: [2, 0, 0, 0, 0, 0x1f] },
                 Device::VhostUserVsock { fd: 13 },
+                Device::VhostUserFs { fd: 15, tag: "host", queue_size: 1024 },
             ],
             monitor: Some(14),
         }
@@ -186,6 +203,8 @@ mod tests {
             "-device virtio-net-pci,netdev=device3,mac=02:00:00:00:00:1f,romfile=",
             "-chardev socket,id=device4,fd=13",
             "-device vhost-user-vsock-pci,chardev=device4",
+            "-chardev socket,id=device5,fd=15",
+            "-device vhost-user-fs-pci,chardev=device5,tag=host,queue-size=1024",
             "-chardev socket,id=monitor,fd=14",
             "-mon chardev=monitor,mode=control",
         ];

@@ -6,6 +6,7 @@
 
 mod block;
 mod console;
+mod fs;
 mod net;
 mod plug;
 mod rng;
@@ -78,6 +79,7 @@ pub(crate) fn attachments(spec: &MachineSpec) -> Vec<Box<dyn Attachment>> {
         Box::new(console::Attachment { log: spec.console_log.clone() }),
         Box::new(rng::Attachment),
         Box::new(vsock::Attachment),
+        Box::new(fs::Attachment { shares: spec.shares.clone() }),
     ];
     match spec.network {
         NetworkSpec::Nat => list.push(Box::new(net::Attachment)),

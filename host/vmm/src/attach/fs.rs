@@ -1,0 +1,134 @@
+//! The file system device: requests of the guest's kernel on one side, the server of shared folders on the other.
+
+use std::error::Error;
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+use guest_protocol::share;
+use host_devices::virtio::VirtioDevice;
+use host_devices::virtio::buffers::Buffers;
+use host_devices::virtio::fs::{Backend, Fs};
+use host_fs::{
+    CachePolicy, ExportSpec, HEADER_BYTES, Owners, Payload, REQUEST_BYTES_MAX, Reply, Room, Server,
+    WRITE_HEAD_BYTES,
+};
+use host_hypervisor::qemu::Device;
+
+use super::{Attached, Context};
+use crate::spec::ShareSpec;
+
+/// Length of the header of an answer (`fuse_out_header`).
+const ANSWER_HEADER_BYTES: usize = 16;
+/// So much of a request tells its kind.
+const KIND_BYTES: usize = 8;
+
+pub(super) struct Attachment {
+    pub shares: Vec<ShareSpec>,
+}
+
+impl super::Attachment for Attachment {
+    fn name(&self) -> &'static str {
+        "fs"
+    }
+
+    fn attach(
+        self: Box<Self>,
+        context: &mut Context<'_>,
+    ) -> Result<Box<dyn Attached>, Box<dyn Error + Send + Sync>> {
+        let server = Server::new();
+        for ShareSpec { name, path, read_only } in self.shares {
+            let spec = ExportSpec {
+                name,
+                path,
+                read_only,
+                cache: CachePolicy::default(),
+                owners: Owners::of_process(),
+            };
+            // The machine is of use without it, and a container that wants it is told.
+            if let Err(error) = server.add(spec) {
+                let source = error.source().map(tracing::field::display);
+                tracing::warn!(%error, source, "a folder is not shared");
+            }
+        }
+        let device = Fs::new(share::TAG, Arc::new(Requests(server)))?;
+        let queue_size = device.queue_sizes().iter().copied().min().unwrap_or(1);
+        context.plug.serve("fs", device, |fd| Device::VhostUserFs { fd, tag: share::TAG, queue_size })
+    }
+}
+
+/// Gives requests to the server and its answers to the guest.
+struct Requests(Server);
+
+impl Backend for Requests {
+    fn is_slow(&self, readable: &Buffers<'_>) -> bool {
+        let mut kind = [0; KIND_BYTES];
+        let count = readable.peek(&mut kind);
+        host_fs::is_slow(&kind[..count])
+    }
+
+    fn serve(&self, mut readable: Buffers<'_>, mut writable: Buffers<'_>) -> u32 {
+        let mut kind = [0; KIND_BYTES];
+        let count = readable.peek(&mut kind);
+        let length = match host_fs::is_write(&kind[..count]) {
+            true => readable.len().min(WRITE_HEAD_BYTES),
+            false => readable.len().min(REQUEST_BYTES_MAX),
+        };
+        let mut request = vec![0; length];
+        let count = readable.copy_out(&mut request);
+        request.truncate(count);
+        let mut header = writable.split_front(ANSWER_HEADER_BYTES);
+        let reply = match request.len() < HEADER_BYTES {
+            true => Reply::None,
+            false => self.0.handle(&request, &mut Data(readable), &mut Space(&mut writable)),
+        };
+        if header.len() < ANSWER_HEADER_BYTES {
+            return 0;
+        }
+        let (error, length) = match reply {
+            Reply::None => return 0,
+            Reply::Error(error) => (-error.raw_os_error(), 0),
+            Reply::Bytes(bytes) => (0, writable.copy_in(&bytes)),
+            Reply::Data(length) => (0, length),
+        };
+        let total = (ANSWER_HEADER_BYTES + length) as u32;
+        let mut answer = [0; ANSWER_HEADER_BYTES];
+        answer[..4].copy_from_slice(&total.to_le_bytes());
+        answer[4..8].copy_from_slice(&i32::to_le_bytes(error));
+        // The number that the kernel finds its request by.
+        answer[8..].copy_from_slice(&request[8..16]);
+        header.copy_in(&answer);
+        total
+    }
+
+    fn reset(&self) {
+        self.0.reset();
+    }
+}
+
+/// A write's data in guest memory.
+struct Data<'a>(Buffers<'a>);
+
+impl Payload for Data<'_> {
+    fn remaining(&self) -> usize {
+        self.0.len()
+    }
+
+    fn write_at(&mut self, file: BorrowedFd<'_>, offset: u64) -> io::Result<usize> {
+        self.0.write_at(file, offset)
+    }
+}
+
+/// Room for an answer in guest memory.
+struct Space<'a, 'b>(&'a mut Buffers<'b>);
+
+impl Room for Space<'_, '_> {
+    fn remaining(&self) -> usize {
+        self.0.len()
+    }
+
+    fn read_at(&mut self, file: BorrowedFd<'_>, offset: u64, count: usize) -> io::Result<usize> {
+        self.0.truncate(count);
+        self.0.read_at(file, offset)
+    }
+}
