@@ -46,6 +46,8 @@ const READY_FD: i32 = 3;
 #[rustfmt::skip]
 const ARGUMENTS: &[&str] = &[
     "--vsock", "2375",
+    // For containers that speak to the engine.
+    "--socket", "/run/engine.sock",
     "--data-root", "/var/lib/engine",
     "--run-root", "/run/engine",
     "--bundled-images", "/usr/share/engine/images",

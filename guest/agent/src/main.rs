@@ -157,6 +157,9 @@ async fn bring_up(
     let (devices, rest) = Modules::of_this_image();
     devices.load();
     let rest = spawn_blocking(|| rest.load());
+    if let Err(error) = mounts::mount_shares() {
+        warn!(error = format!("{error:#}"), "containers cannot bind folders of the host");
+    }
 
     spawn_local(supervisor.log.clone().ship());
     let mut told = settings.subscribe();

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use guest_mountinfo::Mount;
+use guest_protocol::share;
 use rustix::mount::{MountFlags, MountPropagationFlags};
 
 /// The root of the cgroup v2 tree.
@@ -88,6 +89,16 @@ pub fn mount_all() -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Mounts what the host shares; containers get their binds from there.
+///
+/// Only root may look into it: who is given a folder of it has it bound elsewhere.
+pub fn mount_shares() -> Result<()> {
+    make_folder(share::MOUNT)?;
+    let flags = MountFlags::NOSUID | MountFlags::NODEV;
+    rustix::mount::mount(share::TAG, share::MOUNT, "virtiofs", flags, None)
+        .with_context(|| format!("cannot mount the folders that the host shares on {}", share::MOUNT))
 }
 
 /// Puts standard input, output and error on the console, wherever the kernel has it.

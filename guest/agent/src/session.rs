@@ -143,7 +143,10 @@ fn answer(
             Ok(Response::Done)
         }
         Request::Info => Ok(Response::Info(machine::gather(engine()))),
-        Request::Acquire { .. } | Request::Release { .. } | Request::Reconcile { .. } => {
+        Request::Acquire { .. }
+        | Request::Release { .. }
+        | Request::Locate { .. }
+        | Request::Reconcile { .. } => {
             Err(Failure::new(FailureKind::Unsupported, "the guest grants no leases: the host does"))
         }
     }

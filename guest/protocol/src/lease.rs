@@ -1,4 +1,4 @@
-//! What a container holds on the host: published ports today, shared folders later.
+//! What a container holds on the host: published ports.
 //!
 //! A [`Lease`] is granted as a whole and released as a whole. The guest's engine asks, so the host binds what it was
 //! asked for or says why not, before the container starts; nothing is guessed from outside.

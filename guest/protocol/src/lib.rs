@@ -1,7 +1,7 @@
 //! The contract between host and guest: what crosses the wall of the virtual machine, and how.
 //!
 //! Host and guest programs meet in this crate only. It holds the vsock ports ([`port`]), the messages of the
-//! control session ([`message`]), what containers hold on the host ([`lease`]), how a connection to a published port
+//! control session ([`message`]), what containers hold on the host ([`lease`]) and bind from it ([`share`]), how a connection to a published port
 //! begins ([`forward`]), their framing ([`frame`]) and the session itself as a pure state machine
 //! ([`session`]); and the two foreign formats that both halves read: DNS questions ([`dns`]) and the kernel's tables of
 //! sockets ([`sockets`]). It does no I/O, spawns nothing and reads no clock: bytes and a time go in, bytes and events
@@ -16,6 +16,7 @@ pub mod lease;
 pub mod message;
 pub mod port;
 pub mod session;
+pub mod share;
 pub mod sockets;
 
 pub use lease::{GrantedPort, Lease, PortRequest, Transport};
@@ -24,3 +25,4 @@ pub use message::{
     Response,
 };
 pub use session::{RequestId, Role, Session, SessionError, SessionEvent, State};
+pub use share::{BindPlace, BindSource};

@@ -7,6 +7,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::lease::{GrantedPort, Lease, PortRequest};
+use crate::share::{BindPlace, BindSource};
 
 /// The version of the contract. It changes only when an older end could misunderstand a newer one; new kinds of
 /// requests and new fields do not change it.
@@ -67,6 +68,11 @@ pub enum Request {
         /// The container's id.
         container: String,
     },
+    /// Tell where in the guest these paths of the host are. Answered by [`Response::Located`].
+    Locate {
+        /// The sources of a container's binds.
+        sources: Vec<BindSource>,
+    },
     /// These are all leases there are: let go of others, hold again what was lost. The engine's first request on every
     /// session. Answered by [`Response::Reconciled`].
     Reconcile {
@@ -87,6 +93,11 @@ pub enum Response {
     Granted {
         /// What is held now: one entry for each address of each request.
         ports: Vec<GrantedPort>,
+    },
+    /// The answer to [`Request::Locate`].
+    Located {
+        /// One for each source, in the order asked.
+        places: Vec<BindPlace>,
     },
     /// The answer to [`Request::Reconcile`].
     Reconciled {
@@ -257,6 +268,21 @@ mod tests {
                 }],
             },
             r#"{"kind":"granted","ports":[{"transport":"udp","address":"127.0.0.1","port":53,"container_port":5353}]}"#,
+        );
+        check(
+            Request::Locate { sources: vec![BindSource { path: "/home/ana".into(), create: true }] },
+            r#"{"kind":"locate","sources":[{"path":"/home/ana","create":true}]}"#,
+        );
+        check(
+            Response::Located {
+                places: vec![
+                    BindPlace::At { path: "/run/host/home".into() },
+                    BindPlace::Missing { path: "/run/host/home/x".into() },
+                    BindPlace::Engine,
+                    BindPlace::Refused { why: "w".into() },
+                ],
+            },
+            r#"{"kind":"located","places":[{"kind":"at","path":"/run/host/home"},{"kind":"missing","path":"/run/host/home/x"},{"kind":"engine"},{"kind":"refused","why":"w"}]}"#,
         );
         check(Response::Reconciled { lost: Vec::new() }, r#"{"kind":"reconciled","lost":[]}"#);
         check(Response::Done, r#"{"kind":"done"}"#);

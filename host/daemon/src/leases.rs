@@ -19,6 +19,8 @@ use tokio::net::UnixStream;
 use tokio::sync::Mutex;
 use tracing::{debug, info, warn};
 
+use crate::shares::Shares;
+
 /// How long an engine may be away (it is being restarted) before what its containers held is let go.
 const ABSENCE_MAX: Duration = Duration::from_secs(60);
 /// Between two looks at a session in which nothing happens.
@@ -27,15 +29,16 @@ const WAIT_MAX: Duration = Duration::from_secs(60);
 /// The table of leases of one machine.
 pub(crate) struct Leases {
     sink: Sink,
+    shares: Arc<Shares>,
     held: Mutex<HashMap<String, Forwarder>>,
     /// Counts sessions, so that the end of an old one does not take away what a new one holds.
     sessions: AtomicU64,
 }
 
 impl Leases {
-    /// An empty table, whose connections go to `sink`.
-    pub(crate) fn new(sink: Sink) -> Self {
-        Self { sink, held: Mutex::default(), sessions: AtomicU64::new(0) }
+    /// An empty table, whose connections go to `sink`; binds come from `shares`.
+    pub(crate) fn new(sink: Sink, shares: Arc<Shares>) -> Self {
+        Self { sink, shares, held: Mutex::default(), sessions: AtomicU64::new(0) }
     }
 
     /// Speaks with an engine on `stream` until it hangs up.
@@ -103,9 +106,21 @@ impl Leases {
                 self.release(&container).await;
                 Ok(Response::Done)
             }
+            Request::Locate { sources } => {
+                let shares = Arc::clone(&self.shares);
+                let located = tokio::task::spawn_blocking(move || {
+                    sources.iter().map(|source| shares.locate(source)).collect()
+                });
+                let places =
+                    located.await.map_err(|error| Failure::new(FailureKind::Failed, error.to_string()))?;
+                Ok(Response::Located { places })
+            }
             Request::Reconcile { leases } => Ok(Response::Reconciled { lost: self.reconcile(leases).await }),
             Request::SetClock { .. } | Request::Configure { .. } | Request::PowerOff | Request::Info => {
-                Err(Failure::new(FailureKind::Unsupported, "the daemon answers requests for leases only"))
+                Err(Failure::new(
+                    FailureKind::Unsupported,
+                    "the daemon answers requests for leases and shares only",
+                ))
             }
         }
     }
@@ -278,7 +293,7 @@ mod tests {
     }
 
     fn leases() -> Arc<Leases> {
-        Arc::new(Leases::new(Arc::new(|_header, _stream| {})))
+        Arc::new(Leases::new(Arc::new(|_header, _stream| {}), Arc::default()))
     }
 
     fn is_free(port: u16) -> bool {

@@ -12,6 +12,7 @@ mod leases;
 mod lifecycle;
 mod session;
 mod settings;
+mod shares;
 mod state_dir;
 mod supervisor;
 mod vmm_process;

@@ -13,6 +13,29 @@ pub(crate) struct Settings {
     pub(crate) memory_mib: u32,
     pub(crate) disk_gib: u64,
     pub(crate) backend: BackendChoice,
+    pub(crate) shares: ShareSettings,
+}
+
+/// Which folders of the host containers may bind.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct ShareSettings {
+    /// The user's home folder and the folder for temporary files.
+    #[serde(default = "yes")]
+    pub(crate) defaults: bool,
+    /// Others, by absolute path.
+    #[serde(default)]
+    pub(crate) paths: Vec<PathBuf>,
+}
+
+impl Default for ShareSettings {
+    fn default() -> Self {
+        Self { defaults: true, paths: Vec::new() }
+    }
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// The settings file, `settings.toml` in the home folder.
@@ -23,6 +46,8 @@ struct SettingsFile {
     version: Option<u32>,
     #[serde(default)]
     machine: MachineSection,
+    #[serde(default)]
+    shares: ShareSettings,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -102,6 +127,9 @@ impl Settings {
         if let Some(version @ (0 | 2..)) = file.version {
             bail!("it has version {version}, and this program reads version 1");
         }
+        if let Some(path) = file.shares.paths.iter().find(|path| !path.is_absolute()) {
+            bail!("the shared folder `{}` is not an absolute path", path.display());
+        }
         let number = |name: &str, from_file: Option<u64>, default: u64| match environment(name) {
             Some(value) => {
                 value.parse().with_context(|| format!("`{name}` is `{value}`, which is not a number"))
@@ -128,6 +156,7 @@ impl Settings {
             .context("that much memory is not possible")?,
             disk_gib: number("ENGINE_MACHINE_DISK_GIB", machine.disk_gib, 64)?,
             backend,
+            shares: file.shares,
         })
     }
 }
@@ -171,7 +200,13 @@ mod tests {
         let settings = resolve("", &[]).unwrap();
         assert_eq!(
             settings,
-            Settings { cpus: 4, memory_mib: 4096, disk_gib: 64, backend: BackendChoice::Auto }
+            Settings {
+                cpus: 4,
+                memory_mib: 4096,
+                disk_gib: 64,
+                backend: BackendChoice::Auto,
+                shares: ShareSettings::default()
+            }
         );
     }
 
@@ -190,5 +225,15 @@ mod tests {
         assert!(error("", &[("ENGINE_MACHINE_CPUS", "many")]).contains("`many`"));
         assert!(error("", &[("ENGINE_MACHINE_CPUS", "0")]).contains("0 CPUs"));
         assert!(error("", &[("ENGINE_MACHINE_BACKEND", "xen")]).contains("xen"));
+        assert!(error("[shares]\npaths = [\"src\"]", &[]).contains("`src` is not an absolute path"));
+    }
+
+    #[test]
+    fn shared_folders_are_the_defaults_and_what_is_added() {
+        let shares = |text| resolve(text, &[]).unwrap().shares;
+        assert_eq!(shares(""), ShareSettings { defaults: true, paths: Vec::new() });
+        let added = ShareSettings { defaults: true, paths: vec!["/srv".into()] };
+        assert_eq!(shares("[shares]\npaths = [\"/srv\"]"), added);
+        assert!(!shares("[shares]\ndefaults = false").defaults);
     }
 }

@@ -9,6 +9,7 @@ use crate::leases::Leases;
 use crate::lifecycle::{Action, Input, Lifecycle, Ticket};
 use crate::session::{self, Ask};
 use crate::settings::{HostSize, Settings, engine_settings};
+use crate::shares::Shares;
 use crate::state_dir::StateDir;
 use crate::vmm_process::{Report, VmmProcess};
 use anyhow::{Context, Result};
@@ -140,6 +141,8 @@ pub(crate) struct Supervisor {
     backend: Option<BackendChoice>,
     /// What the machine's containers hold on this host.
     leases: Option<Arc<Leases>>,
+    /// The folders it was offered when it was started.
+    shares: Arc<Shares>,
     /// Who waits for the VM process to count its streams.
     stream_counts: Vec<oneshot::Sender<u64>>,
     session: Option<mpsc::Sender<Ask>>,
@@ -171,6 +174,7 @@ impl Supervisor {
             stop_reason: None,
             backend: None,
             leases: None,
+            shares: Arc::default(),
             stream_counts: Vec::new(),
             session: None,
             engine_settings: None,
@@ -249,7 +253,7 @@ impl Supervisor {
             match action {
                 Action::Spawn => match self.spawn() {
                     Ok(vmm) => {
-                        self.leases = Some(Arc::new(Leases::new(vmm.sink())));
+                        self.leases = Some(Arc::new(Leases::new(vmm.sink(), Arc::clone(&self.shares))));
                         self.vmm = Some(vmm);
                     }
                     Err(error) => self.feed(Input::VmmExited(Some(format!("{error:#}")))),
@@ -296,7 +300,12 @@ impl Supervisor {
         self.stop_reason = None;
         self.session = None;
         let generation = self.generation;
-        let spec = self.spec()?;
+        let settings = self.settings()?;
+        let shares = Shares::new(&settings.shares, &self.state_dir.home().docker_socket(), |name| {
+            std::env::var_os(name)
+        });
+        let spec = self.spec(&settings, &shares)?;
+        self.shares = Arc::new(shares);
         self.engine_settings = engine_settings(&self.state_dir.home().engine_settings())?;
         let dir = self.state_dir.machine_dir(MACHINE)?;
         let path = dir.join("vmm.log");
@@ -315,9 +324,8 @@ impl Supervisor {
     }
 
     /// What the settings and the image make of the machine now.
-    fn spec(&self) -> Result<MachineSpec> {
+    fn spec(&self, settings: &Settings, shares: &Shares) -> Result<MachineSpec> {
         let image = VmImage::open(&self.image_dir)?;
-        let settings = self.settings()?;
         let dir = self.state_dir.machine_dir(MACHINE)?;
         Ok(MachineSpec {
             cpus: settings.cpus,
@@ -330,6 +338,7 @@ impl Supervisor {
             console_log: dir.join("console.log"),
             backend: settings.backend,
             network: NetworkSpec::Nat,
+            shares: shares.specs(),
             boot_timeout_seconds: u32::try_from(crate::lifecycle::BOOT_TIME_MAX.as_secs())?,
         })
     }

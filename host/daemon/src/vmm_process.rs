@@ -150,6 +150,7 @@ mod tests {
             console_log: "/none".into(),
             backend: BackendChoice::Qemu,
             network: NetworkSpec::None,
+            shares: Vec::new(),
             boot_timeout_seconds: 60,
         }
     }

@@ -290,9 +290,10 @@ impl Request {
             // The answer only says that it has begun; but a guest in trouble may be slow to say it.
             Request::PowerOff => Duration::from_secs(15),
             // Only binds sockets; a thousand of them take less.
-            Request::Acquire { .. } | Request::Release { .. } | Request::Reconcile { .. } => {
-                Duration::from_secs(30)
-            }
+            Request::Acquire { .. }
+            | Request::Release { .. }
+            | Request::Locate { .. }
+            | Request::Reconcile { .. } => Duration::from_secs(30),
         }
     }
 }
