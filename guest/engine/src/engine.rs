@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::config::Settings;
-use crate::host::{self, HostLeases};
+use crate::host::{self, HostLeases, Shares};
 use crate::http::{Listeners, Services, bind_unix};
 use crate::services::containers::{Capacity, Containers, Context};
 use crate::services::events::Events;
@@ -106,7 +106,7 @@ async fn open(
         &engine_id,
         store.clone(),
         events.clone(),
-        outside,
+        outside.clone(),
     )?);
     let tasks = TaskTracker::new();
     let volumes = {
@@ -119,6 +119,7 @@ async fn open(
         images: images.clone(),
         networks: networks.clone(),
         events: events.clone(),
+        shares: Shares { outside, socket: settings.socket.clone(), data_root: settings.data_root.clone() },
         shim: settings.shim.clone(),
         native: settings.native,
         defaults: settings.containers.clone(),

@@ -8,8 +8,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use guest_protocol::{
-    Failure, FailureKind, GrantedPort, Hello, Lease, PortRequest, Request, RequestId, Response, Role,
-    Session, SessionEvent, port,
+    BindPlace, BindSource, Failure, FailureKind, GrantedPort, Hello, Lease, PortRequest, Request, RequestId,
+    Response, Role, Session, SessionEvent, port,
 };
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{mpsc, oneshot};
@@ -75,6 +75,14 @@ impl HostLeases {
         match self.ask(Request::Acquire { container: container.to_owned(), ports }).await? {
             Response::Granted { ports } => Ok(ports),
             _ => Err(LeaseError::Refused("the host answered something else than a lease".into())),
+        }
+    }
+
+    /// Has the host tell where the source of a bind is.
+    pub async fn locate(&self, source: BindSource) -> Result<BindPlace, LeaseError> {
+        match self.ask(Request::Locate { sources: vec![source] }).await? {
+            Response::Located { mut places } if places.len() == 1 => Ok(places.remove(0)),
+            _ => Err(LeaseError::Refused("the host answered something else than a place".into())),
         }
     }
 

@@ -1,11 +1,13 @@
 //! The computer outside the machine: what containers hold there, and the connections that come from it.
 //!
 //! Only in the machine; natively the engine publishes ports itself. `leases` is the session on which ports are asked
-//! for, `forward` takes connections to them, `relay` copies.
+//! for, `shares` finds what containers bind from there, `forward` takes connections to them, `relay` copies.
 
 mod forward;
 mod leases;
 mod relay;
+mod shares;
 
 pub use forward::{Targets, serve};
 pub use leases::HostLeases;
+pub use shares::{Place, Shares};

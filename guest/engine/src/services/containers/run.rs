@@ -31,6 +31,7 @@ use super::spec::{self, Devices, NetworkNamespace};
 use super::{logging, mounts, network, rootfs, user};
 use crate::config::ContainerDefaults;
 use crate::failure::Failure;
+use crate::host::Shares;
 use crate::plan::Undo;
 use crate::services::events::Events;
 use crate::services::networks::{Attached, Networks};
@@ -55,6 +56,8 @@ pub struct Context {
     pub networks: Arc<Networks>,
     pub volumes: Arc<Volumes>,
     pub events: Events,
+    /// Where the sources of binds are.
+    pub shares: Shares,
     pub shim: PathBuf,
     /// On a Linux host, not in our machine.
     pub native: bool,

@@ -30,6 +30,7 @@ use super::shim::Streams;
 use super::table::Phase;
 use super::{create, follow, inspect, logging, mounts, names, peers};
 use crate::failure::Failure;
+use crate::host::Place;
 use crate::services::prune::Turn;
 use crate::store;
 
@@ -177,10 +178,16 @@ impl Containers {
         let mut resolved = create::resolve(create, &image_config, &id, capacity)?;
         self.context.networks.check(&resolved.networks)?;
         super::network::resolve_links(&self.context.index, &mut resolved.host.links)?;
-        let mounts =
-            mounts::wanted(&resolved.config, &resolved.host, quirks, self.context.data_root(), |other| {
-                Ok(self.view(other)?.record.mounts.clone())
-            })?;
+        let data_root = self.context.data_root();
+        let sources = mounts::sources(&self.context, &resolved.host).await?;
+        let mounts = mounts::wanted(
+            &resolved.config,
+            &resolved.host,
+            quirks,
+            data_root,
+            |source| matches!(sources.get(source), Some(Place::Missing(_))),
+            |other| Ok(self.view(other)?.record.mounts.clone()),
+        )?;
         let name = self.index.reserve_name(name, &id)?;
         let mut record = Record {
             id: id.clone(),

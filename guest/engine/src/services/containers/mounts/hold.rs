@@ -1,12 +1,12 @@
 //! The volumes and images of a container: taken when it is made, given back when it is removed.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use guest_api::ErrorKind;
-use guest_volumes::{make_folders, open_within};
+use guest_api::{ErrorKind, HostConfig};
+use guest_volumes::{clean, make_folders, open_within};
 use rustix::fs::OFlags;
 
 use super::super::record::{Record, View};
@@ -15,6 +15,7 @@ use super::point::{MountKind, MountPoint};
 use super::temporary;
 use super::wanted::Wanted;
 use crate::failure::Failure;
+use crate::host::Place;
 
 /// What was taken for a new container.
 #[derive(Debug, Default)]
@@ -42,6 +43,19 @@ pub async fn sweep_snapshots(context: &Arc<Context>, keys: &[String], known: &BT
             tracing::warn!(snapshot = key, %error, "left behind");
         }
     }
+}
+
+/// Where the sources of binds in the long form are: a missing one is an error before anything is made.
+pub async fn sources(context: &Context, host: &HostConfig) -> Result<BTreeMap<PathBuf, Place>, Failure> {
+    let mut sources = BTreeMap::new();
+    for mount in host.mounts.iter().flatten().filter(|mount| mount.kind == "bind") {
+        let source = PathBuf::from(clean(&mount.source));
+        if source.is_absolute() && !sources.contains_key(&source) {
+            let place = context.shares.find(&source, false).await?;
+            sources.insert(source, place);
+        }
+    }
+    Ok(sources)
 }
 
 /// Makes or finds the volumes, and takes images. On failure everything is as before.
@@ -83,7 +97,11 @@ async fn take_one(
             point.source = temporary::place(&context.run_folder(id), number);
             point.snapshot = key;
         }
-        _ => {}
+        (MountKind::Bind, _) => {
+            let place = context.shares.find(&point.source, false).await?.path();
+            point.place = Some(place).filter(|place| *place != point.source);
+        }
+        (MountKind::Tmpfs, _) => {}
     }
     held.points.push(point);
     Ok(())

@@ -11,7 +11,7 @@ mod ready;
 mod temporary;
 mod wanted;
 
-pub use hold::{give_back, keep_volumes, populate, release, restore, sweep_snapshots, take};
+pub use hold::{give_back, keep_volumes, populate, release, restore, sources, sweep_snapshots, take};
 pub use point::MountPoint;
 #[cfg(test)]
 pub use ready::ReadyMount;

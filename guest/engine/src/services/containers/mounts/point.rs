@@ -41,6 +41,9 @@ pub struct MountPoint {
     /// Empty for a tmpfs.
     #[serde(default)]
     pub source: PathBuf,
+    /// Where the source of a bind is in the machine, if that is elsewhere.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub place: Option<PathBuf>,
     #[serde(default)]
     pub read_only: bool,
     /// The options as given.
@@ -103,6 +106,7 @@ impl MountPoint {
     pub fn lasting_source(&self) -> Option<PathBuf> {
         match self.kind {
             MountKind::Tmpfs | MountKind::Image => None,
+            MountKind::Bind if self.place.is_some() => self.place.clone(),
             _ if self.subpath.is_empty() => Some(self.source.clone()),
             _ => {
                 let base = std::fs::canonicalize(&self.source).ok()?;

@@ -19,6 +19,7 @@ use super::point::{MountKind, MountPoint};
 use super::temporary;
 use super::wanted::check_source;
 use crate::failure::Failure;
+use crate::host::Place;
 use crate::plan::Undo;
 
 /// What dockerd adds when a folder and a file meet.
@@ -79,6 +80,9 @@ pub async fn make_ready(context: &Arc<Context>, record: &Record, undo: &mut Undo
                 });
             }
             source = mount_part(context, &run_folder, number, point, source).await?;
+        }
+        if point.kind == MountKind::Bind {
+            source = bind_source(context, point).await?;
         }
         sources.push((number, source));
     }
@@ -187,9 +191,6 @@ fn describe(
             ready.mounts.push(tmpfs_mount(&point.destination, &point.options, metadata.as_ref())?);
             continue;
         }
-        if point.kind == MountKind::Bind {
-            make_source(point)?;
-        }
         let options = options(point, source, data_root, &mut ready.rootfs_propagation)?;
         // What lies in another mount is not to be seen yet.
         let nested = points.iter().any(|(other, _)| {
@@ -224,18 +225,19 @@ fn describe(
     Ok(ready)
 }
 
-/// The source of a bind of the short form is made when it is missing.
-fn make_source(point: &MountPoint) -> Result<(), Failure> {
-    check_source(point)?;
-    if fs::symlink_metadata(&point.source).is_ok() {
-        return Ok(());
-    }
-    fs::create_dir_all(&point.source).map_err(|error| {
-        Failure::internal(
-            format!("error while creating mount source path '{}'", point.source.display()),
-            &error,
-        )
-    })
+/// Where the source of a bind is. In the short form it is made when it is missing.
+async fn bind_source(context: &Context, point: &MountPoint) -> Result<PathBuf, Failure> {
+    let place = match context.shares.find(&point.source, !point.must_exist).await? {
+        Place::At(place) => return Ok(place),
+        Place::Missing(place) => place,
+    };
+    check_source(point, true)?;
+    let what = format!("error while creating mount source path '{}'", point.source.display());
+    let source = place.clone();
+    let made = tokio::task::spawn_blocking(move || fs::create_dir_all(&source)).await;
+    made.map_err(|error| Failure::internal(&what, &error))?
+        .map_err(|error| Failure::internal(&what, &error))?;
+    Ok(place)
 }
 
 fn options(

@@ -107,12 +107,13 @@ pub fn adapt(host: &mut HostConfig, version: ApiVersion) -> Result<(Quirks, Vec<
     Ok((Quirks { read_only_non_recursive: before(44) }, warnings))
 }
 
-/// The mounts of a new container, by place. `others` tells the mounts of another container, `data_root` is our own folder.
+/// The mounts of a new container, by place. `is_missing` tells whether there is no such source, `others` tells the mounts of another container, `data_root` is our own folder.
 pub fn wanted(
     config: &ContainerConfig,
     host: &HostConfig,
     quirks: Quirks,
     data_root: &Path,
+    is_missing: impl Fn(&Path) -> bool,
     others: impl Fn(&str) -> Result<Vec<MountPoint>, Failure>,
 ) -> Result<Vec<Wanted>, Failure> {
     let tmpfs = host.tmpfs.clone().unwrap_or_default();
@@ -147,7 +148,7 @@ pub fn wanted(
     for mount in host.mounts.iter().flatten() {
         let read = Specification::from_mount(mount.clone()).map_err(invalid)?;
         let wanted = from_specification(&read, quirks, data_root, true)?;
-        check_source(&wanted.point)?;
+        check_source(&wanted.point, is_missing(&wanted.point.source))?;
         let place = wanted.point.destination.clone();
         if own.contains(&place) {
             return Err(duplicate(&mount.target));
@@ -185,8 +186,8 @@ fn duplicate(place: &str) -> Failure {
 }
 
 /// A bind in the long form whose source has gone, or never was.
-pub fn check_source(point: &MountPoint) -> Result<(), Failure> {
-    if point.kind == MountKind::Bind && point.must_exist && std::fs::metadata(&point.source).is_err() {
+pub fn check_source(point: &MountPoint, is_missing: bool) -> Result<(), Failure> {
+    if point.kind == MountKind::Bind && point.must_exist && is_missing {
         return Err(invalid(SpecificationError::no_source(&point.source.display().to_string())));
     }
     Ok(())
@@ -291,7 +292,8 @@ mod tests {
             ]),
             other => Err(Failure::not_found(guest_api::error::no_such_container(other))),
         };
-        wanted(&create.config, &create.host_config, Quirks::default(), Path::new("/var/lib/engine"), others)
+        let (quirks, data_root) = (Quirks::default(), Path::new("/var/lib/engine"));
+        wanted(&create.config, &create.host_config, quirks, data_root, |path| !path.exists(), others)
             .map_err(|failure| failure.message)
     }
 
