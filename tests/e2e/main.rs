@@ -20,6 +20,7 @@ mod networks;
 mod registries;
 mod run;
 mod settings;
+mod shares;
 mod streams;
 mod volumes;
 
@@ -90,6 +91,7 @@ fn test(arguments: &Arguments) -> Result<ExitCode> {
     scenarios.extend(registries::scenarios());
     scenarios.extend(files::scenarios());
     scenarios.extend(volumes::scenarios());
+    scenarios.extend(shares::scenarios());
     scenarios.extend(bad_input::scenarios());
     scenarios.extend(life::scenarios());
     scenarios.extend(settings::scenarios());

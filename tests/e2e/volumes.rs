@@ -21,7 +21,7 @@ crate::scenarios![
     mounts_are_passed_on_as_asked,
 ];
 
-fn docker(engine: &Engine, arguments: &[&str]) -> Result<Finished> {
+pub(crate) fn docker(engine: &Engine, arguments: &[&str]) -> Result<Finished> {
     match engine.docker(arguments) {
         Some(command) => tests_harness::run(command),
         None => bail!(
@@ -31,7 +31,7 @@ fn docker(engine: &Engine, arguments: &[&str]) -> Result<Finished> {
 }
 
 /// What the client says when it succeeds.
-fn ok(engine: &Engine, arguments: &[&str]) -> Result<String> {
+pub(crate) fn ok(engine: &Engine, arguments: &[&str]) -> Result<String> {
     docker(engine, arguments)?.ok()
 }
 
@@ -40,12 +40,12 @@ fn volumes(engine: &Engine) -> Result<HashSet<String>> {
 }
 
 /// What a container of its own says with these mounts.
-fn says(engine: &Engine, mounts: &[&str], script: &str) -> Result<String> {
+pub(crate) fn says(engine: &Engine, mounts: &[&str], script: &str) -> Result<String> {
     let arguments = [&["run", "--rm"], mounts, &[IMAGE, "sh", "-c", script]].concat();
     ok(engine, &arguments)
 }
 
-fn same(what: &str, wanted: &str) -> Result<()> {
+pub(crate) fn same(what: &str, wanted: &str) -> Result<()> {
     ensure!(what == wanted, "{what:?} instead of {wanted:?}");
     Ok(())
 }
@@ -127,7 +127,7 @@ fn a_new_volume_is_filled_from_the_image(engine: &Engine) -> Result<()> {
 }
 
 fn folders_are_bound_and_made_on_the_way(engine: &Engine) -> Result<()> {
-    let folder = format!("/var/tmp/engine-test-{}", std::process::id());
+    let folder = format!("/tmp/engine-test-{}", std::process::id());
     let bind = format!("{folder}/a/b:/there");
     same(&says(engine, &["-v", &bind], "echo bound > /there/file; stat -c %a /there")?, "755")?;
     same(&says(engine, &["-v", &format!("{folder}:/up")], "cat /up/a/b/file")?, "bound")?;
@@ -137,7 +137,7 @@ fn folders_are_bound_and_made_on_the_way(engine: &Engine) -> Result<()> {
     let missing = format!("type=bind,source={folder}/none,target=/x");
     docker(engine, &["run", "--rm", "--mount", &missing, IMAGE, "true"])?
         .fails_with(125, &format!("bind source path does not exist: {folder}/none"))?;
-    says(engine, &["-v", "/var/tmp:/up"], &format!("rm -r /up/{}", &folder["/var/tmp/".len()..])).map(drop)
+    says(engine, &["-v", "/tmp:/up"], &format!("rm -r /up/{}", &folder["/tmp/".len()..])).map(drop)
 }
 
 fn read_only_mounts_are_read_only(engine: &Engine) -> Result<()> {
@@ -310,7 +310,7 @@ fn containers_are_found_by_their_volumes(engine: &Engine) -> Result<()> {
 fn mounts_are_passed_on_as_asked(engine: &Engine) -> Result<()> {
     if engine.stage != Stage::Native {
         // What is mounted in the machine cannot be made shared from here.
-        let private = docker(engine, &["run", "--rm", "-v", "/var/tmp:/m:rshared", IMAGE, "true"])?;
+        let private = docker(engine, &["run", "--rm", "-v", "/tmp:/m:rshared", IMAGE, "true"])?;
         ensure!(private.code == 0 || private.stderr.contains("is not a shared mount"), "{private:?}");
         return Ok(());
     }

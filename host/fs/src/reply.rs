@@ -119,13 +119,13 @@ mod tests {
             writer.0.len()
         };
         let attributes = Attributes::default();
-        assert_eq!(length(&|writer| drop(writer.attributes(&attributes))), 88);
-        assert_eq!(length(&|writer| drop(writer.attributes_for(&attributes, Duration::ZERO))), 104);
+        assert_eq!(length(&|writer| _ = writer.attributes(&attributes)), 88);
+        assert_eq!(length(&|writer| _ = writer.attributes_for(&attributes, Duration::ZERO)), 104);
         let time = Duration::from_millis(1500);
-        assert_eq!(length(&|writer| drop(writer.entry(1, time, time, &attributes))), ENTRY_BYTES);
-        assert_eq!(length(&|writer| drop(writer.opened(1, 0))), 16);
+        assert_eq!(length(&|writer| _ = writer.entry(1, time, time, &attributes)), ENTRY_BYTES);
+        assert_eq!(length(&|writer| _ = writer.opened(1, 0)), 16);
         for name in [&b"a"[..], b"eightlng", b"ninebytes"] {
-            assert_eq!(length(&|writer| drop(writer.name_in_folder(1, 2, 8, name))), name_bytes(name));
+            assert_eq!(length(&|writer| _ = writer.name_in_folder(1, 2, 8, name)), name_bytes(name));
         }
     }
 }
