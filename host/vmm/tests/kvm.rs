@@ -73,6 +73,7 @@ impl Vmm {
             console_log: folder.path().join("console.log"),
             backend: BackendChoice::Kvm,
             network: NetworkSpec::None,
+            shares: Vec::new(),
             boot_timeout_seconds: 200,
         };
         let (ours, theirs) = UnixStream::pair()?;
