@@ -110,9 +110,7 @@ impl Server {
                 },
                 false => None,
             };
-            #[expect(clippy::unnecessary_cast, reason = "the field's type differs between architectures")]
             let inode = if dots { here.st_ino as u64 } else { entry.ino() };
-            #[expect(clippy::unnecessary_cast, reason = "the field's type differs between architectures")]
             let number = match &found {
                 Some((_, attributes)) => attributes.number,
                 None => self.shown_number(here.st_dev as u64, inode),
