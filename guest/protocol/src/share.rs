@@ -35,6 +35,11 @@ pub enum BindPlace {
         /// Where it would be in the guest.
         path: String,
     },
+    /// There is no such file or folder on the host, nor may one be made there: it would not be shared.
+    Nowhere {
+        /// Why it would not be, and what to do, as a sentence.
+        why: String,
+    },
     /// It is the host's socket of the Docker API, which the guest has one of its own for.
     Engine,
     /// It is not shared with the guest, or cannot be.

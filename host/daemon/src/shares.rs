@@ -86,10 +86,8 @@ impl Shares {
         let offered = self.offered.iter().filter(|(_, root)| real.starts_with(root));
         let Some((name, root)) = offered.max_by_key(|(_, root)| root.as_os_str().len()) else {
             let same = if real == path { String::new() } else { format!(" (it is `{}`)", real.display()) };
-            return refused(format!(
-                "the path `{}`{same} is not shared with the machine: {CURE}",
-                path.display()
-            ));
+            let why = format!("the path `{}`{same} is not shared with the machine: {CURE}", path.display());
+            return if is_there { refused(why) } else { BindPlace::Nowhere { why } };
         };
         let below = real.strip_prefix(root).unwrap_or(Path::new(""));
         // Without an ending slash, which a mount of a file would not take.
@@ -182,7 +180,8 @@ mod tests {
             other => panic!("{other:?}"),
         };
         assert!(refused(&root.join("home/out")).contains("is not shared with the machine: add it to"));
-        assert!(refused(&root.join("home/out/new")).contains("is not shared"));
+        let nowhere = locate(&shares, &root.join("home/out/new"), true);
+        assert!(matches!(nowhere, BindPlace::Nowhere { why } if why.contains("is not shared")));
         assert!(!root.join("secret/new").exists());
         assert!(refused(&root.join("secret")).contains("engine machine restart"));
         assert!(refused(&root.join("home/dangling/x")).contains("cannot look at"));

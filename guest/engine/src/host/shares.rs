@@ -23,12 +23,21 @@ pub enum Place {
     At(PathBuf),
     /// There is nothing yet; it would be here.
     Missing(PathBuf),
+    /// There is nothing, and nothing can be made, for the reason told.
+    Nowhere(String),
 }
 
 impl Place {
-    pub fn path(self) -> PathBuf {
+    /// Whether there is nothing.
+    pub fn is_missing(&self) -> bool {
+        !matches!(self, Self::At(_))
+    }
+
+    /// Where it is, or would be.
+    pub fn path(self) -> Result<PathBuf, Failure> {
         match self {
-            Self::At(path) | Self::Missing(path) => path,
+            Self::At(path) | Self::Missing(path) => Ok(path),
+            Self::Nowhere(why) => Err(Failure::broken(why)),
         }
     }
 }
@@ -72,6 +81,7 @@ impl Shares {
         match answer.map_err(|error| Failure::broken(error.to_string()))? {
             BindPlace::At { path } => Ok(Place::At(path.into())),
             BindPlace::Missing { path } => Ok(Place::Missing(path.into())),
+            BindPlace::Nowhere { why } => Ok(Place::Nowhere(why)),
             BindPlace::Engine => Ok(Place::At(self.own(Path::new(SOCKETS[0])))),
             BindPlace::Refused { why } => Err(Failure::broken(why)),
         }
@@ -114,7 +124,7 @@ mod tests {
         assert_eq!(shares.find(Path::new("/proc"), false).await.unwrap(), Place::At("/proc".into()));
         let nothing = Path::new("/nowhere/at/all");
         assert_eq!(shares.find(nothing, true).await.unwrap(), Place::Missing(nothing.into()));
-        let socket = shares.find(Path::new("/var/run/docker.sock"), false).await.unwrap().path();
+        let socket = shares.find(Path::new("/var/run/docker.sock"), false).await.unwrap().path().unwrap();
         assert_eq!(socket, Path::new("/var/run/docker.sock"));
     }
 
@@ -127,7 +137,7 @@ mod tests {
         for host in ["/home/ana", "/devices", "/tmp", "/runs"] {
             assert!(!shares.is_own(Path::new(host)), "{host}");
         }
-        let socket = shares.find(Path::new("/var/run/docker.sock"), false).await.unwrap().path();
+        let socket = shares.find(Path::new("/var/run/docker.sock"), false).await.unwrap().path().unwrap();
         assert_eq!(socket, Path::new("/run/engine.sock"));
     }
 }

@@ -185,7 +185,7 @@ impl Containers {
             &resolved.host,
             quirks,
             data_root,
-            |source| matches!(sources.get(source), Some(Place::Missing(_))),
+            |source| sources.get(source).is_some_and(Place::is_missing),
             |other| Ok(self.view(other)?.record.mounts.clone()),
         )?;
         let name = self.index.reserve_name(name, &id)?;

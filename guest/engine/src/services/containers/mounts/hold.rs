@@ -98,7 +98,7 @@ async fn take_one(
             point.snapshot = key;
         }
         (MountKind::Bind, _) => {
-            let place = context.shares.find(&point.source, false).await?.path();
+            let place = context.shares.find(&point.source, false).await?.path()?;
             point.place = Some(place).filter(|place| *place != point.source);
         }
         (MountKind::Tmpfs, _) => {}

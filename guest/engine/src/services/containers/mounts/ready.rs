@@ -19,7 +19,7 @@ use super::point::{MountKind, MountPoint};
 use super::temporary;
 use super::wanted::check_source;
 use crate::failure::Failure;
-use crate::host::Place;
+use crate::host::{Place, Shares};
 use crate::plan::Undo;
 
 /// What dockerd adds when a folder and a file meet.
@@ -82,7 +82,7 @@ pub async fn make_ready(context: &Arc<Context>, record: &Record, undo: &mut Undo
             source = mount_part(context, &run_folder, number, point, source).await?;
         }
         if point.kind == MountKind::Bind {
-            source = bind_source(context, point).await?;
+            source = bind_source(&context.shares, point).await?;
         }
         sources.push((number, source));
     }
@@ -226,12 +226,14 @@ fn describe(
 }
 
 /// Where the source of a bind is. In the short form it is made when it is missing.
-async fn bind_source(context: &Context, point: &MountPoint) -> Result<PathBuf, Failure> {
-    let place = match context.shares.find(&point.source, !point.must_exist).await? {
+async fn bind_source(shares: &Shares, point: &MountPoint) -> Result<PathBuf, Failure> {
+    let place = match shares.find(&point.source, !point.must_exist).await? {
         Place::At(place) => return Ok(place),
-        Place::Missing(place) => place,
+        missing => {
+            check_source(point, true)?;
+            missing.path()?
+        }
     };
-    check_source(point, true)?;
     let what = format!("error while creating mount source path '{}'", point.source.display());
     let source = place.clone();
     let made = tokio::task::spawn_blocking(move || fs::create_dir_all(&source)).await;
@@ -378,10 +380,23 @@ mod tests {
             "mount options conflict: !ReadOnly && BindOptions.ReadOnlyNonRecursive"
         );
         assert!(described(&[], &[("/x", "frob")]).unwrap_err().message.starts_with("invalid tmpfs option"));
-        let gone = refusal(&|point| {
-            point.source = "/nowhere/x".into();
-            point.must_exist = true;
-        });
-        assert!(gone.ends_with("bind source path does not exist: /nowhere/x"));
+    }
+
+    #[tokio::test]
+    async fn a_missing_source_is_made_for_the_short_form_only() {
+        let folder = tempfile::tempdir().unwrap();
+        let shares = Shares { outside: None, socket: None, data_root: "/var/lib/engine".into() };
+        let source = folder.path().join("a/b");
+        let mut point = bind(source.to_str().unwrap(), "/x");
+        point.must_exist = true;
+        let refused = bind_source(&shares, &point).await.unwrap_err().message;
+        assert!(
+            refused.ends_with(&format!("bind source path does not exist: {}", source.display())),
+            "{refused}"
+        );
+        assert!(!folder.path().join("a").exists());
+        point.must_exist = false;
+        assert_eq!(bind_source(&shares, &point).await.unwrap(), source);
+        assert!(source.is_dir());
     }
 }
