@@ -30,7 +30,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         ("pull", [reference]) => {
             drop(images.pull(&reference.parse()?, None, &Credentials::Anonymous, print).await?)
         }
-        ("load", [archive]) => drop(images.load(tokio::fs::File::open(archive).await?, print).await?),
+        ("load", [archive]) => drop(images.load(std::fs::File::open(archive)?, print).await?),
         ("list", []) => {}
         _ => return Err("store pull|load|list FOLDER [WHAT]".into()),
     }

@@ -10,7 +10,6 @@ use std::{
 };
 
 use serde::Deserialize;
-use tokio::io::AsyncRead;
 
 use crate::{
     Digest, Error, Images, Kind, LoadedImage, Platform, Progress, Reference, Result,
@@ -75,7 +74,7 @@ impl Images {
     /// Reads an archive of images. On failure, images of the archive that were complete before it stay.
     pub async fn load(
         &self,
-        reader: impl AsyncRead + Send + Unpin + 'static,
+        reader: impl Read + Send + 'static,
         progress: impl Fn(Progress) + Send + Sync + 'static,
     ) -> Result<Vec<LoadedImage>> {
         self.load_for(reader, None, progress).await
@@ -84,12 +83,12 @@ impl Images {
     /// Like [`load`](Self::load), but leaves out what is not for `platform`.
     pub async fn load_for(
         &self,
-        reader: impl AsyncRead + Send + Unpin + 'static,
+        reader: impl Read + Send + 'static,
         platform: Option<Platform>,
         progress: impl Fn(Progress) + Send + Sync + 'static,
     ) -> Result<Vec<LoadedImage>> {
         let wanted = Wanted { platform, name: None };
-        self.load_from(tokio_util::io::SyncIoBridge::new(reader), Arc::new(progress), wanted).await
+        self.load_from(reader, Arc::new(progress), wanted).await
     }
 
     pub(crate) async fn load_from(

@@ -1,24 +1,14 @@
 //! `/containers/{id}/archive`, `/export` and `/changes`.
 
-use futures_util::TryStreamExt;
 use guest_api::files::{PATH_STAT_HEADER, PathStat};
-use http_body_util::BodyStream;
 use hyper::header::HeaderValue;
-use tokio_util::io::{StreamReader, SyncIoBridge};
 
 use super::Services;
-use super::body::RequestBody;
+use super::ahead::ReadAhead;
 use super::request::Call;
 use super::respond::{self, Answer, Response};
 use crate::failure::Failure;
 use crate::services::containers::ExtractQuery;
-
-/// The body of a request as a reader for threads outside of the runtime. It fails when the client has gone.
-pub fn body_reader(body: RequestBody) -> impl std::io::Read + Send + 'static {
-    let frames = BodyStream::new(body).map_err(std::io::Error::other);
-    let data = frames.try_filter_map(|frame| std::future::ready(Ok(frame.into_data().ok())));
-    SyncIoBridge::new(StreamReader::new(Box::pin(data)))
-}
 
 fn path(call: &Call) -> Result<&str, Failure> {
     match call.query.text("path") {
@@ -56,7 +46,7 @@ pub async fn copy_in(services: &Services, call: Call, id: &str) -> Answer {
         as_user: call.query.flag("copyUIDGID"),
     };
     let path = path(&call)?.to_owned();
-    services.containers.copy_in(id, &path, query, body_reader(call.request.into_body())).await?;
+    services.containers.copy_in(id, &path, query, ReadAhead::new(call.request.into_body())).await?;
     Ok(respond::empty(200))
 }
 

@@ -2,16 +2,13 @@
 
 use std::sync::Arc;
 
-use futures_util::TryStreamExt;
 use guest_api::image::ProgressLine;
 use guest_api::{ApiVersion, ContainerConfig};
 use guest_images::Platform;
-use http_body_util::BodyStream;
 use tokio::sync::mpsc;
-use tokio_util::io::StreamReader;
 
 use super::Services;
-use super::archive::body_reader;
+use super::ahead::ReadAhead;
 use super::request::Call;
 use super::respond::{self, Answer};
 use crate::failure::Failure;
@@ -63,7 +60,7 @@ pub async fn import(services: &Services, call: Call) -> Answer {
         services.tasks.spawn(work);
         return Ok(respond::json_lines(lines, gone));
     }
-    let id = services.images.import(query, body_reader(call.request.into_body())).await?;
+    let id = services.images.import(query, ReadAhead::new(call.request.into_body())).await?;
     let (line, lines) = mpsc::channel(1);
     let told = ProgressLine { status: Some(id), ..ProgressLine::default() };
     line.send(told).await.map_err(|_| Failure::broken("the answer cannot be given"))?;
@@ -95,9 +92,7 @@ pub fn load(services: &Arc<Services>, call: Call) -> Answer {
     let quiet = call.query.texts("quiet").is_empty() || call.query.flag("quiet");
     let query = LoadQuery { quiet, platform: platform(&call)? };
     let gone = call.gone();
-    let frames = BodyStream::new(call.request.into_body()).map_err(std::io::Error::other);
-    let data = frames.try_filter_map(|frame| std::future::ready(Ok(frame.into_data().ok())));
-    let (lines, work) = services.images.load(StreamReader::new(Box::pin(data)), query);
+    let (lines, work) = services.images.load(ReadAhead::new(call.request.into_body()), query);
     services.tasks.spawn(work);
     Ok(respond::json_lines(lines, gone))
 }

@@ -4,6 +4,7 @@
 //! version. Answers carry the headers clients negotiate by.
 
 mod absent;
+mod ahead;
 mod archive;
 mod attach;
 mod body;

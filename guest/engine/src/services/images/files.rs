@@ -6,7 +6,6 @@ use guest_api::image::ProgressLine;
 use guest_images::instructions;
 use guest_images::{Config, Draft, History, ImageConfig, Platform, Progress, Reference};
 use jiff::Timestamp;
-use tokio::io::AsyncRead;
 use tokio::sync::mpsc;
 use tokio_util::io::SyncIoBridge;
 use tokio_util::task::TaskTracker;
@@ -144,7 +143,7 @@ impl ImagesService {
     }
 
     /// Loads an archive, and sends Docker's lines to the returned channel; the last is the failure, if it failed.
-    pub fn load<A: AsyncRead + Send + Unpin + 'static>(
+    pub fn load<A: Read + Send + 'static>(
         &self,
         archive: A,
         query: LoadQuery,
