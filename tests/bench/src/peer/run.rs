@@ -37,6 +37,12 @@ pub(super) fn exec(side: &Side) -> Result<f64> {
     milliseconds(|| side.run(["exec", "sleeper", "true"])?.ok().map(drop))
 }
 
+/// The same without the client.
+pub(super) fn exec_only(side: &Side) -> Result<f64> {
+    let (mut api, other) = (side.api()?, side.api()?);
+    milliseconds(|| api.exec(other, "sleeper"))
+}
+
 /// Starts many at once, by as many clients.
 pub(super) fn start_many(side: &Side) -> Result<()> {
     let clients = (0..MANY).map(|_| Timed::new(side.docker(["run", "-d", IMAGE, "sleep", "1000"])).spawn());
