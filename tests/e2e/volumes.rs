@@ -67,6 +67,9 @@ fn a_named_volume_outlives_its_containers(engine: &Engine) -> Result<()> {
     let shown =
         ok(engine, &["volume", "inspect", "-f", "{{.Name}} {{.Driver}} {{.Scope}} {{.Labels}}", "notes"])?;
     same(&shown, "notes local local map[of:test]")?;
+    let ours =
+        engine.engine(["inspect", "--type", "volume", "-f", "{{.Name}} {{.Driver}}", "notes"])?.ok()?;
+    same(&ours, "notes local")?;
     same(&ok(engine, &["volume", "ls", "-q", "-f", "label=of=test"])?, "notes")?;
     // One that is not there yet is made.
     says(engine, &["-v", "by-the-way:/data"], "touch /data/file")?;

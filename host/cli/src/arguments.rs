@@ -416,6 +416,7 @@ pub(crate) enum ObjectKind {
     Container,
     Image,
     Network,
+    Volume,
 }
 
 #[derive(Debug, Args)]

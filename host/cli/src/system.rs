@@ -37,13 +37,14 @@ pub(crate) async fn inspect(docker: &Docker, args: &InspectArgs) -> Result<bool>
 async fn inspect_one(docker: &Docker, kind: Option<ObjectKind>, name: &str) -> Result<Value> {
     let kinds = match kind {
         Some(kind) => vec![kind],
-        None => vec![ObjectKind::Container, ObjectKind::Image, ObjectKind::Network],
+        None => vec![ObjectKind::Container, ObjectKind::Image, ObjectKind::Network, ObjectKind::Volume],
     };
     for kind in kinds {
         let path = match kind {
             ObjectKind::Container => format!("/containers/{}/json", encode(name)),
             ObjectKind::Image => format!("/images/{}/json", encode_name(name)),
             ObjectKind::Network => format!("/networks/{}", encode(name)),
+            ObjectKind::Volume => format!("/volumes/{}", encode(name)),
         };
         match docker.get_value(&path).await {
             Err(error)
