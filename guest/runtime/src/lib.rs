@@ -15,6 +15,7 @@
 pub mod cgroup;
 pub mod defaults;
 pub mod device_filter;
+pub mod external;
 pub mod lookup;
 pub mod reap;
 pub mod seccomp_profile;

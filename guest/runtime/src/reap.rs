@@ -11,6 +11,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use thiserror::Error;
 
 use crate::cgroup::{Cgroup, CgroupError};
+use crate::external::External;
 use crate::shim::record::{self, EXIT_FILE, RecordError, STATE_FILE, StateRecord};
 use crate::shim::{Exit, SOCKET_FILE};
 use crate::sys::{self, ProcessStamp};
@@ -64,14 +65,20 @@ pub fn reap(dir: &Path) -> Result<Option<Exit>, ReapError> {
         end_children(dir)?;
         // Once the shim is gone its record is final: one written since the read names init.
         let state = record::read::<StateRecord>(dir, STATE_FILE)?.unwrap_or(state);
-        release(&state)?;
+        release(dir, &state)?;
     }
     remove_files(dir)?;
     Ok(record::read(dir, EXIT_FILE)?)
 }
 
 /// Ends the container of a record and removes its cgroup.
-pub fn release(state: &StateRecord) -> Result<(), ReapError> {
+pub fn release(dir: &Path, state: &StateRecord) -> Result<(), ReapError> {
+    if let Some(runtime) = &state.runtime
+        && dir.join(RUNTIME_DIR).exists()
+    {
+        // It may have more to remove than we know of. What it fails at, as where it made nothing yet, is done below.
+        let _ = External::new(runtime, &state.container, dir).delete();
+    }
     if let Some(init) = &state.init {
         signal(init)?;
     }
@@ -146,7 +153,10 @@ fn children_of(dir: &Path) -> Vec<ProcessStamp> {
     entries
         .flatten()
         .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
-        .filter(|pid| fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| is_shim_of(&line, dir)))
+        .filter(|pid| {
+            fs::read(format!("/proc/{pid}/cmdline"))
+                .is_ok_and(|line| is_shim_of(&line, dir) || is_runtime_of(&line, dir))
+        })
         .filter_map(|pid| ProcessStamp::of(pid).ok())
         .collect()
 }
@@ -161,6 +171,14 @@ fn is_shim_of(command_line: &[u8], dir: &Path) -> bool {
             || folder.canonicalize().ok().is_some_and(|one| dir.canonicalize().is_ok_and(|two| one == two))
     };
     flag == Some(b"--dir") && folder.is_some_and(same)
+}
+
+/// Whether a command line is another runtime's that works for this folder's shim: `… --root DIR/runtime --log …`.
+fn is_runtime_of(command_line: &[u8], dir: &Path) -> bool {
+    let root = dir.join(RUNTIME_DIR);
+    let arguments: Vec<&[u8]> = command_line.split(|byte| *byte == 0).collect();
+    let works = |words: &[&[u8]]| matches!(words, [b"--root", folder, b"--log"] if *folder == root.as_os_str().as_bytes());
+    arguments.windows(3).any(works)
 }
 
 #[cfg(test)]
@@ -187,6 +205,9 @@ mod tests {
         assert!(!is_shim_of(b"/usr/bin/shim\0--dir\0/run/engine/c2\0", dir));
         assert!(!is_shim_of(b"ls\0/run/engine/c1\0", dir));
         assert!(!is_shim_of(b"", dir));
+        let line = b"crun\0--debug\0--root\0/run/engine/c1/runtime\0--log\0/x\0create\0c1\0";
+        assert!(is_runtime_of(line, dir) && !is_runtime_of(line, Path::new("/run/engine/c2")));
+        assert!(!is_runtime_of(b"ls\0/run/engine/c1/runtime\0", dir));
     }
 
     #[test]
@@ -195,7 +216,8 @@ mod tests {
         fs::create_dir_all(&dir).unwrap();
         let gone = ProcessStamp { pid: 1, started: u64::MAX };
         let cgroup = Some(format!("/reap-test-{}", std::process::id()).into());
-        let state = StateRecord { container: "c".into(), shim: gone, init: Some(gone), cgroup };
+        let state =
+            StateRecord { container: "c".into(), shim: gone, init: Some(gone), cgroup, runtime: None };
         record::write(&dir, STATE_FILE, &state).unwrap();
         assert_eq!(reap(&dir).unwrap(), None);
         assert!(!dir.join(STATE_FILE).exists());

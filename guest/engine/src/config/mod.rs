@@ -15,9 +15,11 @@ use clap::Parser;
 use ipnet::Ipv4Net;
 
 pub use bridge::BridgeChoice;
-pub use defaults::{ContainerDefaults, NetworkDefaults, Seccomp, Transfers};
+pub use defaults::{ContainerDefaults, NetworkDefaults, STOCK_RUNTIME, Seccomp, Transfers};
 pub use file::AddressPool;
 pub use file::File;
+#[cfg(test)]
+pub use file::Runtime;
 
 use file::Format;
 

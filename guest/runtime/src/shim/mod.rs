@@ -17,7 +17,7 @@ pub mod wire;
 
 pub use connection::{AttachedStream, Connection, ConnectionError, LaunchError, launch};
 pub use record::{EXIT_FILE, RecordError, STATE_FILE, StateRecord, shim_process};
-pub use spec::{ConsoleSize, Forward, Log, LogDriver, SPEC_FILE, ShimSpec, Stdin, Syslog};
+pub use spec::{ConsoleSize, ExternalRuntime, Forward, Log, LogDriver, SPEC_FILE, ShimSpec, Stdin, Syslog};
 pub use wire::{
     ErrorKind, Exit, FRAME_LEN_MAX, Frame, FrameBuffer, FrameError, ProcessId, Reply, Request, ShimState,
     Status,

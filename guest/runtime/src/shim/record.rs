@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use thiserror::Error;
 
+use super::spec::ExternalRuntime;
 use crate::sys::ProcessStamp;
 
 /// The name of the [`StateRecord`].
@@ -27,6 +28,9 @@ pub struct StateRecord {
     pub init: Option<ProcessStamp>,
     /// The container's cgroup below the root of each hierarchy, once it may exist.
     pub cgroup: Option<PathBuf>,
+    /// The other runtime that makes the container and knows how to remove it, if it is one.
+    #[serde(default)]
+    pub runtime: Option<ExternalRuntime>,
 }
 
 /// A descriptor of the living shim of a folder (readable when it ends, as of `pidfd_open`), or `None` when there is none.

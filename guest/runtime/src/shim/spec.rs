@@ -31,6 +31,19 @@ pub struct ShimSpec {
     /// Each engine begins with an empty one.
     #[serde(default)]
     pub filters: Option<PathBuf>,
+    /// Who makes the container, when it is not the shim itself.
+    #[serde(default)]
+    pub runtime: Option<ExternalRuntime>,
+}
+
+/// A program with runc's command line.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExternalRuntime {
+    /// A path, or a name that is looked for in `$PATH`.
+    pub program: PathBuf,
+    /// What comes before all other arguments.
+    #[serde(default)]
+    pub arguments: Vec<String>,
 }
 
 /// What a process's standard input is.

@@ -99,6 +99,13 @@ pub fn signal(process: impl AsFd, number: i32) -> io::Result<bool> {
     }
 }
 
+/// Whether the process behind a descriptor has ended, collected or not.
+pub fn has_ended(process: impl AsFd) -> io::Result<bool> {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    Ok(poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&now))? > 0)
+}
+
 /// SIGKILL.
 pub fn kill(process: impl AsFd) -> io::Result<bool> {
     signal(process, Signal::KILL.as_raw())

@@ -25,6 +25,7 @@ mod prune;
 mod record;
 mod rootfs;
 mod run;
+mod runtime;
 mod service;
 mod shim;
 mod signal;

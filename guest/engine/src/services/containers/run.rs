@@ -28,7 +28,7 @@ use super::peers::{self, Shared};
 use super::record::{Live, Record, RunRecord};
 use super::shim::{Shim, ShimError, Streams};
 use super::spec::{self, Devices, NetworkNamespace};
-use super::{logging, mounts, network, rootfs, user};
+use super::{logging, mounts, network, rootfs, runtime, user};
 use crate::config::ContainerDefaults;
 use crate::failure::Failure;
 use crate::host::Shares;
@@ -336,6 +336,7 @@ fn shim_spec(context: &Context, record: &Record) -> Result<ShimSpec, Failure> {
         log: logging::plan(&context.data_folder(&record.id), record)?,
         console_size: (height > 0 && width > 0).then_some(ConsoleSize { width, height }),
         filters: Some(context.filters()),
+        runtime: runtime::choose(&record.host.runtime, &context.defaults)?,
     })
 }
 
@@ -537,7 +538,8 @@ pub fn shim_failure(error: ShimError) -> Failure {
 
 /// The exit code of a container that could not be started, as the client would derive it from the text.
 pub fn exit_code_of_failure(failure: &Failure) -> i32 {
-    let has = |text: &str| failure.message.contains(text);
+    let message = failure.message.to_lowercase();
+    let has = |text: &str| message.contains(text);
     match () {
         () if has("executable file not found")
             || has("no such file or directory")
@@ -545,7 +547,7 @@ pub fn exit_code_of_failure(failure: &Failure) -> i32 {
         {
             127
         }
-        () if failure.kind == ErrorKind::Invalid && has("OCI runtime") => 126,
+        () if failure.kind == ErrorKind::Invalid && has("oci runtime") => 126,
         () => 128,
     }
 }

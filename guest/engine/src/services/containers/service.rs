@@ -28,7 +28,7 @@ use super::record::{LastRun, Record, View};
 use super::run::{self, Context};
 use super::shim::Streams;
 use super::table::Phase;
-use super::{create, follow, inspect, logging, mounts, names, peers};
+use super::{create, follow, inspect, logging, mounts, names, peers, runtime};
 use crate::failure::Failure;
 use crate::host::Place;
 use crate::services::prune::Turn;
@@ -164,6 +164,7 @@ impl Containers {
         let (quirks, more) = mounts::adapt(&mut create.host_config, version)?;
         let mut warnings = create::check(&mut create, capacity)?;
         warnings.extend(more);
+        runtime::choose(&create.host_config.runtime, &self.context.defaults)?;
         peers::resolve(&self.index, &mut create.host_config)?;
         let wanted = create.config.image.clone();
         let image = self
@@ -488,6 +489,7 @@ impl Containers {
     pub async fn shut_down(&self, stop: bool, seconds_max: Option<i64>) {
         if stop {
             let most = seconds_max.unwrap_or(SHUTDOWN_STOP_SECONDS);
+            let usual = self.context.defaults.stop_timeout_seconds;
             let stops = self.index.all().into_iter().filter(|handle| {
                 let phase = handle.view().phase;
                 phase.is_live() || phase == Phase::Restarting
@@ -495,7 +497,7 @@ impl Containers {
             let mut stopping = tokio::task::JoinSet::new();
             for handle in stops {
                 stopping.spawn(async move {
-                    let own = handle.view().record.config.stop_timeout.unwrap_or(SHUTDOWN_STOP_SECONDS);
+                    let own = handle.view().record.config.stop_timeout.unwrap_or(usual);
                     let seconds = if own < 0 || (0..own).contains(&most) { most } else { own };
                     let (reply, answer) = oneshot::channel();
                     let command = Command::Stop { signal: None, timeout: Some(seconds), reply };

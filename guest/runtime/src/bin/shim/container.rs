@@ -10,18 +10,19 @@
 //! - of a profile that libcontainer must install itself, the two values of a masked comparison are exchanged, for
 //!   libcontainer 0.7 hands them to libseccomp in the wrong order, and `clone` would be refused to everyone.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd, RawFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::fd::RawFd;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use guest_runtime::cgroup::{Cgroup, CgroupError};
 use guest_runtime::defaults;
 use guest_runtime::device_filter::{self, DeviceFilterError};
+use guest_runtime::external::{External, ExternalError};
 use guest_runtime::reap::{self, BUNDLE_DIR, RUNTIME_DIR, ReapError};
 use guest_runtime::shim::record::{self, RecordError, STATE_FILE, StateRecord};
-use guest_runtime::shim::{ConsoleSize, ErrorKind, ShimSpec, Stdin, socket};
+use guest_runtime::shim::{ConsoleSize, ErrorKind, ShimSpec, Stdin};
 use guest_runtime::sys::{self, ProcessStamp};
 use libcontainer::container::Container;
 use libcontainer::container::builder::ContainerBuilder;
@@ -31,22 +32,16 @@ use oci_spec::runtime::{
     Capabilities, Capability, LinuxCapabilities, LinuxNamespaceType, LinuxResources, LinuxSeccomp,
     LinuxSeccompOperator, Process, Spec,
 };
-use rustix::fs::{Gid, Uid, fchown};
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
-use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
-use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer};
-use rustix::termios::tcsetwinsize;
+use rustix::process::{getpid, set_child_subreaper};
 use thiserror::Error;
 
 use crate::enter::{Ends, Entry};
+use crate::external;
 use crate::filter::{Confinement, FilterError};
 use crate::mount::{Propagation, ReadOnlyCgroups};
-use crate::program::{Failure, Outcome, Program, Report, Seal, window};
+use crate::program::{Failure, Outcome, Program, Report, Seal};
+use crate::streams::{ConsoleSocket, Pipes, Streams, Wiring, terminal_streams};
 use crate::trace::{self, Events};
-
-/// Room in an output pipe: fewer and larger reads under load. The kernel's default is 64 KiB.
-const PIPE_LEN: usize = 256 * 1024;
-const CONSOLE_SOCKET: &str = "console.sock";
 
 /// Why the runtime could not do something.
 #[derive(Debug, Error)]
@@ -73,12 +68,15 @@ pub enum RuntimeError {
     Filter(#[from] FilterError),
     #[error(transparent)]
     Reap(#[from] ReapError),
+    #[error(transparent)]
+    External(#[from] ExternalError),
 }
 
 impl RuntimeError {
     pub fn kind(&self) -> ErrorKind {
         match self {
             Self::Program { kind, .. } => *kind,
+            Self::External(error) => error.kind(),
             _ => ErrorKind::Other,
         }
     }
@@ -90,16 +88,8 @@ impl From<Failure> for RuntimeError {
     }
 }
 
-fn setup(step: &'static str) -> impl FnOnce(io::Error) -> RuntimeError {
+pub fn setup(step: &'static str) -> impl FnOnce(io::Error) -> RuntimeError {
     move |source| RuntimeError::Setup { step, source }
-}
-
-/// The shim's ends of a process's standard streams. With a terminal all are its master.
-#[derive(Debug, Default)]
-pub struct Streams {
-    pub stdin: Option<OwnedFd>,
-    pub outputs: [Option<OwnedFd>; 2],
-    pub terminal: Option<OwnedFd>,
 }
 
 /// A process that has just been made.
@@ -124,11 +114,14 @@ pub struct Runtime {
     filters: Option<PathBuf>,
     grantable: Capabilities,
     events: Events,
+    /// Makes the container instead of libcontainer.
+    external: Option<External>,
     created: Option<Created>,
 }
 
 struct Created {
-    container: Container,
+    /// Libcontainer's, if it made it.
+    container: Option<Container>,
     cgroup: Cgroup,
     record: StateRecord,
     confinement: Confinement,
@@ -137,7 +130,12 @@ struct Created {
 
 impl Runtime {
     pub fn new(dir: &Path, spec: &ShimSpec, events: Events) -> io::Result<Self> {
+        if spec.runtime.is_some() {
+            // What another runtime leaves behind when it ends becomes our child.
+            set_child_subreaper(Some(getpid()))?;
+        }
         Ok(Self {
+            external: spec.runtime.as_ref().map(|runtime| External::new(runtime, &spec.container, dir)),
             dir: dir.to_owned(),
             id: spec.container.clone(),
             bundle: spec.bundle.clone(),
@@ -151,7 +149,8 @@ impl Runtime {
     /// Leaves the word of which process is the shim.
     pub fn announce(&self) -> Result<(), RuntimeError> {
         let shim = ProcessStamp::of_self().map_err(setup("read this process's start time"))?;
-        let record = StateRecord { container: self.id.clone(), shim, init: None, cgroup: None };
+        let record =
+            StateRecord { container: self.id.clone(), shim, init: None, cgroup: None, runtime: None };
         Ok(record::write(&self.dir, STATE_FILE, &record)?)
     }
 
@@ -171,43 +170,36 @@ impl Runtime {
         let namespaces = linux.namespaces().iter().flatten();
         let private_pids =
             namespaces.into_iter().any(|one| one.typ() == LinuxNamespaceType::Pid && one.path().is_none());
-        let devices = linux.resources().as_ref().and_then(|resources| resources.devices().clone());
-        let memory = linux.resources().as_ref().and_then(|resources| *resources.memory());
-        let keeps_alive = memory.is_some_and(|memory| memory.disable_oom_killer() == Some(true));
-        let (confinement, seal) = self.confine(&mut spec)?;
+        let (confinement, seal) = match &self.external {
+            Some(_) => (Confinement::None, None),
+            None => self.confine(&mut spec)?,
+        };
         self.write_bundle(&spec)?;
         let shim = ProcessStamp::of_self().map_err(setup("read this process's start time"))?;
-        let mut record =
-            StateRecord { container: self.id.clone(), shim, init: None, cgroup: Some(cgroup_path) };
+        let mut record = StateRecord {
+            container: self.id.clone(),
+            shim,
+            init: None,
+            cgroup: Some(cgroup_path),
+            runtime: self.external.as_ref().map(|external| external.runtime().clone()),
+        };
         record::write(&self.dir, STATE_FILE, &record)?;
 
-        let before = fs::read_to_string("/proc/self/oom_score_adj").map_err(setup("read the oom score"))?;
-        let made = self.build_init(&spec, wanted, foreign, seal).and_then(|(container, made)| {
+        let made = match self.external.clone() {
+            Some(external) => {
+                let user = spec.process().as_ref().map(|process| process.user().uid()).unwrap_or_default();
+                external::create(&external, &self.dir, wanted, user).map(|made| (None, made))
+            }
+            None => self.create_by_libcontainer(&spec, score, wanted, foreign, seal),
+        };
+        let made = made.and_then(|(container, made)| {
             record.init = Some(ProcessStamp::of(made.pid).map_err(setup("read init's start time"))?);
             record::write(&self.dir, STATE_FILE, &record)?;
-            if cgroup.pure_unified().is_none()
-                && let Some(cgroups) = ReadOnlyCgroups::of(&spec)
-            {
-                cgroups.apply(made.pid).map_err(setup("make the container's cgroups read-only"))?;
-            }
-            if let Some(propagation) = Propagation::of(&spec) {
-                propagation.apply(made.pid).map_err(setup("set how the container's mounts are passed on"))?;
-            }
-            // libcontainer always leaves it on.
-            if keeps_alive {
-                cgroup.disable_oom_killer()?;
-            }
-            if let (Some(folder), Some(rules)) = (cgroup.pure_unified(), &devices) {
-                let rules: Vec<_> =
-                    rules.iter().cloned().chain(defaults::device_rules().split_off(1)).collect();
-                device_filter::attach(folder, &rules)?;
+            if container.is_some() {
+                complete(&spec, &cgroup, made.pid)?;
             }
             Ok((container, made))
         });
-        if score.is_some() {
-            // libcontainer gave the container's score to its parent, us, for the child to inherit.
-            fs::write("/proc/self/oom_score_adj", before.trim()).map_err(setup("restore the oom score"))?;
-        }
         match made {
             Ok((container, made)) => {
                 self.created = Some(Created { container, cgroup, record, confinement, private_pids });
@@ -216,7 +208,8 @@ impl Runtime {
             }
             Err(error) => {
                 // What failed first is what the user must read.
-                let cleaned = reap::release(&record).and_then(|()| reap::remove_runtime(&self.dir));
+                let cleaned =
+                    reap::release(&self.dir, &record).and_then(|()| reap::remove_runtime(&self.dir));
                 if let Err(left) = cleaned {
                     crate::report(&left);
                 }
@@ -224,6 +217,25 @@ impl Runtime {
                 Err(error)
             }
         }
+    }
+
+    /// Lets libcontainer make it.
+    fn create_by_libcontainer(
+        &mut self,
+        spec: &Spec,
+        score: Option<i32>,
+        wanted: &Wanted,
+        foreign: &[RawFd],
+        seal: Option<Seal>,
+    ) -> Result<(Option<Container>, Made), RuntimeError> {
+        let before = fs::read_to_string("/proc/self/oom_score_adj").map_err(setup("read the oom score"))?;
+        let built = self.build_init(spec, wanted, foreign, seal);
+        if score.is_some() {
+            // libcontainer gave the container's score to its parent, us, for the child to inherit.
+            fs::write("/proc/self/oom_score_adj", before.trim()).map_err(setup("restore the oom score"))?;
+        }
+        let (container, made) = built?;
+        Ok((Some(container), made))
     }
 
     fn load_spec(&self) -> Result<Spec, RuntimeError> {
@@ -335,15 +347,21 @@ impl Runtime {
             reason: "the runtime did not say its process id".to_owned(),
         })?;
         // From here on init exists; the caller's clean-up kills it if this fails.
-        let streams = wiring.take(user, wanted.size)?;
+        let streams = wiring.take(user, wanted.size).map_err(setup("take the terminal"))?;
         Ok((built, Made { pid, streams, outcome }))
     }
 
     /// Lets init execute its program, and waits until it has.
     pub fn start(&mut self, outcome: Outcome) -> Result<(), RuntimeError> {
         let created = self.created.as_mut().ok_or_else(not_created)?;
+        let Some(container) = &mut created.container else {
+            return match &self.external {
+                Some(external) => Ok(external.start()?),
+                None => Err(not_created()),
+            };
+        };
         self.events.clear();
-        created.container.start().map_err(|error| RuntimeError::Runtime {
+        container.start().map_err(|error| RuntimeError::Runtime {
             step: "start the container",
             reason: trace::chain(&error),
         })?;
@@ -355,6 +373,9 @@ impl Runtime {
         let process = self.correct(process.clone(), wanted.terminal)?;
         let user = process.user().uid();
         let created = self.created.as_ref().ok_or_else(not_created)?;
+        if let Some(external) = &self.external {
+            return external::exec(external, &self.dir, &process, wanted);
+        }
         let init = created.record.init.map_or(0, |init| init.pid);
         let entry =
             Entry { cgroup: &created.cgroup, init, process: &process, confinement: &created.confinement };
@@ -394,11 +415,9 @@ impl Runtime {
             })?
             .with_executor(program);
         if wanted.terminal {
-            let path = runtime.join(CONSOLE_SOCKET);
-            let listener =
-                socket::bind(&runtime, CONSOLE_SOCKET).map_err(setup("listen for the terminal"))?;
-            let console = ConsoleSocket { listener, path: path.clone() };
-            return Ok((builder.with_console_socket(Some(path)), Wiring::Terminal(console)));
+            let console = ConsoleSocket::listen(&runtime).map_err(setup("listen for the terminal"))?;
+            let builder = builder.with_console_socket(Some(console.path()));
+            return Ok((builder, Wiring::Terminal(console)));
         }
         let pipes = Pipes::new(wanted.stdin, user).map_err(setup("make the process's pipes"))?;
         let Pipes { stdin, stdout, stderr, streams } = pipes;
@@ -420,12 +439,33 @@ impl Runtime {
 
     /// Freezes or thaws.
     pub fn freeze(&self, frozen: bool) -> Result<(), RuntimeError> {
-        Ok(self.created.as_ref().ok_or_else(not_created)?.cgroup.freeze(frozen)?)
+        let created = self.created.as_ref().ok_or_else(not_created)?;
+        match &self.external {
+            Some(external) => Ok(external.freeze(frozen)?),
+            None => Ok(created.cgroup.freeze(frozen)?),
+        }
+    }
+
+    /// Thaws what has been killed. Another runtime may have done so, and would complain if it were asked.
+    pub fn thaw_dying(&self) -> Result<(), RuntimeError> {
+        Ok(self.created.as_ref().ok_or_else(not_created)?.cgroup.freeze(false)?)
     }
 
     /// Changes limits.
     pub fn update(&self, resources: &LinuxResources) -> Result<(), RuntimeError> {
-        Ok(self.created.as_ref().ok_or_else(not_created)?.cgroup.update(resources)?)
+        let created = self.created.as_ref().ok_or_else(not_created)?;
+        match &self.external {
+            Some(external) => external::update(external, &self.dir, resources),
+            None => Ok(created.cgroup.update(resources)?),
+        }
+    }
+
+    /// Has another runtime send init a signal. Whether there is one.
+    pub fn signal_init(&self, signal: i32) -> Result<bool, RuntimeError> {
+        match &self.external {
+            Some(external) => external.kill(signal).map(|()| true).map_err(Into::into),
+            None => Ok(false),
+        }
     }
 
     /// Whether a process of the container was killed for want of memory.
@@ -449,12 +489,36 @@ impl Runtime {
     /// Removes the cgroup and the runtime's state. Nothing of the container may be running.
     pub fn delete(&mut self) -> Result<(), RuntimeError> {
         if let Some(created) = &self.created {
-            reap::release(&created.record)?;
+            reap::release(&self.dir, &created.record)?;
         }
         reap::remove_files(&self.dir)?;
         self.created = None;
         Ok(())
     }
+}
+
+/// What libcontainer leaves undone of a container that is not started yet.
+fn complete(spec: &Spec, cgroup: &Cgroup, pid: i32) -> Result<(), RuntimeError> {
+    if cgroup.pure_unified().is_none()
+        && let Some(cgroups) = ReadOnlyCgroups::of(spec)
+    {
+        cgroups.apply(pid).map_err(setup("make the container's cgroups read-only"))?;
+    }
+    if let Some(propagation) = Propagation::of(spec) {
+        propagation.apply(pid).map_err(setup("set how the container's mounts are passed on"))?;
+    }
+    let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+    let memory = resources.and_then(|resources| *resources.memory());
+    // libcontainer always leaves it on.
+    if memory.is_some_and(|memory| memory.disable_oom_killer() == Some(true)) {
+        cgroup.disable_oom_killer()?;
+    }
+    let devices = resources.and_then(|resources| resources.devices().as_ref());
+    if let (Some(folder), Some(rules)) = (cgroup.pure_unified(), devices) {
+        let rules: Vec<_> = rules.iter().cloned().chain(defaults::device_rules().split_off(1)).collect();
+        device_filter::attach(folder, &rules)?;
+    }
+    Ok(())
 }
 
 fn invalid(reason: &str) -> RuntimeError {
@@ -483,116 +547,6 @@ fn exchange_masks(mut seccomp: LinuxSeccomp) -> LinuxSeccomp {
     });
     seccomp.set_syscalls(syscalls);
     seccomp
-}
-
-/// Both ends of a process's pipes.
-struct Pipes {
-    stdin: OwnedFd,
-    stdout: OwnedFd,
-    stderr: OwnedFd,
-    streams: Streams,
-}
-
-impl Pipes {
-    fn new(stdin: Stdin, user: u32) -> io::Result<Self> {
-        let (their_stdin, our_stdin) = match stdin {
-            Stdin::None => (OwnedFd::from(File::open("/dev/null")?), None),
-            Stdin::Open | Stdin::Once => {
-                let (reader, writer) = pipe(user)?;
-                (reader, Some(writer))
-            }
-        };
-        let (our_stdout, stdout) = pipe(user)?;
-        let (our_stderr, stderr) = pipe(user)?;
-        for end in our_stdin.iter().chain([&our_stdout, &our_stderr]) {
-            rustix::io::ioctl_fionbio(end, true)?;
-        }
-        let streams =
-            Streams { stdin: our_stdin, outputs: [Some(our_stdout), Some(our_stderr)], terminal: None };
-        Ok(Self { stdin: their_stdin, stdout, stderr, streams })
-    }
-}
-
-/// A pipe that a process of this user may open again through `/dev/stdout`.
-fn pipe(user: u32) -> io::Result<(OwnedFd, OwnedFd)> {
-    let (reader, writer) = pipe_with(PipeFlags::CLOEXEC)?;
-    // The default size is enough to work; a user with many pipes may be refused a larger one.
-    let _ = fcntl_setpipe_size(&writer, PIPE_LEN);
-    give(&writer, user)?;
-    Ok((reader, writer))
-}
-
-fn give(descriptor: impl AsFd, user: u32) -> io::Result<()> {
-    if user != 0 {
-        fchown(descriptor, Some(Uid::from_raw(user)), None::<Gid>)?;
-    }
-    Ok(())
-}
-
-/// Where our ends come from.
-enum Wiring {
-    Pipes(Streams),
-    Terminal(ConsoleSocket),
-}
-
-impl Wiring {
-    /// Our ends, once the process has been made.
-    fn take(self, user: u32, size: Option<ConsoleSize>) -> Result<Streams, RuntimeError> {
-        match self {
-            Self::Pipes(streams) => Ok(streams),
-            Self::Terminal(console) => console.accept(user, size).map_err(setup("take the terminal")),
-        }
-    }
-}
-
-/// Where the runtime sends a terminal's master. The next process with a terminal needs the name again.
-struct ConsoleSocket {
-    listener: UnixListener,
-    path: PathBuf,
-}
-
-impl Drop for ConsoleSocket {
-    fn drop(&mut self) {
-        // Already gone when the runtime's folder is.
-        let _ = fs::remove_file(&self.path);
-    }
-}
-
-impl ConsoleSocket {
-    fn accept(&self, user: u32, size: Option<ConsoleSize>) -> io::Result<Streams> {
-        // The runtime connected and sent before it reported success: neither call waits.
-        self.listener.set_nonblocking(true)?;
-        let (connection, _) = self.listener.accept()?;
-        terminal_streams(&connection, user, size)
-    }
-}
-
-fn terminal_streams(connection: &UnixStream, user: u32, size: Option<ConsoleSize>) -> io::Result<Streams> {
-    let master = receive_descriptor(connection)?;
-    if let Some(size) = size {
-        tcsetwinsize(&master, window(size))?;
-    }
-    give(ioctl_tiocgptpeer(&master, OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?, user)?;
-    rustix::io::ioctl_fionbio(&master, true)?;
-    Ok(Streams {
-        stdin: Some(master.try_clone()?),
-        outputs: [Some(master.try_clone()?), None],
-        terminal: Some(master),
-    })
-}
-
-fn receive_descriptor(connection: impl AsFd) -> io::Result<OwnedFd> {
-    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
-    let mut name = [0; 256];
-    recvmsg(connection, &mut [io::IoSliceMut::new(&mut name)], &mut control, RecvFlags::CMSG_CLOEXEC)?;
-    control
-        .drain()
-        .find_map(|message| match message {
-            RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
-            _ => None,
-        })
-        .ok_or_else(|| io::Error::other("the runtime sent no terminal"))
 }
 
 #[cfg(test)]

@@ -9,7 +9,9 @@
 //! | `server` | the loop, and which request is legal when |
 //! | `client` | one connection: frames, or a stream with a bounded queue |
 //! | `process` | one process: its descriptors, input queue and end |
-//! | `container` | libcontainer: create and start; what it needs corrected in a spec |
+//! | `container` | the container, by libcontainer or another runtime: create and start; what a spec needs corrected |
+//! | `external` | the calls of another runtime |
+//! | `streams` | pipes and terminals, both ends |
 //! | `enter` | running another process in the container |
 //! | `filter` | seccomp profiles made into programs for the kernel |
 //! | `mount` | what libcontainer leaves undone of a container's mounts |
@@ -23,6 +25,7 @@
 mod client;
 mod container;
 mod enter;
+mod external;
 mod filter;
 mod init;
 mod log;
@@ -30,6 +33,7 @@ mod mount;
 mod process;
 mod program;
 mod server;
+mod streams;
 mod trace;
 
 use std::fs::File;

@@ -12,9 +12,10 @@ use oci_spec::runtime::Process as OciProcess;
 use rustix::process::{Pid, PidfdFlags, WaitStatus, pidfd_open};
 use rustix::termios::tcsetwinsize;
 
-use crate::container::{Made, Streams, Wanted};
+use crate::container::{Made, Wanted};
 use crate::log::LogFile;
 use crate::program::{Outcome, window};
+use crate::streams::Streams;
 
 /// How long output may keep coming after the end of its process: a grandchild may hold the pipe for ever.
 pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);

@@ -197,6 +197,11 @@ pub fn window(size: ConsoleSize) -> Winsize {
 }
 
 impl Outcome {
+    /// Of a program that is known to have been executed.
+    pub fn executed() -> io::Result<Self> {
+        Report::new().map(|(_report, outcome)| outcome)
+    }
+
     /// Waits until the program has been executed, or has failed.
     pub fn wait(self) -> Option<Failure> {
         let mut text = Vec::new();

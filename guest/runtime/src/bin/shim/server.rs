@@ -618,13 +618,23 @@ impl Server {
         let handle = self.processes[index].as_ref().and_then(|process| process.handle.as_ref());
         let handle = handle.ok_or_else(not_running)?;
         let failed = |source| Refusal::Io { step: "send the signal", source };
-        if !sys::signal(handle, signal).map_err(failed)? {
+        let sent = match index {
+            // Asked again afterwards: a failure to reach one that has just ended is none.
+            INIT => match self.runtime.signal_init(signal) {
+                Ok(true) => true,
+                Ok(false) => sys::signal(handle, signal).map_err(failed)?,
+                Err(_) if sys::has_ended(handle).map_err(failed)? => false,
+                Err(error) => return Err(error.into()),
+            },
+            _ => sys::signal(handle, signal).map_err(failed)?,
+        };
+        if !sent {
             return Err(not_running());
         }
         if signal == rustix::process::Signal::KILL.as_raw() {
             if mem::take(&mut self.paused) {
                 // On v1 a frozen process does not even die.
-                self.runtime.freeze(false)?;
+                self.runtime.thaw_dying()?;
             }
             if index == INIT && !self.runtime.private_pids() {
                 self.runtime.kill_all()?;
@@ -726,7 +736,7 @@ impl Server {
 
     fn delete(&mut self) -> Result<(), Refusal> {
         if mem::take(&mut self.paused) {
-            self.runtime.freeze(false)?;
+            self.runtime.thaw_dying()?;
         }
         for handle in self.processes.iter().flatten().filter_map(|process| process.handle.as_ref()) {
             sys::kill(handle).map_err(|source| Refusal::Io { step: "end a process", source })?;

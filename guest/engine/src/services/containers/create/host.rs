@@ -57,9 +57,6 @@ pub fn check(
         ));
     }
     warnings.extend(limits::process_limits(host, capacity)?);
-    if !matches!(host.runtime.as_str(), "" | "runc" | "io.containerd.runc.v2") {
-        return refuse(format!("unknown or invalid runtime name: {}", host.runtime));
-    }
     if host.storage_opt.as_ref().is_some_and(|options| !options.is_empty()) {
         return Err(Failure::broken(
             "--storage-opt is supported only for overlay over xfs with 'pquota' mount option",
