@@ -5,6 +5,7 @@
 mod bad_input;
 mod compose;
 mod crash;
+mod daemon_json;
 mod docker;
 mod exec;
 mod faults;
@@ -101,7 +102,12 @@ fn test(arguments: &Arguments) -> Result<ExitCode> {
     }
     // Last: these kill what the others stand on.
     scenarios.extend(match stage {
-        Stage::Native => crash::native_scenarios().into_iter().chain(faults::native_scenarios()).collect(),
+        Stage::Native => {
+            [daemon_json::native_scenarios(), crash::native_scenarios(), faults::native_scenarios()]
+                .into_iter()
+                .flatten()
+                .collect::<Vec<_>>()
+        }
         Stage::Qemu => crash::machine_scenarios(),
     });
     if arguments.list {

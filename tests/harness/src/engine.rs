@@ -86,14 +86,22 @@ impl Engine {
     /// Starts the engine, or the machine with the engine in it, and waits until it answers.
     pub fn boot(&self) -> Result<()> {
         match self.stage {
-            Stage::Native => self.boot_native(None),
+            Stage::Native => self.boot_native(&[], None),
             Stage::Qemu => self.engine(["machine", "start"])?.ok().map(drop),
         }
     }
 
     /// Starts the native engine so that it ends, as if killed, when it comes to this fault point.
     pub fn boot_with_fault(&self, point: &str) -> Result<()> {
-        self.boot_native(Some(point))
+        self.boot_native(&[], Some(point))
+    }
+
+    /// Starts the native engine with a dockerd's settings file of this content.
+    pub fn boot_with_settings(&self, daemon_json: &serde_json::Value) -> Result<()> {
+        let path = self.path("daemon.json");
+        std::fs::write(&path, daemon_json.to_string())?;
+        let path = path.to_str().context("a temporary path that is no text")?;
+        self.boot_native(&["--config", path], None)
     }
 
     /// Waits until the native engine has ended by itself.
@@ -102,7 +110,7 @@ impl Engine {
         wait_until("the engine ends at its fault point", END_TIME_MAX, || Ok(child.try_wait()?)).map(drop)
     }
 
-    fn boot_native(&self, fault: Option<&str>) -> Result<()> {
+    fn boot_native(&self, more: &[&str], fault: Option<&str>) -> Result<()> {
         let log = std::fs::File::options().create(true).append(true).open(self.path("guest-engine.log"))?;
         let mut child = Command::new(self.program("guest-engine"))
             .arg("--native")
@@ -113,6 +121,7 @@ impl Engine {
             .arg("--bundled-images")
             .arg(self.path("bundled"))
             .args(["--insecure-registry", &self.registry_name()])
+            .args(more)
             .envs(fault.map(|point| ("ENGINE_FAULT", point)))
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)

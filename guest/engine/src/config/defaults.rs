@@ -63,6 +63,10 @@ pub struct NetworkDefaults {
     pub publish_on: IpAddr,
     /// What `host-gateway` in extra hosts means; empty: the default bridge's address.
     pub host_gateway: Vec<IpAddr>,
+    /// Name servers of containers that name none; empty: the host's.
+    pub dns: Vec<IpAddr>,
+    /// Options for asking them, of containers that name none.
+    pub dns_options: Vec<String>,
 }
 
 impl NetworkDefaults {
@@ -82,6 +86,17 @@ impl NetworkDefaults {
         {
             bail!("`fixed-cidr`: {range} is not inside the default network's subnet {}", subnet.trunc());
         }
+        if let (Some(gateway), Some(subnet)) = (file.default_gateway, subnet)
+            && !subnet.trunc().contains(&gateway)
+        {
+            bail!(
+                "`default-gateway`: {gateway} is not inside the default network's subnet {}",
+                subnet.trunc()
+            );
+        }
+        if let (Some(gateway), None) = (file.default_gateway, subnet) {
+            bail!("`default-gateway`: {gateway} needs a subnet around it: say which with `bip`");
+        }
         Ok(Self {
             pools: file.default_address_pools.clone(),
             options: file.default_network_opts.clone(),
@@ -91,6 +106,8 @@ impl NetworkDefaults {
             masquerade: file.ip_masq.unwrap_or(true),
             publish_on: file.ip.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED)),
             host_gateway: file.host_gateway_ips.clone(),
+            dns: file.dns.clone(),
+            dns_options: file.dns_opts.clone(),
         })
     }
 }
@@ -171,7 +188,7 @@ impl ContainerDefaults {
             seccomp,
             stop_timeout_seconds: file.default_stop_timeout.unwrap_or(STOP_TIMEOUT_SECONDS),
             default_runtime: default_runtime(file)?,
-            runtimes: file.runtimes.clone(),
+            runtimes: runtimes(&file.runtimes)?,
         })
     }
 }
@@ -193,6 +210,19 @@ fn ulimits(given: &BTreeMap<String, Ulimit>) -> anyhow::Result<Vec<Ulimit>> {
         Ok(Ulimit { name, soft, hard })
     });
     limits.collect()
+}
+
+/// A path is meant from the current folder, which is not the shim's; a name is looked for where programs are.
+fn runtimes(given: &BTreeMap<String, Runtime>) -> anyhow::Result<BTreeMap<String, Runtime>> {
+    let absolute = |(name, runtime): (&String, &Runtime)| {
+        let mut runtime = runtime.clone();
+        if runtime.path.contains('/') {
+            let path = std::path::absolute(&runtime.path).context("cannot tell the current folder")?;
+            runtime.path = path.display().to_string();
+        }
+        Ok((name.clone(), runtime))
+    };
+    given.iter().map(absolute).collect()
 }
 
 fn default_runtime(file: &File) -> anyhow::Result<String> {
@@ -265,5 +295,9 @@ mod tests {
         assert!(pool("172.30.0.0/16", 8).unwrap_err().contains("size 8"));
         assert!(networks(r#"{"fixed-cidr": "10.2.0.0/24"}"#).unwrap_err().contains("10.2.0.0/24"));
         assert!(networks(r#"{"fixed-cidr": "10.1.2.0/24"}"#).is_ok());
+        assert!(networks(r#"{"default-gateway": "10.2.0.1"}"#).unwrap_err().contains("10.1.0.0/16"));
+        assert!(networks(r#"{"default-gateway": "10.1.0.7"}"#).is_ok());
+        let alone = NetworkDefaults::new(&file(r#"{"default-gateway": "10.1.0.7"}"#), None);
+        assert!(alone.unwrap_err().to_string().contains("`bip`"));
     }
 }

@@ -675,7 +675,7 @@ fn take_endpoint(
             }
         }
         if !net.record.internal {
-            endpoint.gateways.extend(net.gateway(six));
+            endpoint.gateways.extend(net.way_out(six));
         }
     }
     endpoint.addresses.extend(static_addresses.link_local_ips.iter().filter_map(|text| link_local(text)));

@@ -92,7 +92,9 @@ impl Resolver for View {
             let state = self.state();
             let Some(member) = state.members.get(&self.container) else { return Vec::new() };
             let has_way_out = state.gateways(&member.endpoints) != guest_network::Gateways::default();
-            (member.record.host.dns.clone().filter(|servers| !servers.is_empty()), has_way_out)
+            let own = member.record.host.dns.as_ref().filter(|servers| !servers.is_empty());
+            let given = own.or(Some(&state.usual_names.servers)).filter(|servers| !servers.is_empty());
+            (given.cloned(), has_way_out)
         };
         // The container's own are asked by its own routes, so that a sealed network stays sealed.
         let inside = given.is_some();
@@ -111,10 +113,11 @@ impl Resolver for View {
 
     fn forwards_bare_names(&self) -> bool {
         let state = self.state();
-        let options =
-            state.members.get(&self.container).and_then(|member| member.record.host.dns_options.clone());
+        let own =
+            state.members.get(&self.container).and_then(|member| member.record.host.dns_options.as_ref());
+        let options = own.filter(|options| !options.is_empty()).unwrap_or(&state.usual_names.options);
         // A client that was told to put dots into names does it before it asks again.
-        !options.iter().flatten().any(|option| option.strip_prefix("ndots:").is_some_and(|dots| dots != "0"))
+        !options.iter().any(|option| option.strip_prefix("ndots:").is_some_and(|dots| dots != "0"))
     }
 }
 

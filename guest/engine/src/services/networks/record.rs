@@ -10,6 +10,10 @@ use serde::{Deserialize, Serialize};
 
 use super::ports::Published;
 
+/// Names under which an address that is set aside is the containers' gateway, as in libnetwork's bridge driver.
+pub const GATEWAY_V4: &str = "DefaultGatewayIPv4";
+pub const GATEWAY_V6: &str = "DefaultGatewayIPv6";
+
 /// What is stored about a network.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetworkRecord {

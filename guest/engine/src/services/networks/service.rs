@@ -15,9 +15,9 @@ use super::create::{self, Draft};
 use super::firewall::FirewallWriter;
 use super::pools;
 use super::ports::PortHost;
-use super::record::{Driver, NetworkRecord, PoolRecord, is_predefined};
+use super::record::{Driver, GATEWAY_V4, NetworkRecord, PoolRecord, is_predefined};
 use super::routes::{self, Route};
-use super::state::{Net, Phase, State};
+use super::state::{Net, Phase, State, UsualNames};
 use super::{options, show};
 use crate::config::{AddressPool, BridgeChoice, NetworkDefaults};
 use crate::failure::Failure;
@@ -81,7 +81,11 @@ impl Networks {
         if !pools.iter().any(|pool| pool.base.addr().is_ipv6()) {
             pools.push(pools::unique_local(engine_id));
         }
-        let mut state = State::default();
+        let usual_names = UsualNames {
+            servers: defaults.dns.iter().map(ToString::to_string).collect(),
+            options: defaults.dns_options.clone(),
+        };
+        let mut state = State { usual_names, ..State::default() };
         for record in predefined(&choice, &defaults, address, engine_id).into_iter().chain(stored) {
             state.networks.insert(record.id.clone(), Net::new(record, Phase::Ready));
         }
@@ -490,16 +494,18 @@ fn predefined(
     let mut bridge = record("bridge", Driver::Bridge);
     bridge.interface.clone_from(&choice.name);
     bridge.owns_interface = true;
+    let elsewhere: BTreeMap<String, IpAddr> =
+        defaults.gateway.iter().map(|gateway| (GATEWAY_V4.to_owned(), (*gateway).into())).collect();
     bridge.pools = vec![PoolRecord {
         subnet: address.trunc().into(),
         range: defaults.fixed_range.map(Into::into),
         gateway: Some(address.addr().into()),
-        auxiliary: BTreeMap::new(),
+        auxiliary: elsewhere.clone(),
         given: Some(IpamPool {
             subnet: address.trunc().to_string(),
             gateway: address.addr().to_string(),
             ip_range: defaults.fixed_range.map(|range| range.to_string()).unwrap_or_default(),
-            ..IpamPool::default()
+            auxiliary_addresses: elsewhere.iter().map(|(name, at)| (name.clone(), at.to_string())).collect(),
         }),
     }];
     bridge.options = [

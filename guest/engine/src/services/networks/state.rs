@@ -16,7 +16,7 @@ use tokio::sync::OnceCell;
 use super::listening::{Led, Wish};
 use super::options::{GatewayMode, Kind, Settings};
 use super::ports::{Lease, Published};
-use super::record::{Driver, EndpointRecord, NetworkRecord};
+use super::record::{Driver, EndpointRecord, GATEWAY_V4, GATEWAY_V6, NetworkRecord};
 use crate::failure::Failure;
 use crate::services::containers::Record;
 
@@ -28,6 +28,15 @@ pub struct State {
     pub members: BTreeMap<String, Member>,
     /// What containers on the machine's own network listen at, as held on the computer around it.
     pub led: BTreeMap<Wish, Led>,
+    /// What the settings say of names to containers that say nothing themselves.
+    pub usual_names: UsualNames,
+}
+
+/// See [`crate::config::NetworkDefaults`].
+#[derive(Default)]
+pub struct UsualNames {
+    pub servers: Vec<String>,
+    pub options: Vec<String>,
 }
 
 /// One network.
@@ -140,6 +149,13 @@ impl Net {
     /// The gateway of a family.
     pub fn gateway(&self, six: bool) -> Option<IpAddr> {
         self.record.pools.iter().filter_map(|pool| pool.gateway).find(|gateway| gateway.is_ipv6() == six)
+    }
+
+    /// Where containers send what is for elsewhere: an address that was set aside for that under the name libnetwork's
+    /// bridge driver knows, else the gateway.
+    pub fn way_out(&self, six: bool) -> Option<IpAddr> {
+        let name = if six { GATEWAY_V6 } else { GATEWAY_V4 };
+        self.record.pools.iter().find_map(|pool| pool.auxiliary.get(name).copied()).or(self.gateway(six))
     }
 
     fn firewall(&self) -> Option<FirewallNetwork> {

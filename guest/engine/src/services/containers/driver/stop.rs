@@ -13,9 +13,6 @@ use crate::services::containers::run;
 use crate::services::containers::signal::{self, SIGKILL, SIGTERM};
 use crate::services::containers::table::{Change, Phase, Request};
 
-/// Seconds between the stop signal and SIGKILL unless somebody says otherwise.
-const STOP_TIMEOUT_SECONDS: i64 = 10;
-
 /// A container that is being stopped, and who waits for what.
 pub(super) struct Stopping {
     pub(super) step: StopStep,
@@ -54,13 +51,14 @@ impl Driver {
         if let Some(stopping) = &mut self.stopping {
             // Somebody is at it already; the more impatient one wins.
             ask(stopping);
-            let deadline = deadline(seconds.unwrap_or(STOP_TIMEOUT_SECONDS));
+            let deadline = deadline(seconds.unwrap_or(self.context.defaults.stop_timeout_seconds));
             if stopping.step == StopStep::Asked && deadline < stopping.deadline.or(deadline) {
                 stopping.deadline = deadline;
             }
             return;
         }
-        let seconds = seconds.or(self.record.config.stop_timeout).unwrap_or(STOP_TIMEOUT_SECONDS);
+        let seconds =
+            seconds.or(self.record.config.stop_timeout).unwrap_or(self.context.defaults.stop_timeout_seconds);
         let mut stopping = Stopping {
             step: StopStep::Asked,
             deadline: deadline(seconds),

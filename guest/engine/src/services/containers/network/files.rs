@@ -6,6 +6,7 @@ use std::path::Path;
 use guest_api::HostConfig;
 use sha2::{Digest, Sha256};
 
+use crate::config::ContainerDefaults;
 use crate::failure::Failure;
 
 /// /etc/hosts. `own` are the container's addresses, `host_gateways` what `host-gateway` stands for.
@@ -49,9 +50,29 @@ pub fn extra_host(entry: &str) -> Result<(&str, Option<IpAddr>), Failure> {
     Ok((name, Some(parsed)))
 }
 
+/// What is said about names: by the container itself, else by the engine's settings, each for itself.
+#[derive(Debug, Default, Clone)]
+pub struct NameSettings {
+    servers: Vec<String>,
+    search: Vec<String>,
+    options: Vec<String>,
+}
+
+impl NameSettings {
+    pub fn of(host: &HostConfig, defaults: &ContainerDefaults) -> Self {
+        let own = |given: &Option<Vec<String>>| given.clone().filter(|list| !list.is_empty());
+        let usual = || defaults.dns.iter().map(ToString::to_string).collect();
+        Self {
+            servers: own(&host.dns).unwrap_or_else(usual),
+            search: own(&host.dns_search).unwrap_or_else(|| defaults.dns_search.clone()),
+            options: own(&host.dns_options).unwrap_or_else(|| defaults.dns_options.clone()),
+        }
+    }
+}
+
 /// /etc/resolv.conf from the host's, with the container's own settings over it. Name servers on loopback addresses
 /// cannot be reached from the container's network and are left out, unless it uses the host's network.
-pub fn resolv_conf(host_file: &str, settings: &HostConfig, uses_host_network: bool) -> String {
+pub fn resolv_conf(host_file: &str, settings: &NameSettings, uses_host_network: bool) -> String {
     let words = |keyword: &str| -> Vec<String> {
         host_file
             .lines()
@@ -64,11 +85,12 @@ pub fn resolv_conf(host_file: &str, settings: &HostConfig, uses_host_network: bo
         let address = server.split('%').next().unwrap_or_default();
         uses_host_network || address.parse::<IpAddr>().is_ok_and(|address| !address.is_loopback())
     };
-    let given = |list: &Option<Vec<String>>| list.clone().filter(|list| !list.is_empty());
-    let servers =
-        given(&settings.dns).unwrap_or_else(|| words("nameserver").into_iter().filter(reachable).collect());
-    let search = given(&settings.dns_search).unwrap_or_else(|| words("search"));
-    let options = given(&settings.dns_options).unwrap_or_else(|| words("options"));
+    let or = |given: &[String], else_words: Vec<String>| {
+        if given.is_empty() { else_words } else { given.to_vec() }
+    };
+    let servers = or(&settings.servers, words("nameserver").into_iter().filter(reachable).collect());
+    let search = or(&settings.search, words("search"));
+    let options = or(&settings.options, words("options"));
 
     let mut text = String::new();
     for server in servers {
@@ -85,7 +107,7 @@ pub fn resolv_conf(host_file: &str, settings: &HostConfig, uses_host_network: bo
 }
 
 /// /etc/resolv.conf of a container that has a name server of its own, which asks the others.
-pub fn resolv_conf_of_server(host_file: &str, settings: &HostConfig) -> String {
+pub fn resolv_conf_of_server(host_file: &str, settings: &NameSettings) -> String {
     let inner = resolv_conf(host_file, settings, true);
     let mut text = String::from("nameserver 127.0.0.11\n");
     let mut options = Vec::new();
@@ -96,7 +118,7 @@ pub fn resolv_conf_of_server(host_file: &str, settings: &HostConfig) -> String {
             _ => {}
         }
     }
-    let given = settings.dns_options.iter().flatten().any(|option| option.starts_with("ndots:"));
+    let given = settings.options.iter().any(|option| option.starts_with("ndots:"));
     if !given {
         options.retain(|option| !option.starts_with("ndots:"));
         // Names without a dot are asked as they are: they are the other containers'.
@@ -201,7 +223,7 @@ mod tests {
     #[test]
     fn loopback_name_servers_are_left_out() {
         let file = "# by hand\nnameserver 127.0.0.53\nnameserver 9.9.9.9\nsearch a.example b.example\noptions ndots:2\n";
-        let settings = HostConfig::default();
+        let settings = NameSettings::default();
         assert_eq!(
             resolv_conf(file, &settings, false),
             "nameserver 9.9.9.9\nsearch a.example b.example\noptions ndots:2\n"
@@ -212,9 +234,9 @@ mod tests {
     #[test]
     fn a_name_server_of_its_own_stands_before_the_hosts() {
         let file = "nameserver 9.9.9.9\nsearch a.example\noptions ndots:5 timeout:1\n";
-        let text = resolv_conf_of_server(file, &HostConfig::default());
+        let text = resolv_conf_of_server(file, &NameSettings::default());
         assert_eq!(text, "nameserver 127.0.0.11\nsearch a.example\noptions timeout:1 ndots:0\n");
-        let given = HostConfig { dns_options: Some(vec!["ndots:2".into()]), ..HostConfig::default() };
+        let given = NameSettings { options: vec!["ndots:2".into()], ..NameSettings::default() };
         assert!(resolv_conf_of_server(file, &given).ends_with("options ndots:2\n"));
     }
 
@@ -241,12 +263,17 @@ mod tests {
 
     #[test]
     fn the_containers_settings_win() {
-        let settings = HostConfig {
+        let host = HostConfig {
             dns: Some(vec!["1.1.1.1".into()]),
             dns_search: Some(vec![".".into()]),
-            dns_options: Some(vec!["use-vc".into()]),
             ..HostConfig::default()
         };
+        let defaults = ContainerDefaults {
+            dns: vec!["2.2.2.2".parse().unwrap()],
+            dns_options: vec!["use-vc".into()],
+            ..ContainerDefaults::default()
+        };
+        let settings = NameSettings::of(&host, &defaults);
         assert_eq!(
             resolv_conf("nameserver 9.9.9.9\nsearch x\n", &settings, false),
             "nameserver 1.1.1.1\noptions use-vc\n"

@@ -122,7 +122,7 @@ pub fn write_files(context: &Context, record: &Record, attached: &Attached) -> R
     for link in links::find(context, record)? {
         hosts.push_str(&link.hosts());
     }
-    let resolv = resolv_conf(record, attached.namespace.is_none(), attached.has_name_server);
+    let resolv = resolv_conf(context, record, attached.namespace.is_none(), attached.has_name_server);
     let write = || {
         std::fs::write(folder.join("hosts"), hosts)?;
         std::fs::write(folder.join("hostname"), format!("{hostname}\n"))?;
@@ -148,12 +148,13 @@ fn host_names(record: &Record) -> (String, String) {
     (hostname, record.config.domainname.clone())
 }
 
-fn resolv_conf(record: &Record, uses_host: bool, has_name_server: bool) -> String {
+fn resolv_conf(context: &Context, record: &Record, uses_host: bool, has_name_server: bool) -> String {
     let host = files::host_resolv_conf();
+    let settings = files::NameSettings::of(&record.host, &context.defaults);
     if has_name_server {
-        files::resolv_conf_of_server(&host, &record.host)
+        files::resolv_conf_of_server(&host, &settings)
     } else {
-        files::resolv_conf(&host, &record.host, uses_host)
+        files::resolv_conf(&host, &settings, uses_host)
     }
 }
 
@@ -176,7 +177,7 @@ fn refresh_files(context: &Context, record: &Record, before: &[std::net::IpAddr]
             // In place: the container has this very file mounted.
             std::fs::write(&path, changed)?;
         }
-        files::write_unless_edited(&folder, &resolv_conf(record, false, has_name_server))
+        files::write_unless_edited(&folder, &resolv_conf(context, record, false, has_name_server))
     };
     write().map_err(|error: std::io::Error| Failure::internal("cannot change the container's files", &error))
 }
