@@ -237,7 +237,9 @@ impl<'a> PushLayer<'a> {
     /// The blob to send: as it came when it came compressed, else packed now.
     async fn blob(&self) -> Result<Descriptor> {
         let (inner, layer, lease) = (self.push.images.0.clone(), self.layer.clone(), self.push.lease.clone());
+        let (at_work, failed) = (self.push.packing.token(), self.push.failed.clone());
         blocking(move || {
+            let _at_work = at_work;
             let (digest, size) = inner.layer_blob(&layer)?;
             let file = inner.content.open_blob(&digest)?;
             let path = inner.content.path(&digest);
@@ -260,6 +262,9 @@ impl<'a> PushLayer<'a> {
                 let length = plain.read(&mut piece).map_err(unreadable)?;
                 if length == 0 {
                     break;
+                }
+                if failed.is_cancelled() {
+                    return Err(Error::new(Kind::Internal, "the push has ended"));
                 }
                 hasher.update(&piece[..length]);
                 packed.write_all(&piece[..length]).map_err(|source| Error::io("pack", &path, source))?;

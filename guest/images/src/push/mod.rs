@@ -13,6 +13,7 @@ use std::{
 };
 
 use futures_util::future::try_join_all;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     Credentials, Digest, Error, Image, ImageId, Images, Kind, Platform, Progress, Reference, Result,
@@ -37,6 +38,9 @@ struct Push {
     lease: Arc<Lease>,
     /// Layers that are known to be there, by diff id.
     there: Mutex<HashMap<Digest, Descriptor>>,
+    /// Threads that pack layers. Once this push has failed they have nothing to do.
+    packing: TaskTracker,
+    failed: CancellationToken,
 }
 
 impl Images {
@@ -56,7 +60,15 @@ impl Images {
         let tagged = blocking(move || inner.to_push(&wanted)).await?;
         let repository = self.0.registries.to_push(reference, credentials).await?;
         let lease = self.0.leases.lease();
-        let push = Push { images: self.clone(), repository, listener, lease, there: Mutex::default() };
+        let push = Push {
+            images: self.clone(),
+            repository,
+            listener,
+            lease,
+            there: Mutex::default(),
+            packing: TaskTracker::new(),
+            failed: CancellationToken::new(),
+        };
         let mut result = Ok(());
         for (name, id) in tagged {
             result = push.tag(&name, id, platform).await;
@@ -64,6 +76,10 @@ impl Images {
                 break;
             }
         }
+        // One layer's failure ends the push; what is being packed of another is cleared away before it is told.
+        push.failed.cancel();
+        push.packing.close();
+        push.packing.wait().await;
         drop(push);
         // Layers that were packed on the way.
         self.collect().await?;
