@@ -10,6 +10,7 @@ crate::scenarios![
     files_are_copied_both_ways,
     our_copies_land_where_the_stock_clients_do,
     a_copy_does_not_leave_the_container,
+    a_copy_sees_what_the_engine_and_the_user_have_mounted,
     a_copy_into_a_volume_lands_in_the_volume,
     read_only_places_are_refused,
     kinds_are_not_replaced_by_copies,
@@ -106,6 +107,55 @@ fn a_copy_does_not_leave_the_container(engine: &Engine) -> Result<()> {
     let archive = names(&bytes(engine, &["cp", "escapes:/etc", "-"])?)?;
     ensure!(archive.contains(&"etc/x".to_owned()), "{archive:?}");
     remove(engine, "escapes")
+}
+
+/// As its processes see it, but for what is in memory only, as with dockerd.
+fn a_copy_sees_what_the_engine_and_the_user_have_mounted(engine: &Engine) -> Result<()> {
+    let script = "echo memory > /t/inside; echo kept > /data/inside; touch /done; exec sleep 1000";
+    docker(
+        engine,
+        &[
+            "run",
+            "-d",
+            "--name",
+            "seen",
+            "--hostname",
+            "seer",
+            "--tmpfs",
+            "/t",
+            "-v",
+            "/data",
+            IMAGE,
+            "sh",
+            "-c",
+            script,
+        ],
+    )?
+    .ok()?;
+    tests_harness::wait_until("the container has written", std::time::Duration::from_secs(60), || {
+        Ok((docker(engine, &["exec", "seen", "ls", "/done"])?.code == 0).then_some(()))
+    })?;
+    let text = |path: &str| -> Result<String> {
+        let archive = bytes(engine, &["cp", path, "-"])?;
+        let mut archive = tar::Archive::new(&archive[..]);
+        let mut entry = archive.entries()?.next().context("an empty archive")??;
+        Ok(std::io::read_to_string(&mut entry)?)
+    };
+    ensure!(text("seen:/etc/hostname")? == "seer\n");
+    ensure!(text("seen:/etc/hosts")?.contains("\tseer\n"));
+    ensure!(text("seen:/data/inside")? == "kept\n");
+    docker(engine, &["cp", "seen:/t/inside", "-"])?.fails_with(1, "Could not find the file /t/inside")?;
+    let file = engine.path("for-the-mounts");
+    std::fs::write(&file, "came")?;
+    let file = file.display().to_string();
+    docker(engine, &["cp", &file, "seen:/data/came"])?.ok()?;
+    docker(engine, &["cp", &file, "seen:/t/came"])?.ok()?;
+    let said = docker(engine, &["exec", "seen", "sh", "-c", "cat /data/came; ls /t"])?.ok()?;
+    ensure!(said == "cameinside", "{said}");
+    docker(engine, &["cp", &file, "seen:/etc/hosts"])?.fails_with(1, "/hosts")?;
+    docker(engine, &["stop", "-t", "0", "seen"])?.ok()?;
+    ensure!(text("seen:/etc/hostname")? == "seer\n");
+    remove(engine, "seen")
 }
 
 fn a_copy_into_a_volume_lands_in_the_volume(engine: &Engine) -> Result<()> {

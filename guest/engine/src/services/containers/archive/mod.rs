@@ -67,7 +67,7 @@ impl Containers {
     pub async fn copy_out(&self, wanted: &str, path: &str) -> Result<(PathStat, Pieces), Failure> {
         let view = self.view(wanted)?;
         let (asked, name) = (AskedPath::new(path), wanted.to_owned());
-        let stream = self.stream(&view, mounted(&view.record), move |tree, ready, output| {
+        let stream = self.stream(&view, self.shown(&view.record), move |tree, ready, output| {
             let told = stat(tree, &asked).map_err(|error| asked.failure(&error, &name));
             let folder = told.as_ref().is_ok_and(|stat| stat.mode & (1 << 31) != 0);
             let opened = told.and_then(|stat| {
@@ -184,7 +184,14 @@ impl Containers {
         record: &Record,
         work: impl FnOnce(&Tree) -> T + Send + 'static,
     ) -> Result<T, Failure> {
-        tree::inside(self.context(), &record.id, mounted(record), work).await
+        tree::inside(self.context(), &record.id, self.shown(record), work).await
+    }
+
+    /// What a copy sees over the root.
+    fn shown(&self, record: &Record) -> Vec<Mounted> {
+        let mut shown = mounted(record);
+        shown.extend(tree::engines_files(self.context(), record));
+        shown
     }
 
     /// Runs `work`, which says once whether it can begin, and then writes an archive.

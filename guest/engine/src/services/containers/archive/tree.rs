@@ -47,6 +47,19 @@ pub fn mounted(record: &Record) -> Vec<Mounted> {
     mounted
 }
 
+/// The files that the engine writes for a container, once it has been started, where nothing of the user's is mounted.
+pub fn engines_files(context: &Context, record: &Record) -> Vec<Mounted> {
+    let other = record.host.network_mode.strip_prefix("container:");
+    let folder = context.data_folder(other.unwrap_or(&record.id));
+    let own = ["resolv.conf", "hostname", "hosts"].map(|name| Mounted {
+        source: folder.join(name),
+        destination: Path::new("/etc").join(name),
+        read_only: record.host.readonly_rootfs,
+    });
+    let covered = |file: &Mounted| record.mounts.iter().any(|point| point.destination == file.destination);
+    own.into_iter().filter(|file| file.source.is_file() && !covered(file)).collect()
+}
+
 /// A container's files.
 pub struct Tree {
     root: OwnedFd,
