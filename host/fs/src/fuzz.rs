@@ -36,7 +36,7 @@ impl Room for Space {
 
 /// Feeds requests to a server that shares `folder`: each begins with its length in two bytes.
 pub fn requests(folder: &std::path::Path, mut data: &[u8]) {
-    let server = Server::new();
+    let server = Server::new(64);
     for (name, read_only) in [("a", false), ("b", true)] {
         let spec = ExportSpec {
             name: name.into(),

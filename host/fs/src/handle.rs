@@ -8,9 +8,6 @@ use rustix::io::Errno;
 
 use crate::node::Node;
 
-/// The most files open at once. Each takes a descriptor of the host process.
-pub const HANDLES_MAX: usize = 1 << 17;
-
 /// What is open.
 #[derive(Debug)]
 pub enum Open {
@@ -49,8 +46,10 @@ impl Handle {
 }
 
 /// All that is open.
-#[derive(Default)]
-pub struct Handles(Mutex<Table>);
+pub struct Handles {
+    table: Mutex<Table>,
+    open_max: usize,
+}
 
 #[derive(Default)]
 struct Table {
@@ -59,13 +58,18 @@ struct Table {
 }
 
 impl Handles {
+    /// Each takes a descriptor of the process: there are at most `open_max`.
+    pub fn new(open_max: usize) -> Self {
+        Self { table: Mutex::default(), open_max }
+    }
+
     fn table(&self) -> MutexGuard<'_, Table> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub fn insert(&self, open: Open, node: Option<Arc<Node>>) -> Result<u64, Errno> {
         let mut table = self.table();
-        if table.open.len() >= HANDLES_MAX {
+        if table.open.len() >= self.open_max {
             return Err(Errno::NFILE);
         }
         table.last += 1;

@@ -1,17 +1,29 @@
 //! The files and folders the guest knows, by the numbers we gave it.
 //!
 //! A number lives as long as the guest has looked the file up more often than it forgot it. An open `O_PATH` descriptor
-//! belongs to each, so the file keeps its identity (device and inode number) whatever becomes of its name.
+//! belongs to each that is in use, so the file keeps its identity (device and inode number) whatever becomes of its name.
+//! Descriptors are few and files are many: those of files that were not asked for lately are closed. When the guest comes
+//! back to one, it is found again by the name it was last known by, in the folder that was known, and only if it is still
+//! that very file. A file that is open or has lost its name keeps its descriptor.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
+use std::ffi::{CStr, CString};
 use std::os::fd::OwnedFd;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use rustix::fs::{FileType, Stat};
+use rustix::fs::{FileType, Mode, OFlags, ResolveFlags, Stat};
 use rustix::io::Errno;
 
 use crate::export::Export;
+
+/// Looks at so many files at most to find one whose descriptor can be closed.
+const LOOKS_MAX: usize = 64;
+/// A file this deep below the nearest known descriptor is not looked for.
+const DEPTH_MAX: usize = 512;
+
+/// A component is one step down: no magic link, and nothing above.
+pub const BENEATH: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_MAGICLINKS);
 
 /// The made-up root.
 pub const ROOT: u64 = 1;
@@ -39,7 +51,10 @@ pub struct Version {
     pub changed: (u64, u32),
 }
 
-/// One file or folder.
+/// The data the guest may have in its cache.
+type Seen = Arc<Mutex<Option<Version>>>;
+
+/// One file or folder, with its descriptor.
 #[derive(Debug)]
 pub struct Node {
     pub number: u64,
@@ -47,9 +62,9 @@ pub struct Node {
     /// `O_PATH`, links not followed.
     pub file: OwnedFd,
     pub kind: FileType,
-    identity: Identity,
-    /// The data the guest may have in its cache.
-    seen: Mutex<Option<Version>>,
+    seen: Seen,
+    /// Asked for since the last look for descriptors to close.
+    used: AtomicBool,
 }
 
 impl Node {
@@ -60,65 +75,235 @@ impl Node {
     }
 }
 
+/// Where a file was found: its name in a known folder. In the made-up root it is the root of an export.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    folder: u64,
+    name: CString,
+}
+
+impl Place {
+    pub fn new(folder: u64, name: &CStr) -> Self {
+        Self { folder, name: name.to_owned() }
+    }
+
+    fn is(&self, folder: u64, name: &CStr) -> bool {
+        self.folder == folder && *self.name == *name
+    }
+}
+
 struct Known {
-    node: Arc<Node>,
+    export: Arc<Export>,
+    identity: Identity,
+    kind: FileType,
+    seen: Seen,
     lookups: u64,
+    /// `None` keeps the descriptor.
+    place: Option<Place>,
+    node: Option<Arc<Node>>,
 }
 
 /// All that the guest knows.
-#[derive(Default)]
-pub struct Nodes(Mutex<Table>);
+pub struct Nodes {
+    table: Mutex<Table>,
+    descriptors_max: usize,
+}
 
 #[derive(Default)]
 struct Table {
     known: HashMap<u64, Known>,
     numbers: HashMap<Identity, u64>,
     last: u64,
+    /// How many have a descriptor, and in which order they are looked at.
+    live: usize,
+    turns: VecDeque<u64>,
+}
+
+impl Table {
+    /// Gives a known file its descriptor. Returns others that are to be closed without the lock.
+    fn enliven(
+        &mut self,
+        number: u64,
+        file: OwnedFd,
+        descriptors_max: usize,
+    ) -> Result<(Arc<Node>, Vec<Arc<Node>>), Errno> {
+        let gone = self.make_room(descriptors_max);
+        // All are in use: files that are open, or that have no name any more.
+        if self.live >= descriptors_max.saturating_mul(2) {
+            return Err(Errno::NFILE);
+        }
+        let known = self.known.get_mut(&number).ok_or(Errno::STALE)?;
+        if let Some(node) = &known.node {
+            return Ok((Arc::clone(node), gone));
+        }
+        let (export, kind, seen) = (Arc::clone(&known.export), known.kind, Arc::clone(&known.seen));
+        let node = Arc::new(Node { number, export, file, kind, seen, used: AtomicBool::new(false) });
+        known.node = Some(Arc::clone(&node));
+        self.live += 1;
+        self.turns.push_back(number);
+        Ok((node, gone))
+    }
+
+    fn make_room(&mut self, descriptors_max: usize) -> Vec<Arc<Node>> {
+        let mut gone = Vec::new();
+        for _ in 0..LOOKS_MAX {
+            if self.live < descriptors_max {
+                break;
+            }
+            let Some(number) = self.turns.pop_front() else { break };
+            let Some(known) = self.known.get_mut(&number) else { continue };
+            let Some(node) = known.node.take() else { continue };
+            // Whoever has it open or works on it holds it, and can only have got it under the lock.
+            if known.place.is_none()
+                || Arc::strong_count(&node) > 1
+                || node.used.swap(false, Ordering::Relaxed)
+            {
+                known.node = Some(node);
+                self.turns.push_back(number);
+            } else {
+                self.live -= 1;
+                gone.push(node);
+            }
+        }
+        gone
+    }
+
+    fn forget(&mut self, number: u64) -> Option<Known> {
+        let known = self.known.remove(&number)?;
+        self.numbers.remove(&known.identity);
+        self.live -= usize::from(known.node.is_some());
+        if self.turns.len() > 2 * self.known.len() + LOOKS_MAX {
+            let Self { turns, known, .. } = self;
+            turns.retain(|number| known.contains_key(number));
+        }
+        Some(known)
+    }
 }
 
 impl Nodes {
+    /// At most about this many descriptors are kept for files that are not open, and twice as many in all.
+    pub fn new(descriptors_max: usize) -> Self {
+        Self { table: Mutex::default(), descriptors_max: descriptors_max.max(1) }
+    }
+
     fn table(&self) -> MutexGuard<'_, Table> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The file of a number; `ESTALE` when the guest has no such number, or its export has gone.
+    /// The file of a number; `ESTALE` when the guest has no such number, its export has gone, or it cannot be found again.
     pub fn get(&self, number: u64) -> Result<Arc<Node>, Errno> {
-        let table = self.table();
-        let known = table.known.get(&number).ok_or(Errno::STALE)?;
-        match known.node.export.removed.load(Ordering::Acquire) {
-            true => Err(Errno::STALE),
-            false => Ok(Arc::clone(&known.node)),
-        }
+        self.get_within(number, DEPTH_MAX)
     }
 
-    /// The file that is known by this identity, looked up once more.
-    pub fn known(&self, identity: Identity) -> Option<Arc<Node>> {
+    fn get_within(&self, number: u64, depth: usize) -> Result<Arc<Node>, Errno> {
+        let (export, identity, place) = {
+            let table = self.table();
+            let known = table.known.get(&number).ok_or(Errno::STALE)?;
+            if known.export.removed.load(Ordering::Acquire) {
+                return Err(Errno::STALE);
+            }
+            if let Some(node) = &known.node {
+                node.used.store(true, Ordering::Relaxed);
+                return Ok(Arc::clone(node));
+            }
+            (Arc::clone(&known.export), known.identity, known.place.clone().ok_or(Errno::STALE)?)
+        };
+        let depth = depth.checked_sub(1).ok_or(Errno::STALE)?;
+        let file = match place.folder {
+            ROOT => rustix::io::fcntl_dupfd_cloexec(&export.root, 0)?,
+            folder => {
+                let folder = self.get_within(folder, depth)?;
+                let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+                rustix::fs::openat2(&folder.file, &*place.name, flags, Mode::empty(), BENEATH).map_err(
+                    |error| match error {
+                        Errno::NOENT | Errno::NOTDIR => Errno::STALE,
+                        error => error,
+                    },
+                )?
+            }
+        };
+        if Identity::of(&export, &rustix::fs::fstat(&file)?) != identity {
+            return Err(Errno::STALE);
+        }
+        let (node, gone) = self.table().enliven(number, file, self.descriptors_max)?;
+        drop(gone);
+        Ok(node)
+    }
+
+    /// The file that is known by this identity, looked up once more under this name. `None` also when its descriptor was
+    /// closed: [`Self::learn`] gives it a new one.
+    pub fn known(&self, identity: Identity, folder: u64, name: &CStr) -> Option<Arc<Node>> {
         let mut table = self.table();
         let number = *table.numbers.get(&identity)?;
         let known = table.known.get_mut(&number)?;
+        let node = known.node.clone()?;
+        node.used.store(true, Ordering::Relaxed);
         known.lookups = known.lookups.saturating_add(1);
-        Some(Arc::clone(&known.node))
+        if !known.place.as_ref().is_some_and(|place| place.is(folder, name)) {
+            known.place = Some(Place::new(folder, name));
+        }
+        Some(node)
     }
 
     /// Takes note of a lookup of this file, which is kept unless it is known already.
-    pub fn learn(&self, export: &Arc<Export>, file: OwnedFd, stat: &Stat) -> Arc<Node> {
+    pub fn learn(
+        &self,
+        export: &Arc<Export>,
+        file: OwnedFd,
+        stat: &Stat,
+        place: Option<Place>,
+    ) -> Result<Arc<Node>, Errno> {
         let identity = Identity::of(export, stat);
         let mut table = self.table();
-        let table = &mut *table;
-        if let Some(number) = table.numbers.get(&identity)
-            && let Some(known) = table.known.get_mut(number)
-        {
-            known.lookups = known.lookups.saturating_add(1);
-            return Arc::clone(&known.node);
+        let number = match table.numbers.get(&identity) {
+            Some(number) => *number,
+            None => {
+                table.last = table.last.max(ROOT) + 1;
+                let number = table.last;
+                let kind = FileType::from_raw_mode(stat.st_mode);
+                let (export, seen) = (Arc::clone(export), Seen::default());
+                table.numbers.insert(identity, number);
+                let known = Known { export, identity, kind, seen, lookups: 0, place: None, node: None };
+                table.known.insert(number, known);
+                number
+            }
+        };
+        let enlivened = table.enliven(number, file, self.descriptors_max);
+        let known = table.known.get_mut(&number).ok_or(Errno::STALE)?;
+        match enlivened {
+            Ok((node, gone)) => {
+                known.lookups = known.lookups.saturating_add(1);
+                known.place = place.or(known.place.take());
+                drop((table, gone));
+                Ok(node)
+            }
+            Err(error) => {
+                let unknown = known.lookups == 0;
+                let gone = if unknown { table.forget(number) } else { None };
+                drop((table, gone));
+                Err(error)
+            }
         }
-        table.last = table.last.max(ROOT) + 1;
-        let number = table.last;
-        let kind = FileType::from_raw_mode(stat.st_mode);
-        let export = Arc::clone(export);
-        let node = Arc::new(Node { number, export, file, kind, identity, seen: Mutex::new(None) });
-        table.numbers.insert(identity, number);
-        table.known.insert(number, Known { node: Arc::clone(&node), lookups: 1 });
-        node
+    }
+
+    /// The file of this identity if the guest knows it; no lookup is counted.
+    pub fn held(&self, identity: Identity) -> Option<Arc<Node>> {
+        let number = *self.table().numbers.get(&identity)?;
+        self.get(number).ok()
+    }
+
+    /// A file has another name now.
+    pub fn moved(&self, node: &Node, folder: u64, name: &CStr) {
+        if let Some(known) = self.table().known.get_mut(&node.number) {
+            known.place = Some(Place::new(folder, name));
+        }
+    }
+
+    /// A file has lost this name: if it was found by it, it keeps its descriptor until it is found by another.
+    pub fn unnamed(&self, node: &Node, folder: u64, name: &CStr) {
+        if let Some(known) = self.table().known.get_mut(&node.number) {
+            known.place.take_if(|place| place.is(folder, name));
+        }
     }
 
     /// Takes back lookups. More than there were are taken for all of them.
@@ -127,34 +312,24 @@ impl Nodes {
         let Some(known) = table.known.get_mut(&number) else { return };
         known.lookups = known.lookups.saturating_sub(count);
         if known.lookups == 0 {
-            let gone = table.known.remove(&number);
-            if let Some(gone) = &gone {
-                table.numbers.remove(&gone.node.identity);
-            }
+            let gone = table.forget(number);
             // Descriptors are closed without the lock.
             drop((table, gone));
         }
     }
 
-    /// Forgets whatever `which` says.
-    pub fn remove(&self, which: impl Fn(&Node) -> bool) {
-        let mut gone = Vec::new();
+    /// Forgets whatever is in the exports that `which` names.
+    pub fn remove(&self, which: impl Fn(&Export) -> bool) {
         let mut table = self.table();
-        let table = &mut *table;
-        table.known.retain(|_, known| {
-            let goes = which(&known.node);
-            if goes {
-                gone.push(Arc::clone(&known.node));
-            }
-            !goes
-        });
-        for node in &gone {
-            table.numbers.remove(&node.identity);
-        }
+        let numbers: Vec<u64> =
+            table.known.iter().filter(|(_, known)| which(&known.export)).map(|(number, _)| *number).collect();
+        let gone: Vec<Known> = numbers.into_iter().filter_map(|number| table.forget(number)).collect();
+        drop((table, gone));
     }
 
-    /// How many files are known.
-    pub fn count(&self) -> usize {
-        self.table().known.len()
+    /// How many files are known, and how many of them have a descriptor.
+    pub fn count(&self) -> (usize, usize) {
+        let table = self.table();
+        (table.known.len(), table.live)
     }
 }

@@ -11,9 +11,9 @@ use rustix::io::Errno;
 
 use super::Server;
 use super::data::{self, KEEP_CACHE};
-use super::lookup::{BENEATH, entry};
+use super::lookup::entry;
 use crate::handle::Open;
-use crate::node::{Node, ROOT};
+use crate::node::{BENEATH, Node, Place, ROOT};
 use crate::owner::{Owner, path_of};
 use crate::reply::{Attributes, Reply, Writer};
 use crate::request::{Changes, Header, Name, Time};
@@ -129,7 +129,7 @@ impl Server {
         let disk_mode = parent.export.spec.owners.disk_mode(FileType::RegularFile, mode);
         let new = data::open_flags(flags) | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW;
         match rustix::fs::openat2(&parent.file, name.0, new, Mode::from_raw_mode(disk_mode), BENEATH) {
-            Ok(file) => match self.created(&parent, file, owner) {
+            Ok(file) => match self.created(&parent, Some(name), file, owner) {
                 Ok(reply) => Ok(reply),
                 Err(error) => {
                     if let Err(error) = rustix::fs::unlinkat(&parent.file, name.0, AtFlags::empty()) {
@@ -165,14 +165,21 @@ impl Server {
         let new = data::open_flags(flags) | OFlags::TMPFILE | exclusive;
         let mode = Mode::from_raw_mode(disk_mode);
         let file = rustix::fs::openat(CWD, path_of(&parent.file), new, mode)?;
-        self.created(&parent, file, owner)
+        self.created(&parent, None, file, owner)
     }
 
     /// A file that was just made, and is open.
-    fn created(&self, parent: &Node, file: OwnedFd, owner: Owner) -> Result<Reply, Errno> {
+    fn created(
+        &self,
+        parent: &Node,
+        name: Option<Name<'_>>,
+        file: OwnedFd,
+        owner: Owner,
+    ) -> Result<Reply, Errno> {
         // The same file, whatever its name leads to by now.
         let named = rustix::fs::openat(CWD, path_of(&file), OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
-        let (node, made) = self.learn(&parent.export, named)?;
+        let place = name.map(|name| Place::new(parent.number, name.0));
+        let (node, made) = self.learn(&parent.export, named, place)?;
         let opened = self.give(&node, made, owner).and_then(|attributes| {
             let handle = self.handles.insert(Open::File(file), Some(Arc::clone(&node)))?;
             Ok((attributes, handle))
@@ -187,7 +194,11 @@ impl Server {
     pub(super) fn unlink(&self, parent: u64, name: Name<'_>, folder: bool) -> Result<Reply, Errno> {
         let parent = self.parent(parent)?;
         let flags = if folder { AtFlags::REMOVEDIR } else { AtFlags::empty() };
+        let lost = self.already_known(&parent, name);
         rustix::fs::unlinkat(&parent.file, name.0, flags)?;
+        if let Some(lost) = lost {
+            self.nodes.unnamed(&lost, parent.number, name.0);
+        }
         Ok(Reply::Bytes(Vec::new()))
     }
 
@@ -208,7 +219,18 @@ impl Server {
         if from_folder.export.number != to_folder.export.number {
             return Err(Errno::XDEV);
         }
+        let (moved, replaced) = (self.already_known(&from_folder, from), self.already_known(&to_folder, to));
         rustix::fs::renameat_with(&from_folder.file, from.0, &to_folder.file, to.0, flags)?;
+        match replaced {
+            Some(other) if flags.contains(RenameFlags::EXCHANGE) => {
+                self.nodes.moved(&other, from_folder.number, from.0);
+            }
+            Some(lost) => self.nodes.unnamed(&lost, to_folder.number, to.0),
+            None => {}
+        }
+        if let Some(moved) = moved {
+            self.nodes.moved(&moved, to_folder.number, to.0);
+        }
         Ok(Reply::Bytes(Vec::new()))
     }
 

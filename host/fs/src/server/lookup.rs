@@ -4,12 +4,12 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, Stat};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
 
 use super::Server;
 use crate::export::Export;
-use crate::node::{Identity, Node, ROOT};
+use crate::node::{BENEATH, Identity, Node, Place, ROOT};
 use crate::reply::{Attributes, Reply, Writer};
 use crate::request::Name;
 
@@ -18,18 +18,18 @@ const ROOT_TIME: Duration = Duration::from_millis(100);
 /// Each device's inode numbers are moved apart from here up. Real ones stay far below.
 const DEVICE_SHIFT: u32 = 48;
 
-/// A component is one step down: no magic link, and nothing above.
-pub const BENEATH: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_MAGICLINKS);
-
 impl Server {
     pub(super) fn lookup(&self, parent: u64, name: Name<'_>) -> Result<Reply, Errno> {
         let (node, attributes) = if parent == ROOT {
-            let name = name.0.to_str().map_err(|_| Errno::NOENT)?;
-            let export = self.exports().remove(name).ok_or(Errno::NOENT)?;
+            let export_name = name.0.to_str().map_err(|_| Errno::NOENT)?;
+            let export = self.exports().remove(export_name).ok_or(Errno::NOENT)?;
             let stat = rustix::fs::fstat(&export.root)?;
-            let node = match self.nodes.known(Identity::of(&export, &stat)) {
+            let node = match self.nodes.known(Identity::of(&export, &stat), ROOT, name.0) {
                 Some(node) => node,
-                None => self.nodes.learn(&export, rustix::io::fcntl_dupfd_cloexec(&export.root, 0)?, &stat),
+                None => {
+                    let root = rustix::io::fcntl_dupfd_cloexec(&export.root, 0)?;
+                    self.nodes.learn(&export, root, &stat, Some(Place::new(ROOT, name.0)))?
+                }
             };
             let attributes = self.attributes(&export, &node.file, &stat);
             (node, attributes)
@@ -46,23 +46,30 @@ impl Server {
         }
         let export = &parent.export;
         let stat = rustix::fs::statat(&parent.file, name.0, AtFlags::SYMLINK_NOFOLLOW)?;
-        if let Some(node) = self.nodes.known(Identity::of(export, &stat)) {
+        if let Some(node) = self.nodes.known(Identity::of(export, &stat), parent.number, name.0) {
             let attributes = self.attributes(export, &node.file, &stat);
             return Ok((node, attributes));
         }
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let file = rustix::fs::openat2(&parent.file, name.0, flags, Mode::empty(), BENEATH)?;
-        self.learn(export, file)
+        self.learn(export, file, Some(Place::new(parent.number, name.0)))
     }
 
-    /// The guest knows this file from now on. `file` is `O_PATH`.
+    /// A file under this name that the guest knows already; it is none the wiser.
+    pub(super) fn already_known(&self, parent: &Node, name: Name<'_>) -> Option<Arc<Node>> {
+        let stat = rustix::fs::statat(&parent.file, name.0, AtFlags::SYMLINK_NOFOLLOW).ok()?;
+        self.nodes.held(Identity::of(&parent.export, &stat))
+    }
+
+    /// The guest knows this file from now on. `file` is `O_PATH`; without a place it keeps its descriptor.
     pub(super) fn learn(
         &self,
         export: &Arc<Export>,
         file: OwnedFd,
+        place: Option<Place>,
     ) -> Result<(Arc<Node>, Attributes), Errno> {
         let stat = rustix::fs::fstat(&file)?;
-        let node = self.nodes.learn(export, file, &stat);
+        let node = self.nodes.learn(export, file, &stat, place)?;
         let attributes = self.attributes(export, &node.file, &stat);
         Ok((node, attributes))
     }

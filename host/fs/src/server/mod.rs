@@ -70,7 +70,6 @@ pub trait Room {
 }
 
 /// Serves all exports of one machine.
-#[derive(Default)]
 pub struct Server {
     exports: RwLock<Exports>,
     nodes: Nodes,
@@ -86,9 +85,15 @@ struct Exports {
 }
 
 impl Server {
-    /// A server without exports.
-    pub fn new() -> Self {
-        Self::default()
+    /// A server without exports. It keeps at most `descriptors_max` files open: half for what the guest has open, half
+    /// for what it knows, of which those that it does not use are closed from a quarter on.
+    pub fn new(descriptors_max: usize) -> Self {
+        Self {
+            exports: RwLock::default(),
+            nodes: Nodes::new(descriptors_max / 4),
+            handles: Handles::new(descriptors_max / 2),
+            devices: Mutex::default(),
+        }
     }
 
     /// Shares a folder from now on.
@@ -113,7 +118,7 @@ impl Server {
         self.handles.remove_all(|handle| {
             handle.node.as_ref().is_some_and(|node| node.export.number == export.number)
         });
-        self.nodes.remove(|node| node.export.number == export.number);
+        self.nodes.remove(|other| other.number == export.number);
         tracing::info!(share = name, "folder no longer shared");
         true
     }
@@ -126,7 +131,12 @@ impl Server {
 
     /// How many files the guest knows, and how many it has open.
     pub fn held(&self) -> (usize, usize) {
-        (self.nodes.count(), self.handles.count())
+        (self.nodes.count().0, self.handles.count())
+    }
+
+    /// How many descriptors are open for them.
+    pub fn descriptors(&self) -> usize {
+        self.nodes.count().1 + self.handles.count()
     }
 
     /// Carries out one request: its header and arguments, a write's data in `payload`, a read's into `room`.

@@ -14,6 +14,7 @@ use host_fs::{
     WRITE_HEAD_BYTES,
 };
 use host_hypervisor::qemu::Device;
+use rustix::process::{Resource, getrlimit};
 
 use super::{Attached, Context};
 use crate::spec::ShareSpec;
@@ -22,6 +23,8 @@ use crate::spec::ShareSpec;
 const ANSWER_HEADER_BYTES: usize = 16;
 /// So much of a request tells its kind.
 const KIND_BYTES: usize = 8;
+/// The most files that are open for the guest.
+const DESCRIPTORS_MAX: usize = 1 << 18;
 
 pub(super) struct Attachment {
     pub shares: Vec<ShareSpec>,
@@ -36,7 +39,7 @@ impl super::Attachment for Attachment {
         self: Box<Self>,
         context: &mut Context<'_>,
     ) -> Result<Box<dyn Attached>, Box<dyn Error + Send + Sync>> {
-        let server = Server::new();
+        let server = Server::new(descriptors_max());
         for ShareSpec { name, path, read_only } in self.shares {
             let spec = ExportSpec {
                 name,
@@ -55,6 +58,12 @@ impl super::Attachment for Attachment {
         let queue_size = device.queue_sizes().iter().copied().min().unwrap_or(1);
         context.plug.serve("fs", device, |fd| Device::VhostUserFs { fd, tag: share::TAG, queue_size })
     }
+}
+
+/// Half of what the process may have open, so that connections always find some; more than the kernel likes to keep is no use.
+fn descriptors_max() -> usize {
+    let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+    usize::try_from(limit / 2).map_or(DESCRIPTORS_MAX, |half| half.min(DESCRIPTORS_MAX))
 }
 
 /// Gives requests to the server and its answers to the guest.

@@ -143,3 +143,81 @@ fn a_name_that_changes_under_a_lookup_does_not_lead_outside() {
     assert_eq!(std::fs::read(outside.path().join("canary")).unwrap(), SECRET);
     assert_eq!(std::fs::read_dir(outside.path()).unwrap().count(), 1);
 }
+
+/// Everything at once: the guest moves folders and links files into each other while it goes through them, the host
+/// swaps a folder for a link that leads out, and the server finds files again that it had closed.
+#[test]
+fn no_race_of_renames_and_links_leads_outside() {
+    const ROUNDS: usize = 1_500;
+    let outside = folder();
+    std::fs::write(outside.path().join("canary"), SECRET).unwrap();
+    let inside = folder();
+    let guest = super::Guest::with_descriptors(32);
+    guest.server.add(spec("one", inside.path())).unwrap();
+    let root = guest.lookup(ROOT, "one").unwrap().node;
+    for name in ["a", "b", "a/deep", "spare"] {
+        std::fs::create_dir(inside.path().join(name)).unwrap();
+        std::fs::write(inside.path().join(name).join("canary"), "ours").unwrap();
+    }
+    symlink(outside.path(), inside.path().join("link")).unwrap();
+    let over = AtomicBool::new(false);
+    let swap = |one: &str, other: &str| {
+        let (one, other) = (inside.path().join(one), inside.path().join(other));
+        let flags = rustix::fs::RenameFlags::EXCHANGE;
+        // Either may have been moved by the guest just now.
+        let _swapped = rustix::fs::renameat_with(rustix::fs::CWD, one, rustix::fs::CWD, other, flags);
+    };
+    let mut leaked = None;
+    let read = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(Ordering::Relaxed) {
+                swap("b", "link");
+                swap("link", "b");
+                swap("a", "spare");
+            }
+        });
+        scope.spawn(|| {
+            while !over.load(Ordering::Relaxed) {
+                let Ok(a) = guest.lookup(root, "a") else { continue };
+                let _moved = guest.rename((a.node, "deep"), (root, "deep"), 0);
+                let _back = guest.rename((root, "deep"), (a.node, "deep"), 0);
+                let _swapped = guest.rename((root, "a"), (root, "b"), 2);
+                for name in ["a", "b"] {
+                    let Ok(folder) = guest.lookup(root, name) else { continue };
+                    let Ok(file) = guest.lookup(folder.node, "canary") else { continue };
+                    let _linked = guest.link(file.node, root, "linked");
+                    let _gone = guest.unlink(root, "linked");
+                }
+            }
+        });
+        let mut read = 0;
+        for round in 0..ROUNDS {
+            let Ok(folder) = guest.lookup(root, if round % 2 == 0 { "b" } else { "a" }) else { continue };
+            let below = guest.lookup(folder.node, "deep").unwrap_or(folder);
+            // Others push its descriptor out.
+            for number in 0..12 {
+                let _known = guest.make_node(root, &format!("crowd{number}"), 0o100644);
+                let _known = guest.lookup(root, &format!("crowd{number}"));
+            }
+            for place in [folder.node, below.node] {
+                let _made = guest.create(place, "new", 2, 0o600).map(|(_, handle)| guest.release(handle));
+                let _gone = guest.unlink(place, "new");
+                let Ok(file) = guest.lookup(place, "canary") else { continue };
+                let Ok(handle) = guest.open(file.node, 2) else { continue };
+                let found = guest.read(handle, 0, 100);
+                if found.as_deref() != Ok(b"ours") {
+                    leaked = Some(found);
+                }
+                let _written = guest.write(handle, 0, b"ours");
+                guest.release(handle);
+                read += 1;
+            }
+        }
+        over.store(true, Ordering::Relaxed);
+        read
+    });
+    assert_eq!(leaked, None);
+    assert!(read > 0);
+    assert_eq!(std::fs::read(outside.path().join("canary")).unwrap(), SECRET);
+    assert_eq!(std::fs::read_dir(outside.path()).unwrap().count(), 1);
+}

@@ -106,7 +106,12 @@ fn entry(bytes: &[u8]) -> Entry {
 
 impl Guest {
     pub fn new() -> Self {
-        Self { server: Server::new(), uid: 0, gid: 0 }
+        Self::with_descriptors(1 << 12)
+    }
+
+    /// Of a server that may have few files open.
+    pub fn with_descriptors(descriptors_max: usize) -> Self {
+        Self { server: Server::new(descriptors_max), uid: 0, gid: 0 }
     }
 
     fn request(&self, opcode: u32, node: u64, body: &[u8]) -> Vec<u8> {
