@@ -42,12 +42,37 @@ fn containers_survive_the_engine(engine: &Engine) -> Result<()> {
     let script = "i=0; while [ ! -e /end ]; do i=$((i+1)); echo line $i; sleep 0.05; done; exit 6";
     engine.engine(["run", "-d", "--name", "survivor", IMAGE, "sh", "-c", script])?.ok()?;
     engine.engine(["run", "-d", "--name", "ends-meanwhile", IMAGE, "sh", "-c", "sleep 1; exit 8"])?.ok()?;
+    for script in ["sleep 1; exit 5", "while [ ! -e /end-exec ]; do sleep 0.1; done; exit 7"] {
+        engine.engine(["exec", "-d", "survivor", "sh", "-c", script])?.ok()?;
+    }
+    let shown = api(engine, "/containers/survivor/json")?;
+    let execs: Vec<String> = serde_json::from_value(shown["ExecIDs"].clone())?;
+    ensure!(execs.len() == 2, "{execs:?}");
+    let scripts = |id: &String| -> Result<String> {
+        Ok(api(engine, &format!("/exec/{id}/json"))?["ProcessConfig"]["arguments"].to_string())
+    };
+    // In the order in which they were begun.
+    let execs = if scripts(&execs[0])?.contains("exit 5") {
+        execs
+    } else {
+        execs.into_iter().rev().collect::<Vec<_>>()
+    };
     kill_native(engine)?;
     std::thread::sleep(Duration::from_secs(2));
     engine.boot()?;
     ensure!(state(engine, "survivor")? == "running 0", "{}", state(engine, "survivor")?);
     wait_until("the other is seen to have ended", Duration::from_secs(30), || {
         Ok((state(engine, "ends-meanwhile")? == "exited 8").then_some(()))
+    })?;
+    // So it is with what was run in it: one exec goes on, of the other is known how it ended.
+    let exec = |id: &str| -> Result<serde_json::Value> { api(engine, &format!("/exec/{id}/json")) };
+    let ended = exec(&execs[0])?;
+    ensure!(ended["Running"] == false && ended["ExitCode"] == 5, "{ended}");
+    let running = exec(&execs[1])?;
+    ensure!(running["Running"] == true && running["ExitCode"].is_null(), "{running}");
+    engine.engine(["exec", "survivor", "touch", "/end-exec"])?.ok()?;
+    wait_until("the exec is seen to have ended", Duration::from_secs(30), || {
+        Ok((exec(&execs[1])?["ExitCode"] == 7).then_some(()))
     })?;
     // Its output was kept while nobody served it, and exec works again.
     engine.engine(["exec", "survivor", "touch", "/end"])?.ok()?;
@@ -61,6 +86,14 @@ fn containers_survive_the_engine(engine: &Engine) -> Result<()> {
         "lines are missing: {logs}"
     );
     engine.engine(["rm", "survivor", "ends-meanwhile"])?.ok().map(drop)
+}
+
+/// What the API answers to a GET.
+fn api(engine: &Engine, path: &str) -> Result<serde_json::Value> {
+    let mut command = Command::new("curl");
+    command.args(["--silent", "--show-error", "--fail-with-body", "--unix-socket"]);
+    command.arg(engine.docker_socket()).arg(format!("http://engine{path}"));
+    Ok(serde_json::from_str(&tests_harness::run(command)?.ok()?)?)
 }
 
 fn a_killed_shim_ends_its_container(engine: &Engine) -> Result<()> {

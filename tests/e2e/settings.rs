@@ -16,6 +16,7 @@ crate::scenarios![
     kernel_settings_are_the_containers_own,
     memory_file_systems_are_as_large_as_asked,
     inspect_shows_what_nobody_asked_for,
+    a_kill_for_want_of_memory_is_an_event_while_it_runs,
 ];
 
 fn docker(engine: &Engine, arguments: &[&str]) -> Result<Finished> {
@@ -253,4 +254,36 @@ fn inspect_shows_what_nobody_asked_for(engine: &Engine) -> Result<()> {
     ensure!(shown["HostConfig"]["SecurityOpt"] == Value::from(vec!["label=disable"]), "{shown}");
     ensure!(shown["HostConfig"]["MaskedPaths"].is_null(), "{shown}");
     docker(engine, &["rm", &id])?.ok().map(drop)
+}
+
+fn a_kill_for_want_of_memory_is_an_event_while_it_runs(engine: &Engine) -> Result<()> {
+    let since = docker(engine, &["info", "-f", "{{.SystemTime}}"])?.ok()?;
+    let limits = ["-m", "24m", "--memory-swap", "24m"];
+    let script = "tail /dev/zero; exec sleep 1000";
+    docker(
+        engine,
+        &[&["run", "-d", "--name", "hungry"], &limits[..], &[IMAGE, "sh", "-c", script]].concat(),
+    )?
+    .ok()?;
+    wait_until("the kernel has killed", Duration::from_secs(100), || {
+        let comm = docker(engine, &["exec", "hungry", "cat", "/proc/1/comm"])?;
+        Ok(comm.stdout.contains("sleep").then_some(()))
+    })?;
+    let until = docker(engine, &["info", "-f", "{{.SystemTime}}"])?.ok()?;
+    let words = [
+        "events",
+        "--since",
+        &since,
+        "--until",
+        &until,
+        "--filter",
+        "event=oom",
+        "--format",
+        "{{.Actor.Attributes.name}}",
+    ];
+    let said = docker(engine, &words)?.ok()?;
+    ensure!(said.lines().next() == Some("hungry"), "{said:?}");
+    let shown = inspect(engine, "hungry")?;
+    ensure!(shown["State"]["Running"] == true, "{shown}");
+    docker(engine, &["rm", "-f", "hungry"])?.ok().map(drop)
 }

@@ -4,6 +4,7 @@
 //! Making the group and setting its first limits is libcontainer's; this is what must also work without it, after its
 //! process was killed. [`support`] tells which limits the kernel can enforce, [`Cgroup::update`] changes them.
 
+pub mod oom;
 pub mod support;
 mod update;
 
@@ -17,6 +18,7 @@ use guest_mountinfo::Mount;
 use rustix::process::{Pid, Signal, kill_process};
 use thiserror::Error;
 
+pub use self::oom::OomWatch;
 pub use self::support::Support;
 
 /// How long killed processes may take to go away: one in an uninterruptible read from a slow disk needs seconds.

@@ -169,7 +169,7 @@ impl Connection {
 
     /// [`Request::Wait`].
     pub fn wait(&mut self, process: ProcessId) -> Result<Exit, ConnectionError> {
-        self.expect("wait", &Request::Wait { process }, |reply| match reply {
+        self.expect("wait", &Request::Wait { process, ooms: None }, |reply| match reply {
             Reply::Exited(exit) => Ok(exit),
             other => Err(other),
         })

@@ -57,11 +57,15 @@ pub enum Request {
     },
     /// Reply: [`Reply::Exited`], once the process has ended and its output has drained (to the log and into the
     /// clients' buffers; a grandchild that keeps the pipe open delays it by at most
-    /// two seconds).
+    /// two seconds). With `ooms`, of init, a [`Reply::OutOfMemory`] comes before it each time the kernel has killed in the
+    /// container for want of memory more often than told.
     Wait {
         /// Which process.
         #[serde(default)]
         process: ProcessId,
+        /// How often the caller knows that it has.
+        #[serde(default)]
+        ooms: Option<u64>,
     },
     /// Reply: [`Reply::Attached`]; every later byte is the stream's. Shim to engine: Docker's multiplexed frames, or raw
     /// bytes with a terminal. Engine to shim: standard input; shutting the write side ends it. The shim closes the
@@ -137,6 +141,11 @@ pub enum Reply {
     Attached,
     /// The process has ended.
     Exited(Exit),
+    /// The kernel has killed in the container for want of memory; another reply follows.
+    OutOfMemory {
+        /// How often by now.
+        count: u64,
+    },
     /// See [`ShimState`].
     State(ShimState),
     /// Refused or failed.
@@ -199,6 +208,9 @@ pub struct ShimState {
     /// Exec'd processes by id: process ids of those that run, 0 for the others.
     #[serde(default)]
     pub execs: BTreeMap<String, i32>,
+    /// How often the kernel has killed in the container for want of memory.
+    #[serde(default)]
+    pub ooms: u64,
 }
 
 /// Where a container's init is in its life: `Empty → Created → Running ⇄ Paused → Stopped`.
@@ -352,7 +364,7 @@ mod tests {
     #[test]
     fn what_may_be_left_out_may_be_left_out() {
         let request: Request = Frame::decode(br#"{"request":"wait"}"#).unwrap();
-        assert_eq!(request, Request::Wait { process: None });
+        assert_eq!(request, Request::Wait { process: None, ooms: None });
         let reply: Reply =
             Frame::decode(br#"{"reply":"exited","code":3,"finished_at":"2026-01-02T03:04:05Z"}"#).unwrap();
         assert!(matches!(reply, Reply::Exited(Exit { code: 3, oom_killed: false, .. })));

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use guest_runtime::cgroup::Cgroup;
 use guest_runtime::shim::record::{self, EXIT_FILE};
-use guest_runtime::shim::{ConsoleSize, ErrorKind, Exit, LogDriver, Request, ShimSpec, Status, Stdin};
+use guest_runtime::shim::{ConsoleSize, ErrorKind, Exit, LogDriver, Reply, Request, ShimSpec, Status, Stdin};
 use guest_runtime::{defaults, device_filter, reap};
 use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Spec, User};
 
@@ -447,6 +447,36 @@ fn a_container_may_only_read_its_cgroups_unless_privileged() {
         );
         pure_cgroup_v2();
         check(&run(&own_view));
+    });
+}
+
+#[test]
+fn a_kill_for_want_of_memory_is_told_while_the_container_runs() {
+    isolated(|| {
+        let bench = Bench::new();
+        // The shell is spared: it is small.
+        let script = "tail /dev/zero; exec sleep 1000";
+        let shim = bench.shim_with(&["sh", "-c", script], |_, spec| {
+            let mut linux = spec.linux().clone().unwrap();
+            let mut resources = linux.resources().clone().unwrap_or_default();
+            let mut memory = oci_spec::runtime::LinuxMemory::default();
+            memory.set_limit(Some(16 << 20)).set_swap(Some(16 << 20));
+            resources.set_memory(Some(memory));
+            linux.set_resources(Some(resources));
+            spec.set_linux(Some(linux));
+        });
+        shim.connect().create().unwrap();
+        let mut waiting = shim.connect();
+        shim.connect().start(None).unwrap();
+        let told = waiting.call(&Request::Wait { process: None, ooms: Some(0) }).unwrap();
+        assert!(matches!(told, Reply::OutOfMemory { count: 1.. }), "{told:?}");
+        let state = shim.connect().state().unwrap();
+        assert_eq!(state.status, Status::Running);
+        assert!(state.ooms > 0);
+        shim.connect().ask(&Request::Kill { signal: 9, process: None }).unwrap();
+        let exit = shim.connect().wait(None).unwrap();
+        assert!(exit.code == 137 && exit.oom_killed, "{exit:?}");
+        shim.delete();
     });
 }
 

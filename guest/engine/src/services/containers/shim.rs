@@ -94,16 +94,7 @@ impl Shim {
         let mut stream = self.connect().await?;
         let frame = Frame::encode(request).map_err(|error| ShimError::Protocol(error.to_string()))?;
         stream.write_all(&frame).await.map_err(ShimError::Connection)?;
-        let length = stream.read_u32_le().await.map_err(ShimError::Connection)? as usize;
-        if length > FRAME_LEN_MAX {
-            return Err(ShimError::Protocol(format!("a frame of {length} bytes")));
-        }
-        let mut body = vec![0; length];
-        stream.read_exact(&mut body).await.map_err(ShimError::Connection)?;
-        match Frame::decode(&body).map_err(|error| ShimError::Protocol(error.to_string()))? {
-            Reply::Error { kind, message } => Err(ShimError::Refused { kind, message }),
-            reply => Ok((reply, stream)),
-        }
+        Ok((read_reply(&mut stream).await?, stream))
     }
 
     async fn call(&self, what: &'static str, request: Request) -> Result<(Reply, UnixStream), ShimError> {
@@ -126,9 +117,23 @@ impl Shim {
 
     /// Waits for the end of a process, however long it takes.
     pub async fn wait(&self, process: ProcessId) -> Result<Exit, ShimError> {
-        match self.exchange(&Request::Wait { process }).await?.0 {
+        match self.exchange(&Request::Wait { process, ooms: None }).await?.0 {
             Reply::Exited(exit) => Ok(exit),
             other => Err(unexpected(&other)),
+        }
+    }
+
+    /// The same for init; tells meanwhile each time that the kernel has killed for want of memory more often than `ooms`.
+    pub async fn wait_for_init(&self, ooms: u64, tell: impl Fn(u64)) -> Result<Exit, ShimError> {
+        let wait = Request::Wait { process: None, ooms: Some(ooms) };
+        let (mut reply, mut stream) = self.exchange(&wait).await?;
+        loop {
+            match reply {
+                Reply::Exited(exit) => return Ok(exit),
+                Reply::OutOfMemory { count } => tell(count),
+                other => return Err(unexpected(&other)),
+            }
+            reply = read_reply(&mut stream).await?;
         }
     }
 
@@ -162,6 +167,19 @@ impl Shim {
 
     pub async fn resize(&self, process: ProcessId, width: u16, height: u16) -> Result<(), ShimError> {
         self.ask("resize", Request::Resize { process, width, height }).await
+    }
+}
+
+async fn read_reply(stream: &mut UnixStream) -> Result<Reply, ShimError> {
+    let length = stream.read_u32_le().await.map_err(ShimError::Connection)? as usize;
+    if length > FRAME_LEN_MAX {
+        return Err(ShimError::Protocol(format!("a frame of {length} bytes")));
+    }
+    let mut body = vec![0; length];
+    stream.read_exact(&mut body).await.map_err(ShimError::Connection)?;
+    match Frame::decode(&body).map_err(|error| ShimError::Protocol(error.to_string()))? {
+        Reply::Error { kind, message } => Err(ShimError::Refused { kind, message }),
+        reply => Ok(reply),
     }
 }
 

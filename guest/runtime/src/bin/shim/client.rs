@@ -39,6 +39,8 @@ pub struct Client {
     pub ended: bool,
     /// The engine has closed altogether, but what it sent may still be unread.
     pub hung_up: bool,
+    /// How many kills for want of memory it has been told of, if it wants to be.
+    pub ooms: Option<u64>,
     queue: Vec<u8>,
     sent: usize,
 }
@@ -53,6 +55,7 @@ impl Client {
             input,
             ended: false,
             hung_up: false,
+            ooms: None,
             queue: Vec::new(),
             sent: 0,
         })

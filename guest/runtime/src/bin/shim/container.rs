@@ -16,7 +16,7 @@ use std::os::fd::RawFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
-use guest_runtime::cgroup::{Cgroup, CgroupError};
+use guest_runtime::cgroup::{Cgroup, CgroupError, OomWatch};
 use guest_runtime::defaults;
 use guest_runtime::device_filter::{self, DeviceFilterError};
 use guest_runtime::external::{External, ExternalError};
@@ -471,6 +471,12 @@ impl Runtime {
     /// Whether a process of the container was killed for want of memory.
     pub fn oom_killed(&self) -> bool {
         self.created.as_ref().is_some_and(|created| created.cgroup.oom_kills() > 0)
+    }
+
+    /// Watches for kills for want of memory; `None` where nobody counts them.
+    pub fn watch_memory(&self) -> Result<Option<OomWatch>, RuntimeError> {
+        let created = self.created.as_ref().ok_or_else(not_created)?;
+        OomWatch::new(&created.cgroup).map_err(setup("watch the container's memory"))
     }
 
     /// Whether the end of init is, by the kernel's doing, the end of all.

@@ -12,6 +12,7 @@ use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use guest_runtime::cgroup::OomWatch;
 use guest_runtime::shim::record::{self, EXIT_FILE};
 use guest_runtime::shim::{
     ConsoleSize, ErrorKind, Exit, ProcessId, Reply, Request, ShimSpec, ShimState, Status, Stdin,
@@ -108,6 +109,7 @@ enum Token {
     Children,
     Client(usize),
     End,
+    Memory,
     Input(usize),
     Output(usize, Stream),
 }
@@ -121,6 +123,8 @@ pub struct Server {
     runtime: Runtime,
     created: bool,
     paused: bool,
+    memory: Option<OomWatch>,
+    ooms: u64,
     /// Slots; an index means the same process or client for its whole life. The first process is init.
     processes: Vec<Option<Process>>,
     clients: Vec<Option<Client>>,
@@ -150,6 +154,8 @@ impl Server {
             runtime,
             created: false,
             paused: false,
+            memory: None,
+            ooms: 0,
             processes: vec![Some(init)],
             clients: Vec::new(),
             buffer: vec![0; HEADER_LEN + READ_LEN],
@@ -186,6 +192,10 @@ impl Server {
         let mut descriptors = Vec::new();
         tokens.push(Token::Children);
         descriptors.push(PollFd::new(&self.children, PollFlags::IN));
+        if let Some(memory) = &self.memory {
+            tokens.push(Token::Memory);
+            descriptors.push(PollFd::new(memory, memory.flags()));
+        }
         if self.leave_at.is_none() && self.clients.iter().flatten().count() < CLIENTS_MAX {
             tokens.push(Token::Listener);
             descriptors.push(PollFd::new(&self.listener, PollFlags::IN));
@@ -265,6 +275,7 @@ impl Server {
                 self.reap_children();
             }
             Token::End => self.reap_children(),
+            Token::Memory => self.out_of_memory(),
             Token::Input(index) => {
                 if let Some(process) = self.process(index) {
                     process.flush_input();
@@ -450,8 +461,12 @@ impl Server {
                 }
                 Ok(Some(Reply::Done))
             }
-            Request::Wait { process } => {
+            Request::Wait { process, ooms } => {
                 let index = self.find(&process)?;
+                if let Some(one) = self.clients[client].as_mut() {
+                    one.ooms = ooms.filter(|_| index == INIT);
+                }
+                self.tell_ooms(client);
                 if let Some(exit) = self.process(index).and_then(|process| process.exit.clone()) {
                     return Ok(Some(Reply::Exited(exit)));
                 }
@@ -505,6 +520,25 @@ impl Server {
             pid: init.map_or(0, |init| init.pid),
             exit: init.and_then(|init| init.exit.clone()),
             execs,
+            ooms: self.ooms,
+        }
+    }
+
+    /// Init's own death for want of memory is told by its end too; this tells the others', and both at once.
+    fn out_of_memory(&mut self) {
+        let Some(memory) = &mut self.memory else { return };
+        self.ooms = memory.take();
+        for client in 0..self.clients.len() {
+            self.tell_ooms(client);
+        }
+    }
+
+    fn tell_ooms(&mut self, client: usize) {
+        let count = self.ooms;
+        let Some(one) = self.clients[client].as_mut() else { return };
+        if one.ooms.is_some_and(|told| told < count) {
+            one.ooms = Some(count);
+            self.answer(client, &Reply::OutOfMemory { count });
         }
     }
 
@@ -535,6 +569,13 @@ impl Server {
             Ok(Reply::Created { pid })
         });
         self.created = adopted.is_ok();
+        if self.created {
+            // Without it the container runs as well, and says at its end whether it was for want of memory.
+            self.memory = self.runtime.watch_memory().unwrap_or_else(|error| {
+                report(&error);
+                None
+            });
+        }
         if adopted.is_err() {
             // Children of a failed creation end by themselves or were killed; none of them is ours to know. Those still
             // ending are collected when they have.
@@ -763,6 +804,7 @@ impl Server {
             }
             self.settle(index);
         }
+        self.memory = None;
         self.runtime.delete()?;
         self.leave_at = Some(Instant::now() + FAREWELL_TIMEOUT);
         Ok(())
@@ -879,6 +921,9 @@ impl Server {
     /// Makes an end known, once.
     fn settle(&mut self, index: usize) {
         let oom_killed = index == INIT && self.runtime.oom_killed();
+        if index == INIT {
+            self.out_of_memory();
+        }
         let Some(process) = self.processes[index].as_mut().filter(|process| process.exit.is_none()) else {
             return;
         };
@@ -905,6 +950,9 @@ impl Server {
                 }
                 Mode::Waiting(process) if process == index => {
                     self.set_mode(client, Mode::Control);
+                    if let Some(one) = self.clients[client].as_mut() {
+                        one.ooms = None;
+                    }
                     self.answer(client, &Reply::Exited(exit.clone()));
                     self.serve_requests(client);
                 }

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use guest_api::HostConfig;
 use guest_api::health::{Health, HealthResult, HealthStatus};
-use guest_runtime::shim::{Exit, ProcessId, Request as ShimRequest};
+use guest_runtime::shim::{Exit, Request as ShimRequest};
 use jiff::Timestamp;
 use tokio::net::UnixStream;
 use tokio::process::Child;
@@ -41,6 +41,8 @@ const KILL_DEADLINE: Duration = Duration::from_secs(5);
 /// First pause before a restart by policy; doubles up to the second.
 const RESTART_PAUSE_MIN: Duration = Duration::from_millis(100);
 const RESTART_PAUSE_MAX: Duration = Duration::from_secs(60);
+/// Events at a time for kills for want of memory: more say nothing more.
+const OOM_EVENTS_MAX: u64 = 16;
 /// A run that lasted this long makes the next pause short again.
 const RUN_IS_GOOD: Duration = Duration::from_secs(10);
 
@@ -116,12 +118,16 @@ struct Run {
     child: Option<Child>,
     /// Resolves once, with the end of the container's process; `None` when its shim died without telling.
     end: AbortOnDropHandle<Option<Exit>>,
+    /// How often the kernel has killed in it for want of memory, and for how many of these there were events.
+    ooms: watch::Receiver<u64>,
+    ooms_told: u64,
     /// Checks its health, unless it is paused.
     monitor: Option<Monitor>,
 }
 
 /// What happens to a run by itself.
 enum Happened {
+    OutOfMemory,
     Ended(Option<Exit>),
     Checked(HealthResult, Duration),
 }
@@ -183,6 +189,7 @@ impl Driver {
                 },
                 happened = happened(&mut self.run) => match happened {
                     Happened::Ended(exit) => self.process_ended(exit).await,
+                    Happened::OutOfMemory => self.tell_ooms(),
                     Happened::Checked(result, since_start) => self.checked(result, since_start),
                 },
                 () = sleep_until(deadline) => self.deadline_passed().await,
@@ -348,7 +355,7 @@ impl Driver {
                 self.record.last.started_at = Some(started.live.started_at);
                 self.record.last.error.clear();
                 network::settle(&self.context, &mut self.record);
-                self.adopt(started.shim, started.live, started.child);
+                self.adopt(started.shim, started.live, started.child, 0);
                 self.change(Change::Started);
                 self.record.last.health = Check::of(&self.record.config).map(|_| {
                     let log = self.record.last.health.take().unwrap_or_default().log;
@@ -381,10 +388,15 @@ impl Driver {
         }
     }
 
-    fn adopt(&mut self, shim: Shim, live: Live, child: Option<Child>) {
+    /// `ooms`: how often the kernel has killed in it for want of memory, as was told before.
+    fn adopt(&mut self, shim: Shim, live: Live, child: Option<Child>, ooms: u64) {
         let waiter = shim.clone();
+        let (counts, counted) = watch::channel(ooms);
         let end = AbortOnDropHandle::new(tokio::spawn(async move {
-            match waiter.wait(ProcessId::None).await {
+            let tell = |count| {
+                counts.send_replace(count);
+            };
+            match waiter.wait_for_init(ooms, tell).await {
                 Ok(exit) => Some(exit),
                 Err(error) => {
                     tracing::warn!(shim = %waiter.folder().display(), %error, "lost a shim");
@@ -392,7 +404,17 @@ impl Driver {
                 }
             }
         }));
-        self.run = Some(Run { shim, live, child, end, monitor: None });
+        self.run = Some(Run { shim, live, child, end, ooms: counted, ooms_told: ooms, monitor: None });
+    }
+
+    /// An event for each time that there was none for.
+    fn tell_ooms(&mut self) {
+        let Some(run) = &mut self.run else { return };
+        let (told, count) = (run.ooms_told, *run.ooms.borrow_and_update());
+        run.ooms_told = count;
+        for _ in told..count.min(told + OOM_EVENTS_MAX) {
+            self.event("oom", &[]);
+        }
     }
 
     /// Checks the health of what runs from now on; or, when it is paused, does not.
@@ -530,6 +552,8 @@ impl Driver {
 
     /// The container's process has ended: everything of the run goes, then policies have their say.
     async fn process_ended(&mut self, exit: Option<Exit>) {
+        self.tell_ooms();
+        let oom_told = self.run.as_ref().is_some_and(|run| run.ooms_told > 0);
         let Some(run) = self.run.take() else { return };
         let places = self.context.networks.places(&self.record.id);
         let told = run::tear_down(&self.context, &self.record, Some((&run.shim, run.child))).await;
@@ -542,7 +566,7 @@ impl Driver {
         let duration =
             last.finished_at.map_or(0, |at| at.as_second().saturating_sub(started.as_second()).max(0));
         let attributes = [("exitCode", last.exit_code.to_string()), ("execDuration", duration.to_string())];
-        if last.oom_killed {
+        if last.oom_killed && !oom_told {
             self.event("oom", &[]);
         }
         self.event("die", &attributes);
@@ -637,9 +661,16 @@ async fn happened(run: &mut Option<Run>) -> Happened {
             None => std::future::pending().await,
         }
     };
+    let counted = async {
+        if run.ooms.changed().await.is_err() {
+            // Nobody counts any more: it is about to end.
+            std::future::pending().await
+        }
+    };
     tokio::select! {
         // The task waits and does nothing else; if it fails, nobody saw the end.
         exit = &mut run.end => Happened::Ended(exit.unwrap_or(None)),
+        () = counted => Happened::OutOfMemory,
         (result, since_start) = checked => Happened::Checked(result, since_start),
     }
 }

@@ -24,13 +24,13 @@ impl Driver {
     /// [`Driver::clean_up`] do the rest.
     pub async fn restore(&mut self, run_record: &RunRecord) -> Result<(), ()> {
         let shim = Shim::at(&self.context.run_folder(&self.record.id));
-        let (status, pid) = match timeout(RESTORE_DEADLINE, shim.state()).await {
-            Ok(Ok(state)) => (state.status, state.pid),
+        let (status, pid, ooms) = match timeout(RESTORE_DEADLINE, shim.state()).await {
+            Ok(Ok(state)) => (state.status, state.pid, state.ooms),
             Ok(Err(_)) => return Err(()),
             // It lives but does not answer now. Killing its container for that would be worse than waiting for it.
             Err(_) => {
                 tracing::warn!(container = self.record.short_id(), "its shim does not answer");
-                (Status::Running, run::recorded_pid(&self.context, &self.record.id))
+                (Status::Running, run::recorded_pid(&self.context, &self.record.id), 0)
             }
         };
         let phase = match status {
@@ -76,7 +76,7 @@ impl Driver {
             }
             phase => phase,
         };
-        self.adopt(shim, live, None);
+        self.adopt(shim, live, None, ooms);
         self.phase = phase;
         if phase == Phase::Running {
             self.watch_health(true);
