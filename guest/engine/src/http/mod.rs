@@ -4,6 +4,7 @@
 //! version. Answers carry the headers clients negotiate by.
 
 mod absent;
+mod address;
 mod ahead;
 mod archive;
 mod attach;
@@ -68,7 +69,7 @@ pub async fn serve(
     hangup: Arc<Hangup>,
 ) -> Result<Response, Infallible> {
     let (head, experimental) = (request.method() == Method::HEAD, services.system.settings.experimental);
-    if let Some(clean) = request::cleaned(request.uri().path()) {
+    if let Some(clean) = address::cleaned(request.uri().path()) {
         let query = request.uri().query().map(|query| format!("?{query}")).unwrap_or_default();
         let response =
             respond::moved(&format!("{clean}{query}")).unwrap_or_else(|failure| respond::error(&failure));

@@ -13,6 +13,7 @@ use hyper::{HeaderMap, Method};
 use jiff::Timestamp;
 use serde::de::DeserializeOwned;
 
+use super::address;
 use super::body::RequestBody;
 use super::listener::Hangup;
 use crate::failure::Failure;
@@ -118,7 +119,7 @@ pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Failure> {
 /// Splits `/v1.44/containers/json`; the version is the newest when there is none.
 fn split_path(path: &str) -> Result<(ApiVersion, Vec<String>), Failure> {
     let mut segments: Vec<String> =
-        path.trim_start_matches('/').split('/').map(|part| percent_decode(part, false)).collect();
+        path.trim_start_matches('/').split('/').map(|part| address::percent_decode(part, false)).collect();
     let Some(text) =
         segments.first().and_then(|first| first.strip_prefix('v')).filter(|text| is_version(text))
     else {
@@ -151,57 +152,13 @@ fn is_version(text: &str) -> bool {
     !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.')
 }
 
-/// The path without empty segments, `.` and `..`; `None` when it is that already.
-pub fn cleaned(path: &str) -> Option<String> {
-    let mut kept: Vec<&str> = Vec::new();
-    let decoded = |part: &str| percent_decode(part, false);
-    let parts: Vec<&str> = path.split('/').skip(1).collect();
-    let last = parts.len().saturating_sub(1);
-    for (at, part) in parts.iter().copied().enumerate() {
-        match decoded(part).as_str() {
-            // The end of `/containers/` stays.
-            "" if at == last => kept.push(""),
-            "" | "." => {}
-            ".." => drop(kept.pop()),
-            _ => kept.push(part),
-        }
-    }
-    let clean = format!("/{}", kept.join("/"));
-    (clean != path).then_some(clean)
-}
-
-fn percent_decode(text: &str, plus_is_space: bool) -> String {
-    let bytes = text.as_bytes();
-    let digit = |at: usize| bytes.get(at).and_then(|byte| char::from(*byte).to_digit(16));
-    let mut decoded = Vec::with_capacity(bytes.len());
-    let mut at = 0;
-    while at < bytes.len() {
-        match (bytes[at], digit(at + 1), digit(at + 2)) {
-            (b'%', Some(high), Some(low)) => {
-                decoded.push((high * 16 + low) as u8);
-                at += 3;
-                continue;
-            }
-            (b'+', ..) if plus_is_space => decoded.push(b' '),
-            (byte, ..) => decoded.push(byte),
-        }
-        at += 1;
-    }
-    String::from_utf8_lossy(&decoded).into_owned()
-}
-
 /// The query of a request. Of a repeated name the first counts, unless all are asked for.
 #[derive(Debug, Default)]
 pub struct Query(HashMap<String, Vec<String>>);
 
 impl Query {
     pub fn parse(text: &str) -> Self {
-        let mut values: HashMap<String, Vec<String>> = HashMap::new();
-        for pair in text.split('&').filter(|pair| !pair.is_empty()) {
-            let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
-            values.entry(percent_decode(name, true)).or_default().push(percent_decode(value, true));
-        }
-        Self(values)
+        Self(address::pairs(text))
     }
 
     /// A value; empty when absent.
@@ -231,7 +188,7 @@ impl Query {
 
     /// A moment as unix seconds with up to nine decimals; `None` when absent or 0.
     pub fn moment(&self, name: &str) -> Result<Option<Timestamp>, Failure> {
-        moment(self.text(name)).map_err(|()| {
+        address::moment(self.text(name)).map_err(|()| {
             Failure::invalid(format!("invalid value '{}' for query parameter '{name}'", self.text(name)))
         })
     }
@@ -239,22 +196,6 @@ impl Query {
     pub fn filters(&self) -> Result<Filters, Failure> {
         Filters::parse(self.text("filters")).map_err(|_| Failure::invalid("invalid filter"))
     }
-}
-
-fn moment(text: &str) -> Result<Option<Timestamp>, ()> {
-    if text.is_empty() || text == "0" {
-        return Ok(None);
-    }
-    if let Ok(moment) = text.parse::<Timestamp>() {
-        return Ok(Some(moment));
-    }
-    let (seconds, fraction) = text.split_once('.').unwrap_or((text, ""));
-    if fraction.len() > 9 || !fraction.bytes().all(|byte| byte.is_ascii_digit()) {
-        return Err(());
-    }
-    let nanoseconds: i32 = format!("{fraction:0<9}").parse().map_err(|_| ())?;
-    let seconds: i64 = seconds.parse().map_err(|_| ())?;
-    Timestamp::new(seconds, nanoseconds).map(Some).map_err(|_| ())
 }
 
 #[cfg(test)]
@@ -290,16 +231,6 @@ mod tests {
     }
 
     #[test]
-    fn moments_have_nine_decimals() {
-        assert_eq!(moment("0"), Ok(None));
-        assert_eq!(moment("1700000000.5").unwrap().unwrap().as_nanosecond(), 1_700_000_000_500_000_000);
-        assert_eq!(moment("1700000000").unwrap().unwrap().as_second(), 1_700_000_000);
-        assert_eq!(moment("2026-01-02T03:04:05Z").unwrap().unwrap().to_string(), "2026-01-02T03:04:05Z");
-        assert!(moment("yesterday").is_err());
-        assert!(moment("1.0000000001").is_err());
-    }
-
-    #[test]
     fn wrong_bodies_are_refused_in_dockerds_words() {
         let refused = |bytes: &[u8]| decode::<guest_api::exec::ExecStart>(bytes).unwrap_err().message;
         assert!(decode::<guest_api::exec::ExecStart>(b"null").is_ok());
@@ -312,17 +243,6 @@ mod tests {
             content_type("text/plain").unwrap_err().message,
             "unsupported Content-Type header (text/plain): must be 'application/json'"
         );
-    }
-
-    #[test]
-    fn paths_are_cleaned_like_gos() {
-        assert_eq!(cleaned("/containers/json"), None);
-        assert_eq!(cleaned("/containers/"), None);
-        assert_eq!(cleaned("/"), None);
-        assert_eq!(cleaned("//info").as_deref(), Some("/info"));
-        assert_eq!(cleaned("/containers//json").as_deref(), Some("/containers/json"));
-        assert_eq!(cleaned("/containers/%2e%2e/json").as_deref(), Some("/json"));
-        assert_eq!(cleaned("/containers/a%2Fb/json"), None);
     }
 
     #[test]
