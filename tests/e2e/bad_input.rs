@@ -213,7 +213,7 @@ fn a_full_disk_is_an_error_and_no_more(engine: &Engine) -> Result<()> {
             ),
             "kill $pid; wait $pid",
         ),
-        Stage::Qemu => {
+        Stage::Qemu | Stage::Kvm => {
             ("200m", "export ENGINE_HOME=$home; $engine machine start".to_owned(), "$engine machine shutdown")
         }
     };

@@ -118,9 +118,10 @@ fn a_killed_daemon_takes_the_machine_with_it(engine: &Engine) -> Result<()> {
 }
 
 fn a_killed_vm_process_is_replaced(engine: &Engine) -> Result<()> {
-    for name in ["engine-vmm", "qemu-system-x86_64"] {
+    let machine = machine_process(engine)?;
+    for name in BTreeSet::from(["engine-vmm", machine]) {
         engine.engine(["run", "--rm", IMAGE, "true"])?.ok()?;
-        let before = engine.processes().find("qemu-system-x86_64")?;
+        let before = engine.processes().find(machine)?;
         engine.processes().kill(name)?;
         wait_until("the machine is seen to have ended", Duration::from_secs(60), || {
             let gone = !engine.processes().list().iter().any(|process| process.pid == before.pid);
@@ -129,9 +130,13 @@ fn a_killed_vm_process_is_replaced(engine: &Engine) -> Result<()> {
         .with_context(|| format!("after kill -9 of {name}"))?;
         engine.engine(["run", "--rm", IMAGE, "true"])?.ok()?;
         engine.processes().find("engine-vmm")?;
-        engine.processes().find("qemu-system-x86_64")?;
+        engine.processes().find(machine)?;
     }
     Ok(())
+}
+
+fn machine_process(engine: &Engine) -> Result<&'static str> {
+    engine.stage.machine_process().context("this stage has no machine")
 }
 
 /// From a root shell in the machine: the engine, then a container's shim.
@@ -240,7 +245,7 @@ fn native_rounds(engine: &Engine) -> Result<()> {
 
 fn machine_rounds(engine: &Engine) -> Result<()> {
     rounds(engine, 20, 4000, |round| {
-        let victim = ["engine-vmm", "qemu-system-x86_64", "engined"][usize::try_from(round % 3)?];
+        let victim = ["engine-vmm", machine_process(engine)?, "engined"][usize::try_from(round % 3)?];
         engine.processes().kill(victim)?;
         // A killed daemon gives the guest a moment to power off; all must be gone before anything is promised again.
         if victim == "engined" {

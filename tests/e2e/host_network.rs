@@ -35,7 +35,7 @@ fn a_program_of_the_host_is_reached_from_containers(engine: &Engine) -> Result<(
     // Through the machine what listens on the computer's loopback is reached; natively what hears the bridge is.
     let (bind, name) = match engine.stage {
         Stage::Native => ("0.0.0.0:0", "host-gateway"),
-        Stage::Qemu => ("127.0.0.1:0", "198.18.0.254"),
+        Stage::Qemu | Stage::Kvm => ("127.0.0.1:0", "198.18.0.254"),
     };
     let listener = TcpListener::bind(bind)?;
     let port = listener.local_addr()?.port().to_string();

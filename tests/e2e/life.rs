@@ -1,6 +1,6 @@
 //! Stopping and starting again: what was acknowledged is there.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use tests_harness::{Engine, IMAGE, Processes, Stage, run};
 
 crate::scenarios![
@@ -17,7 +17,7 @@ fn restart(engine: &Engine) -> Result<()> {
             engine.end_native(false)?;
             engine.boot()
         }
-        Stage::Qemu => {
+        Stage::Qemu | Stage::Kvm => {
             engine.engine(["machine", "stop"])?.ok()?;
             let status = engine.engine(["machine", "status"])?.ok()?;
             ensure!(status == "stopped", "{status}");
@@ -50,7 +50,7 @@ fn data_survives_a_clean_restart(engine: &Engine) -> Result<()> {
     let runner = engine.engine(["inspect", "-f", "{{.State.Status}} {{.State.ExitCode}}", "runner"])?.ok()?;
     let expected = match engine.stage {
         Stage::Native => "running 0",
-        Stage::Qemu => "exited 0",
+        Stage::Qemu | Stage::Kvm => "exited 0",
     };
     ensure!(runner == expected, "{runner}");
     engine.engine(["rm", "-f", "writer", "runner"])?.ok().map(drop)
@@ -92,7 +92,8 @@ fn two_first_calls_boot_one_machine(engine: &Engine) -> Result<()> {
     // `find` fails when there are two.
     engine.processes().find("engined")?;
     engine.processes().find("engine-vmm")?;
-    engine.processes().find("qemu-system-x86_64").map(drop)
+    let machine = engine.stage.machine_process().context("the stage has a machine")?;
+    engine.processes().find(machine).map(drop)
 }
 
 fn a_larger_disk_is_grown_and_a_smaller_one_refused(engine: &Engine) -> Result<()> {

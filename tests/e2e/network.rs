@@ -62,7 +62,7 @@ fn names_resolve_through_the_host(engine: &Engine) -> Result<()> {
         ])?
         .ok()?;
     ensure!(hosts.contains("1.2.3.4\tother") && hosts.contains("\tme"), "{hosts}");
-    if engine.stage == Stage::Qemu {
+    if engine.stage != Stage::Native {
         let said = engine.engine(["run", "--rm", IMAGE, "nslookup", "host.docker.internal"])?.ok()?;
         ensure!(said.contains("198.18.0.254"), "{said}");
     }

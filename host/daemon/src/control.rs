@@ -228,10 +228,9 @@ impl Control {
 
 /// The back end that a start would choose now. The probe executes guest instructions, off the async threads.
 async fn would_choose(wanted: host_vmm::BackendChoice) -> Result<BackendChoice, Refusal> {
-    let chosen =
-        tokio::task::spawn_blocking(move || host_vmm::choose_backend(wanted, host_vmm::NetworkSpec::Nat))
-            .await
-            .map_err(|error| format!("the hypervisor probe failed: {error}"))?;
+    let chosen = tokio::task::spawn_blocking(move || host_vmm::choose_backend(wanted))
+        .await
+        .map_err(|error| format!("the hypervisor probe failed: {error}"))?;
     match chosen {
         Ok(chosen) => Ok(BackendChoice {
             backend: chosen.name().to_owned(),

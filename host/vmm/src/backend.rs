@@ -7,7 +7,7 @@ use host_hypervisor::qemu;
 
 pub use host_hypervisor::Accelerator;
 
-use crate::spec::{BackendChoice, NetworkSpec};
+use crate::spec::BackendChoice;
 
 /// A choice, with its reason.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -62,17 +62,15 @@ pub enum BackendError {
 }
 
 /// Decides what would run a machine on this host now. Blocks while KVM is probed (up to a second; see the probe).
-///
-/// A machine of ours with a network has not been booted by the tests yet: on KVM, too, QEMU runs what has one.
-pub fn choose_backend(choice: BackendChoice, network: NetworkSpec) -> Result<Backend, BackendError> {
+pub fn choose_backend(choice: BackendChoice) -> Result<Backend, BackendError> {
     let usability = match choice {
         BackendChoice::Qemu => None,
         BackendChoice::Auto | BackendChoice::Kvm => Some(probe::probe()),
     };
     let (accelerator, reason) = decide(choice, usability)?;
-    let provider = match (accelerator, network) {
-        (Accelerator::Kvm, NetworkSpec::None) => Provider::InProcess,
-        (Accelerator::Kvm, NetworkSpec::Nat) | (Accelerator::Tcg, _) => Provider::Qemu(qemu::find()?),
+    let provider = match accelerator {
+        Accelerator::Kvm => Provider::InProcess,
+        Accelerator::Tcg => Provider::Qemu(qemu::find()?),
     };
     Ok(Backend { provider, accelerator, reason })
 }

@@ -165,7 +165,7 @@ impl Start<'_> {
         self.stage("checking the machine")?;
         spec.validate()?;
         self.stage("choosing how to run it")?;
-        let backend = choose_backend(spec.backend, spec.network)?;
+        let backend = choose_backend(spec.backend)?;
         tracing::info!(accelerator = backend.accelerator.name(), reason = backend.reason, "back end chosen");
         self.stage("preparing its devices")?;
         let inbox = std::cell::RefCell::new(&mut self.inbox);

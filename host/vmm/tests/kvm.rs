@@ -72,7 +72,7 @@ impl Vmm {
             disk: DiskSpec { path: folder.path().join("disk.raw"), size_bytes: 1 << 30 },
             console_log: folder.path().join("console.log"),
             backend: BackendChoice::Kvm,
-            network: NetworkSpec::None,
+            network: NetworkSpec::Nat,
             shares: Vec::new(),
             boot_timeout_seconds: 200,
         };

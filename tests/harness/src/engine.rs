@@ -28,6 +28,8 @@ pub enum Stage {
     Native,
     /// In the VM, on QEMU.
     Qemu,
+    /// In the VM, on a machine of ours, where KVM works.
+    Kvm,
 }
 
 impl Stage {
@@ -36,8 +38,29 @@ impl Stage {
         match std::env::var("ENGINE_TEST_STAGE").as_deref() {
             Ok("native") => Ok(Self::Native),
             Ok("qemu") => Ok(Self::Qemu),
-            Ok(other) => bail!("ENGINE_TEST_STAGE is `{other}`: use native or qemu"),
-            Err(_) => bail!("ENGINE_TEST_STAGE is not set: run `tests/run native` or `tests/run qemu`"),
+            Ok("kvm") => Ok(Self::Kvm),
+            Ok(other) => bail!("ENGINE_TEST_STAGE is `{other}`: use native, qemu or kvm"),
+            Err(_) => bail!(
+                "ENGINE_TEST_STAGE is not set: run `tests/run native`, `tests/run qemu` or `tests/run nested-kvm`"
+            ),
+        }
+    }
+
+    /// The process whose death is the machine's, beside its parent `engined`; natively there is none.
+    pub fn machine_process(self) -> Option<&'static str> {
+        match self {
+            Self::Native => None,
+            Self::Qemu => Some("qemu-system-x86_64"),
+            Self::Kvm => Some("engine-vmm"),
+        }
+    }
+
+    /// What the machine of this stage is asked to be: megabytes of memory, and what runs it.
+    fn machine(self) -> (&'static str, &'static str) {
+        match self {
+            Self::Native | Self::Qemu => ("1536", "qemu"),
+            // The computer around it has little more.
+            Self::Kvm => ("640", "kvm"),
         }
     }
 }
@@ -87,7 +110,9 @@ impl Engine {
     pub fn boot(&self) -> Result<()> {
         match self.stage {
             Stage::Native => self.boot_native(&[], None),
-            Stage::Qemu => self.engine(["machine", "start"])?.ok().map(drop),
+            Stage::Qemu | Stage::Kvm => {
+                self.engine(["machine", "start"])?.ok().map(drop).with_context(|| self.logs())
+            }
         }
     }
 
@@ -161,7 +186,7 @@ impl Engine {
     pub fn registry_name(&self) -> String {
         match self.stage {
             Stage::Native => self.registry.address().to_string(),
-            Stage::Qemu => format!("host.docker.internal:{}", self.registry.port()),
+            Stage::Qemu | Stage::Kvm => format!("host.docker.internal:{}", self.registry.port()),
         }
     }
 
@@ -169,7 +194,7 @@ impl Engine {
     pub fn outside_address(&self) -> &'static str {
         match self.stage {
             Stage::Native => "203.0.113.1",
-            Stage::Qemu => "198.18.0.254",
+            Stage::Qemu | Stage::Kvm => "198.18.0.254",
         }
     }
 
@@ -201,9 +226,11 @@ impl Engine {
 
     /// Points `command` at this engine.
     pub fn environment(&self, command: &mut Command) {
+        let (memory_mib, backend) = self.stage.machine();
         command
             .env("ENGINE_HOME", self.home.path())
-            .env("ENGINE_MACHINE_MEMORY_MIB", "1536")
+            .env("ENGINE_MACHINE_MEMORY_MIB", memory_mib)
+            .env("ENGINE_MACHINE_BACKEND", backend)
             .env("ENGINE_MACHINE_CPUS", "2")
             .env("ENGINE_MACHINE_DISK_GIB", "16")
             .env_remove("ENGINE_IMAGE")
@@ -332,7 +359,7 @@ impl Engine {
                 self.expect_no_mounts()?;
                 remove_empty_cgroups();
             }
-            Stage::Qemu => {
+            Stage::Qemu | Stage::Kvm => {
                 self.engine(["machine", "shutdown"])?.ok()?;
             }
         }

@@ -21,7 +21,7 @@ impl Usage {
         let mut counts = BTreeMap::new();
         let processes: &[&str] = match engine.stage {
             Stage::Native => &["guest-engine"],
-            Stage::Qemu => &["engined", "engine-vmm"],
+            Stage::Qemu | Stage::Kvm => &["engined", "engine-vmm"],
         };
         for process in processes {
             let pid = engine.processes().find(process)?.pid;
@@ -34,7 +34,7 @@ impl Usage {
         let (descriptors, tasks) = inside.split_once(' ').with_context(|| format!("info: {inside}"))?;
         counts.insert("the engine's own count of its descriptors".into(), descriptors.parse()?);
         counts.insert("the engine's tasks".into(), tasks.parse()?);
-        if engine.stage == Stage::Qemu {
+        if engine.stage != Stage::Native {
             let open = engine.engine(["machine", "info", "--format", "{{.open_streams}}"])?.ok()?;
             counts.insert("vsock streams".into(), open.parse().with_context(|| open.clone())?);
         }
