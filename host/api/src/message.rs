@@ -169,6 +169,12 @@ pub struct MachineInfo {
     pub guest: Option<GuestStatus>,
     /// vsock streams between host and guest, while it runs. One is the control session and one the log.
     pub open_streams: Option<u64>,
+    /// Memory that the host holds for the guest now, bytes.
+    #[serde(default)]
+    pub memory_held_bytes: Option<u64>,
+    /// Memory that the guest has given back since it started, bytes; the same page counts every time.
+    #[serde(default)]
+    pub memory_given_back_bytes: Option<u64>,
 }
 
 /// What the guest says about itself.

@@ -118,6 +118,13 @@ fn describe(info: &MachineInfo) -> String {
             format!("{} of {}", mib(guest.disk_used_bytes), mib(guest.disk_total_bytes)),
         ));
     }
+    if let Some(held) = info.memory_held_bytes {
+        let mut text = format!("{} of {} MiB", mib(held), info.memory_mib);
+        if let Some(given_back) = info.memory_given_back_bytes {
+            text += &format!(" ({} given back so far)", mib(given_back));
+        }
+        rows.push(("Memory held", text));
+    }
     if let Some(streams) = info.open_streams {
         rows.push(("Connections", format!("{streams} between host and guest")));
     }
@@ -181,9 +188,12 @@ mod tests {
             docker_socket: "/s".into(),
             guest: None,
             open_streams: None,
+            memory_held_bytes: Some(300 << 20),
+            memory_given_back_bytes: Some(900 << 20),
         };
         let text = describe(&info);
-        for part in ["qemu (tcg)", "KVM emulates", "it was killed", "5 MiB of 65536 MiB", "unix:///s"] {
+        let held = "300 MiB of 1024 MiB (900 MiB given back so far)";
+        for part in ["qemu (tcg)", "KVM emulates", "it was killed", "5 MiB of 65536 MiB", "unix:///s", held] {
             assert!(text.contains(part), "{part} in {text}");
         }
     }

@@ -183,7 +183,7 @@ impl Control {
             disk_used_bytes: guest.disk_used_bytes,
         });
         let status = self.supervisor.status().borrow().clone();
-        let open_streams = self.supervisor.open_streams().await;
+        let usage = self.supervisor.usage().await;
         Ok(MachineInfo {
             status,
             backend,
@@ -196,7 +196,9 @@ impl Control {
             image: self.image_dir.clone(),
             docker_socket: self.state_dir.home().docker_socket(),
             guest,
-            open_streams,
+            open_streams: usage.map(|usage| usage.open_streams),
+            memory_held_bytes: usage.and_then(|usage| usage.memory_held_bytes),
+            memory_given_back_bytes: usage.and_then(|usage| usage.memory_given_back_bytes),
         })
     }
 

@@ -16,7 +16,7 @@ use anyhow::{Context, Result};
 use guest_protocol::{EngineSettings, EngineState, Failure, GuestInfo, Notice, port};
 use host_api::{BackendChoice, MachineState, MachineStatus};
 use host_vmm::control::{Command, Event, StopReason};
-use host_vmm::{DiskSpec, MachineSpec, NetworkSpec};
+use host_vmm::{DiskSpec, MachineSpec, NetworkSpec, Usage};
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::Write;
@@ -55,7 +55,7 @@ enum Message {
         fd: OwnedFd,
     },
     GuestInfo(oneshot::Sender<Result<GuestInfo, Failure>>),
-    Streams(oneshot::Sender<u64>),
+    Usage(oneshot::Sender<Usage>),
     Backend(oneshot::Sender<Option<BackendChoice>>),
     /// From the VM process of that generation.
     Vmm(u64, Report),
@@ -100,10 +100,9 @@ impl Handle {
         }
     }
 
-    /// How many connections to and from the guest are open; `None` when it does not run or the VM process does not
-    /// answer in time.
-    pub(crate) async fn open_streams(&self) -> Option<u64> {
-        tokio::time::timeout(INFO_TIME_MAX, self.ask(Message::Streams)).await.ok()?.ok()
+    /// What the machine uses; `None` when it does not run or the VM process does not answer in time.
+    pub(crate) async fn usage(&self) -> Option<Usage> {
+        tokio::time::timeout(INFO_TIME_MAX, self.ask(Message::Usage)).await.ok()?.ok()
     }
 
     /// What runs the machine now.
@@ -143,8 +142,8 @@ pub(crate) struct Supervisor {
     leases: Option<Arc<Leases>>,
     /// The folders it was offered when it was started.
     shares: Arc<Shares>,
-    /// Who waits for the VM process to count its streams.
-    stream_counts: Vec<oneshot::Sender<u64>>,
+    /// Who waits for the VM process to tell what the machine uses.
+    measurements: Vec<oneshot::Sender<Usage>>,
     session: Option<mpsc::Sender<Ask>>,
     /// What the engine in the running machine is told.
     engine_settings: Option<EngineSettings>,
@@ -175,7 +174,7 @@ impl Supervisor {
             backend: None,
             leases: None,
             shares: Arc::default(),
-            stream_counts: Vec::new(),
+            measurements: Vec::new(),
             session: None,
             engine_settings: None,
             requests,
@@ -221,10 +220,10 @@ impl Supervisor {
                 Some(session) => drop(session.try_send(Ask::Info(reply))),
                 None => drop(reply),
             },
-            Message::Streams(reply) => {
+            Message::Usage(reply) => {
                 if let Some(vmm) = &self.vmm {
-                    vmm.send(Command::CountStreams, None);
-                    self.stream_counts.push(reply);
+                    vmm.send(Command::Measure, None);
+                    self.measurements.push(reply);
                 }
             }
             Message::Backend(reply) => drop(reply.send(self.backend.clone())),
@@ -380,10 +379,10 @@ impl Supervisor {
                 self.handle(Input::Stage("booting the guest".into()));
             }
             Report::Event(Event::Accepted { port }, fds) => self.accepted(port, fds),
-            Report::Event(Event::Streams { open }, _) => {
-                for reply in self.stream_counts.drain(..) {
-                    if reply.send(open).is_err() {
-                        debug!("who asked for the number of streams has given up");
+            Report::Event(Event::Measured(usage), _) => {
+                for reply in self.measurements.drain(..) {
+                    if reply.send(usage).is_err() {
+                        debug!("who asked what the machine uses has given up");
                     }
                 }
             }
@@ -392,7 +391,7 @@ impl Supervisor {
                 self.vmm = None;
                 self.session = None;
                 self.backend = None;
-                self.stream_counts.clear();
+                self.measurements.clear();
                 if let Some(leases) = self.leases.take() {
                     tokio::spawn(async move { leases.release_all().await });
                 }

@@ -6,8 +6,9 @@
 
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 
-use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
     MmapRegion,
@@ -51,6 +52,44 @@ pub fn size(memory: &GuestMemoryMmap) -> u64 {
     memory.iter().map(GuestMemoryRegion::len).sum()
 }
 
+/// How many bytes of RAM the host holds for the guest now: those it has touched and not given back.
+pub fn held(memory: &GuestMemoryMmap) -> io::Result<u64> {
+    // All regions are parts of one file.
+    let file = memory.iter().find_map(|region| region.file_offset()).map(|part| part.file().metadata());
+    file.transpose().map(|metadata| metadata.map_or(0, |metadata| metadata.blocks() * 512))
+}
+
+/// Gives the host back what lies in a range of RAM; the guest finds zeroes there when it touches it next. Returns the
+/// bytes given back: only whole pages can be.
+///
+/// A hole is punched into the memory file: that unmaps the pages here and everywhere, and frees them.
+pub fn give_back(memory: &GuestMemoryMmap, start: GuestAddress, length: u64) -> io::Result<u64> {
+    let page = page_bytes();
+    let (first, last) = (start.0, start.0.saturating_add(length));
+    let mut given = 0;
+    for region in memory.iter() {
+        let Some(part) = region.file_offset() else { continue };
+        let base = region.start_addr().0;
+        // Regions begin at whole pages, in the guest and in the file.
+        let from = first.max(base).next_multiple_of(page);
+        let to = last.min(base.saturating_add(region.len())) / page * page;
+        if from < to {
+            let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            rustix::fs::fallocate(part.file(), flags, part.start() + (from - base), to - from)?;
+            given += to - from;
+        }
+    }
+    Ok(given)
+}
+
+/// The host's page size.
+fn page_bytes() -> u64 {
+    // SAFETY: the call reads a constant of the system.
+    let bytes = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    // Cannot fail for this name; the x86 size is right for most that could.
+    u64::try_from(bytes).unwrap_or(4096)
+}
+
 fn sealed_file(bytes: u64) -> io::Result<File> {
     let fd = rustix::fs::memfd_create(c"guest-memory", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
     rustix::fs::ftruncate(&fd, bytes)?;
@@ -69,6 +108,30 @@ mod tests {
     use vm_memory::Bytes;
 
     use super::*;
+
+    #[test]
+    fn what_is_given_back_is_free_on_the_host_and_zero_in_the_guest() {
+        const MIB: u64 = 1 << 20;
+        let memory = allocate(4096).unwrap();
+        assert_eq!(held(&memory).unwrap(), 0, "nothing was touched yet");
+        // On both sides of the gap.
+        let ends = [layout::GAP_START - MIB, layout::GAP_END];
+        for start in ends {
+            memory.write_slice(&[7; MIB as usize], GuestAddress(start)).unwrap();
+        }
+        assert_eq!(held(&memory).unwrap(), 2 * MIB);
+        // A range that is not of whole pages: the page at either end stays.
+        assert_eq!(give_back(&memory, GuestAddress(ends[0] + 1), MIB - 2).unwrap(), MIB - 2 * 4096);
+        assert_eq!(memory.read_obj::<u8>(GuestAddress(ends[0])).unwrap(), 7);
+        assert_eq!(memory.read_obj::<u8>(GuestAddress(ends[0] + 4096)).unwrap(), 0);
+        assert_eq!(memory.read_obj::<u8>(GuestAddress(ends[0] + MIB - 1)).unwrap(), 7);
+        // The gap between the two is nobody's.
+        let all = layout::GAP_END + MIB - ends[0];
+        assert_eq!(give_back(&memory, GuestAddress(ends[0]), all).unwrap(), 2 * MIB);
+        assert_eq!(held(&memory).unwrap(), 0);
+        assert_eq!(give_back(&memory, GuestAddress(ends[0] + 10), 100).unwrap(), 0);
+        assert_eq!(give_back(&memory, GuestAddress(u64::MAX - 10), u64::MAX).unwrap(), 0);
+    }
 
     #[test]
     fn memory_is_where_the_layout_says_and_cannot_shrink() {

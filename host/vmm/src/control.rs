@@ -13,8 +13,8 @@
 //!                           <-   Stage … Stage, Running
 //!   Connect{port} + 1 fd    ->
 //!                           <-   Accepted{port} + 1 fd
-//!   CountStreams            ->
-//!                           <-   Streams{open}
+//!   Measure                 ->
+//!                           <-   Measured(usage)
 //!   Stop | Kill | end of file ->
 //!                           <-   Stopped{reason}, end of file
 //! ```
@@ -57,8 +57,8 @@ pub enum Command {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         header: Option<Header>,
     },
-    /// How many vsock streams are open? Answered by [`Event::Streams`].
-    CountStreams,
+    /// What does the machine use? Answered by [`Event::Measured`].
+    Measure,
     /// Power off: ask the guest through its power port, kill it when that takes too long.
     Stop,
     /// End the machine at once.
@@ -88,16 +88,24 @@ pub enum Event {
         /// The host's port.
         port: u32,
     },
-    /// The answer to [`Command::CountStreams`].
-    Streams {
-        /// vsock streams in the device's table, from either side.
-        open: u64,
-    },
+    /// The answer to [`Command::Measure`].
+    Measured(Usage),
     /// The machine has ended. The last message.
     Stopped {
         /// How.
         reason: StopReason,
     },
+}
+
+/// What a running machine uses of its host.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Usage {
+    /// vsock streams in the device's table, from either side.
+    pub open_streams: u64,
+    /// Bytes of memory held for the guest: what it has touched and not given back.
+    pub memory_held_bytes: Option<u64>,
+    /// Bytes the guest has given back since it started; the same page counts every time. Only QEMU knows its own.
+    pub memory_given_back_bytes: Option<u64>,
 }
 
 /// How a machine ended.
@@ -314,6 +322,7 @@ mod tests {
             Event::Stage { name: "booting".into() },
             Event::Running { backend: "qemu".into(), reason: "no kvm".into(), accelerator: Accelerator::Tcg },
             Event::Accepted { port: 1024 },
+            Event::Measured(Usage { open_streams: 2, memory_held_bytes: Some(1 << 40), ..Usage::default() }),
             Event::Stopped { reason: StopReason::PoweredOff },
             Event::Stopped {
                 reason: StopReason::Failed { message: "x".repeat(10), console_tail: "y\n".repeat(8000) },

@@ -19,5 +19,5 @@ pub mod program;
 pub mod spec;
 
 pub use backend::{Accelerator, Backend, BackendError, choose_backend};
-pub use control::{Channel, Command, Event, StopReason};
+pub use control::{Channel, Command, Event, StopReason, Usage};
 pub use spec::{BackendChoice, DiskSpec, MachineSpec, NetworkSpec, ShareSpec};

@@ -25,9 +25,11 @@ use host_hypervisor::qemu::{self, Launch, LaunchError, Monitor, MonitorEvent};
 use host_hypervisor::threads::Control;
 use host_hypervisor::vcpu::End;
 
-use crate::attach::{self, AttachError, Attached, Connector, ConsoleTail, Context, InProcess, Plug, Qemu};
+use crate::attach::{
+    self, AttachError, Attached, Connector, ConsoleTail, Context, InProcess, MemoryMeter, Plug, Qemu,
+};
 use crate::backend::{Backend, Provider};
-use crate::control::Command;
+use crate::control::{Command, Usage};
 use crate::spec::MachineSpec;
 
 /// What happens to a machine, from all its threads.
@@ -111,6 +113,7 @@ pub struct Built {
     prepared: Prepared,
     signals: Sender<Signal>,
     connector: Option<Connector>,
+    memory: Option<MemoryMeter>,
     parts: Parts,
 }
 
@@ -124,6 +127,7 @@ enum Prepared {
 pub struct Running {
     killer: Killer,
     connector: Option<Connector>,
+    meter: Meter,
     threads: Vec<JoinHandle<()>>,
     parts: Parts,
 }
@@ -146,6 +150,27 @@ impl Killer {
         match self {
             Self::Qemu(killer) => killer.kill(),
             Self::Processors(control) => control.stop(),
+        }
+    }
+}
+
+/// Tells what the machine holds of the host's memory.
+enum Meter {
+    Qemu(Option<qemu::Meter>),
+    InProcess(Option<MemoryMeter>),
+}
+
+impl Meter {
+    /// Bytes held now, and bytes given back so far.
+    fn read(&self) -> (Option<u64>, Option<u64>) {
+        let told = |held: io::Result<u64>| {
+            held.inspect_err(|error| tracing::debug!(%error, "cannot tell what memory the machine holds"))
+                .ok()
+        };
+        match self {
+            Self::Qemu(meter) => (meter.as_ref().and_then(|meter| told(meter.memory_held())), None),
+            Self::InProcess(Some(meter)) => (told(meter.held()), Some(meter.given_back())),
+            Self::InProcess(None) => (None, None),
         }
     }
 }
@@ -180,6 +205,7 @@ pub fn build(
         signals: signals.clone(),
         called_off,
         connector: None,
+        memory: None,
         console: None,
     };
     let mut parts = Parts { attached: Vec::new(), console: None };
@@ -194,7 +220,7 @@ pub fn build(
         (Plug::InProcess(plug), _) => Prepared::InProcess(Box::new(prepare_kvm(spec, plug)?)),
         (Plug::Qemu(_), Provider::InProcess) => unreachable!("the plug was made for the provider"),
     };
-    Ok(Built { prepared, signals, connector: context.connector, parts })
+    Ok(Built { prepared, signals, connector: context.connector, memory: context.memory, parts })
 }
 
 fn prepare_qemu(
@@ -238,7 +264,11 @@ impl Built {
                 let process = launch.spawn()?;
                 tracing::info!(pid = process.id(), "QEMU started");
                 let killer = Killer::Qemu(process.killer());
-                let mut running = Running::new(killer, self.connector, self.parts);
+                let meter = process.meter().inspect_err(|error| {
+                    tracing::warn!(%error, "cannot tell what memory QEMU holds");
+                });
+                let meter = Meter::Qemu(meter.ok());
+                let mut running = Running::new(killer, self.connector, meter, self.parts);
                 let signals = self.signals.clone();
                 running.thread("qemu-wait", move || {
                     send(&signals, Signal::Ended(Ended::of_qemu(process.wait())));
@@ -255,7 +285,8 @@ impl Built {
                 let machine = machine.start().map_err(StartError::Thread)?;
                 tracing::info!("the processors run");
                 let killer = Killer::Processors(machine.control());
-                let mut running = Running::new(killer, self.connector, self.parts);
+                let meter = Meter::InProcess(self.memory);
+                let mut running = Running::new(killer, self.connector, meter, self.parts);
                 send(&self.signals, Signal::Monitor(MonitorEvent::Ready));
                 running.thread("vcpu-wait", move || {
                     let end = machine.wait();
@@ -280,8 +311,8 @@ fn send(signals: &Sender<Signal>, signal: Signal) {
 }
 
 impl Running {
-    fn new(killer: Killer, connector: Option<Connector>, parts: Parts) -> Self {
-        Self { killer, connector, threads: Vec::new(), parts }
+    fn new(killer: Killer, connector: Option<Connector>, meter: Meter, parts: Parts) -> Self {
+        Self { killer, connector, meter, threads: Vec::new(), parts }
     }
 
     fn thread(&mut self, name: &str, body: impl FnOnce() + Send + 'static) -> Result<(), StartError> {
@@ -299,9 +330,11 @@ impl Running {
         }
     }
 
-    /// How many vsock streams are open, from either side.
-    pub fn open_streams(&self) -> u64 {
-        self.connector.as_ref().map_or(0, Connector::open_streams)
+    /// What the machine uses now.
+    pub fn usage(&self) -> Usage {
+        let (memory_held_bytes, memory_given_back_bytes) = self.meter.read();
+        let open_streams = self.connector.as_ref().map_or(0, Connector::open_streams);
+        Usage { open_streams, memory_held_bytes, memory_given_back_bytes }
     }
 
     /// Ends the machine at once.

@@ -306,9 +306,7 @@ impl<'a> Driver<'a> {
                 Ok([stream]) => self.running.connect(port, header.as_ref(), stream),
                 Err(fds) => tracing::warn!(port, count = fds.len(), "connect needs one file descriptor"),
             },
-            Command::CountStreams => {
-                self.daemon.tell(&Event::Streams { open: self.running.open_streams() }, None);
-            }
+            Command::Measure => self.daemon.tell(&Event::Measured(self.running.usage()), None),
             Command::Stop => self.stop(STOP_TIME_MAX),
             Command::Kill => self.end(Cause::Kill, Duration::ZERO),
         }

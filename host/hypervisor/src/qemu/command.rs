@@ -37,6 +37,8 @@ pub enum Device {
     },
     /// Random numbers for the guest.
     Rng,
+    /// A balloon by which the guest gives free memory back.
+    Balloon,
     /// A block device served over vhost-user.
     VhostUserBlock {
         /// QEMU's end of the vhost-user socket.
@@ -124,6 +126,9 @@ impl CommandLine {
             Device::Rng => {
                 self.option("-device", "virtio-rng-pci");
             }
+            Device::Balloon => {
+                self.option("-device", "virtio-balloon-pci,free-page-reporting=on");
+            }
             Device::VhostUserBlock { fd, queues, queue_size } => {
                 self.option("-chardev", format!("socket,id={id},fd={fd}"));
                 self.option(
@@ -171,6 +176,7 @@ mod tests {
                 Device::Network { fd: 12, mac: [2, 0, 0, 0, 0, 0x1f] },
                 Device::VhostUserVsock { fd: 13 },
                 Device::VhostUserFs { fd: 15, tag: "host", queue_size: 1024 },
+                Device::Balloon,
             ],
             monitor: Some(14),
         }
@@ -205,6 +211,7 @@ mod tests {
             "-device vhost-user-vsock-pci,chardev=device4",
             "-chardev socket,id=device5,fd=15",
             "-device vhost-user-fs-pci,chardev=device5,tag=host,queue-size=1024",
+            "-device virtio-balloon-pci,free-page-reporting=on",
             "-chardev socket,id=monitor,fd=14",
             "-mon chardev=monitor,mode=control",
         ];

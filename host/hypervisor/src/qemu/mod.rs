@@ -1,8 +1,8 @@
 //! QEMU as a provider of processors and memory.
 //!
 //! QEMU gets no device model that does I/O of ours: disk, vsock and network are served by host-devices and host-net
-//! over sockets that QEMU inherits. What is left to it: instructions, memory, interrupt controller, PCI, the serial
-//! port and random numbers.
+//! over sockets that QEMU inherits. What is left to it: instructions, memory and its balloon, interrupt controller,
+//! PCI, the serial port and random numbers.
 
 mod command;
 mod monitor;
@@ -10,7 +10,7 @@ mod process;
 
 pub use command::{Device, Machine, arguments};
 pub use monitor::{Monitor, MonitorEvent};
-pub use process::{Exit, Killer, Launch, LaunchError, PassedFds, Process};
+pub use process::{Exit, Killer, Launch, LaunchError, Meter, PassedFds, Process};
 
 use std::ffi::OsStr;
 use std::os::unix::fs::PermissionsExt;

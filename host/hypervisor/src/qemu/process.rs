@@ -1,7 +1,9 @@
 //! One running QEMU: its descriptors, its end, its last words.
 
+use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{OwnedFd, RawFd};
+use std::os::unix::fs::FileExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -75,6 +77,26 @@ pub struct Killer {
     pidfd: Arc<OwnedFd>,
 }
 
+/// Tells how much memory a QEMU holds for its guest.
+#[derive(Debug)]
+pub struct Meter {
+    /// Open from the beginning: it stays this process's, whatever becomes of its number.
+    status: File,
+}
+
+impl Meter {
+    /// Bytes of the guest's RAM that the host holds now: RAM is all that QEMU shares.
+    pub fn memory_held(&self) -> io::Result<u64> {
+        let mut text = [0; 4096];
+        let length = self.status.read_at(&mut text, 0)?;
+        let text = String::from_utf8_lossy(&text[..length]);
+        let kib = text.lines().find_map(|line| line.strip_prefix("RssShmem:")?.trim().strip_suffix(" kB"));
+        kib.and_then(|kib| kib.trim().parse().ok())
+            .map(|kib: u64| kib * 1024)
+            .ok_or_else(|| io::Error::other("the kernel does not tell QEMU's shared memory"))
+    }
+}
+
 impl Launch {
     /// Starts QEMU, which dies with the calling thread.
     pub fn spawn(self) -> Result<Process, LaunchError> {
@@ -136,6 +158,11 @@ impl Process {
     /// QEMU's process id, for messages.
     pub fn id(&self) -> u32 {
         self.child.id()
+    }
+
+    /// A handle that tells what this process holds.
+    pub fn meter(&self) -> io::Result<Meter> {
+        Ok(Meter { status: File::open(format!("/proc/{}/status", self.id()))? })
     }
 
     /// Waits until QEMU has ended.
@@ -229,10 +256,12 @@ mod tests {
     fn killing_twice_is_harmless() {
         let (_folder, process) = launch("exec sleep 600", PassedFds::default());
         let process = process.unwrap();
-        let killer = process.killer();
+        let (killer, meter) = (process.killer(), process.meter().unwrap());
+        assert!(meter.memory_held().unwrap() < 1 << 20, "a shell shares next to nothing");
         killer.kill();
         assert_eq!(process.wait().unwrap().description, "was killed by signal 9");
         killer.kill();
+        assert!(meter.memory_held().is_err(), "nobody else's memory is told for its own");
     }
 
     #[test]

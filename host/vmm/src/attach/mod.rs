@@ -4,6 +4,7 @@
 //! runs the machine ([`Plug`]): QEMU is told about it, a machine of ours gets it in a virtio-mmio slot. What is left
 //! running is [`Attached`], until it is detached.
 
+mod balloon;
 mod block;
 mod console;
 mod fs;
@@ -15,6 +16,7 @@ mod vsock;
 use std::error::Error;
 use std::sync::mpsc::Sender;
 
+pub(crate) use balloon::MemoryMeter;
 pub(crate) use console::ConsoleTail;
 pub(crate) use plug::{InProcess, Plug, Qemu};
 pub(crate) use vsock::Connector;
@@ -67,6 +69,8 @@ pub(crate) struct Context<'a> {
     pub called_off: &'a dyn Fn() -> bool,
     /// The way into the guest, once there is a vsock device.
     pub connector: Option<Connector>,
+    /// What a machine in this process holds of the host's memory, once it has a balloon.
+    pub memory: Option<MemoryMeter>,
     /// The console's last lines, once there is a console.
     pub console: Option<ConsoleTail>,
 }
@@ -80,6 +84,7 @@ pub(crate) fn attachments(spec: &MachineSpec) -> Vec<Box<dyn Attachment>> {
         Box::new(rng::Attachment),
         Box::new(vsock::Attachment),
         Box::new(fs::Attachment { shares: spec.shares.clone() }),
+        Box::new(balloon::Attachment),
     ];
     match spec.network {
         NetworkSpec::Nat => list.push(Box::new(net::Attachment)),

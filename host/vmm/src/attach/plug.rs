@@ -63,6 +63,12 @@ impl Plug {
 }
 
 impl Qemu {
+    /// Adds a device that QEMU has itself.
+    pub fn own(&mut self, name: &'static str, device: Device) -> Box<dyn Attached> {
+        self.devices.push(device);
+        Box::new(Own { name })
+    }
+
     fn serve(
         &mut self,
         name: &'static str,
@@ -91,6 +97,23 @@ impl InProcess {
         self.slots.push(Slot { registers: Arc::new(Window(device.clone())), kicks, interrupt });
         Ok(Box::new(Slotted { name, device }))
     }
+}
+
+/// A device of QEMU's.
+struct Own {
+    name: &'static str,
+}
+
+impl Attached for Own {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn has_ended(&self) -> bool {
+        false
+    }
+
+    fn detach(self: Box<Self>) {}
 }
 
 /// A device model of ours that QEMU uses over vhost-user.

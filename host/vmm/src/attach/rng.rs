@@ -19,23 +19,8 @@ impl super::Attachment for Attachment {
         context: &mut Context<'_>,
     ) -> Result<Box<dyn Attached>, Box<dyn Error + Send + Sync>> {
         match &mut context.plug {
-            Plug::Qemu(qemu) => {
-                qemu.devices.push(Device::Rng);
-                Ok(self)
-            }
+            Plug::Qemu(qemu) => Ok(qemu.own("rng", Device::Rng)),
             Plug::InProcess(machine) => machine.serve("rng", Box::new(Rng::new()?)),
         }
     }
-}
-
-impl Attached for Attachment {
-    fn name(&self) -> &'static str {
-        "rng"
-    }
-
-    fn has_ended(&self) -> bool {
-        false
-    }
-
-    fn detach(self: Box<Self>) {}
 }
