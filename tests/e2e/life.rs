@@ -6,6 +6,7 @@ use tests_harness::{Engine, IMAGE, Processes, Stage, run};
 crate::scenarios![
     data_survives_a_clean_restart,
     the_state_is_told,
+    every_thread_of_the_vm_process_is_confined,
     two_first_calls_boot_one_machine,
     a_larger_disk_is_grown_and_a_smaller_one_refused
 ];
@@ -75,6 +76,20 @@ fn the_state_is_told(engine: &Engine) -> Result<()> {
         .engine(["machine", "shell", "-i", IMAGE, "ls", "/host/usr/bin/guest-engine", "/host/init"])?
         .ok()?;
     ensure!(shell.contains("/host/usr/bin/guest-engine"), "{shell}");
+    Ok(())
+}
+
+/// By the kernel's word: no new privileges, and a filter of system calls.
+fn every_thread_of_the_vm_process_is_confined(engine: &Engine) -> Result<()> {
+    if engine.stage == Stage::Native {
+        return Ok(());
+    }
+    let pid = engine.processes().find("engine-vmm")?.pid;
+    for task in std::fs::read_dir(format!("/proc/{pid}/task"))? {
+        let status = std::fs::read_to_string(task?.path().join("status"))?;
+        let has = |line: &str| status.lines().any(|found| found.split_whitespace().eq(line.split(' ')));
+        ensure!(has("NoNewPrivs: 1") && has("Seccomp: 2"), "{status}");
+    }
     Ok(())
 }
 

@@ -3,6 +3,7 @@
 #![expect(clippy::print_stderr, reason = "a test program talks to its reader")]
 
 mod bad_input;
+mod borrowed;
 mod compose;
 mod crash;
 mod daemon_json;
@@ -39,7 +40,7 @@ struct Scenario {
 
 /// What the stage `kvm` runs when nothing is named: there a container takes ten seconds to start, and the machine's own
 /// ways are what is new.
-const ON_OUR_MACHINE: [&str; 10] = [
+const ON_OUR_MACHINE: [&str; 13] = [
     "run::the_bundled_image_greets",
     "exec::commands_run_in_a_running_container",
     "images::an_image_is_pulled_and_run",
@@ -48,6 +49,9 @@ const ON_OUR_MACHINE: [&str; 10] = [
     "networks::published_ports_carry_streams_and_datagrams",
     "volumes::a_named_volume_outlives_its_containers",
     "streams::bulk_goes_in",
+    "borrowed::freed_memory_is_the_hosts_again",
+    "borrowed::a_removed_image_is_no_longer_on_the_hosts_disk",
+    "life::every_thread_of_the_vm_process_is_confined",
     "life::data_survives_a_clean_restart",
     "crash::a_killed_vm_process_is_replaced",
 ];
@@ -112,6 +116,7 @@ fn test(arguments: &Arguments) -> Result<ExitCode> {
     scenarios.extend(life::scenarios());
     scenarios.extend(settings::scenarios());
     scenarios.extend(health::scenarios());
+    scenarios.extend(borrowed::scenarios());
     if stage == Stage::Native {
         scenarios.extend(nat::native_scenarios());
     }

@@ -30,6 +30,10 @@ use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{debug, info, warn};
 
+/// Where the host's name servers are.
+const RESOLV_CONF: &str = "/etc/resolv.conf";
+/// More than any; the VM process takes no longer messages.
+const RESOLV_CONF_BYTES_MAX: usize = 64 * 1024;
 /// The one machine of this release.
 pub(crate) const MACHINE: &str = "default";
 /// Each of the guest's log files; the one before it is kept too.
@@ -379,6 +383,7 @@ impl Supervisor {
                 self.handle(Input::Stage("booting the guest".into()));
             }
             Report::Event(Event::Accepted { port }, fds) => self.accepted(port, fds),
+            Report::Event(Event::ResolversChanged, _) => self.tell_resolvers(),
             Report::Event(Event::Measured(usage), _) => {
                 for reply in self.measurements.drain(..) {
                     if reply.send(usage).is_err() {
@@ -401,11 +406,22 @@ impl Supervisor {
                     Some(StopReason::Failed { message, console_tail }) => {
                         with_console(message, &console_tail)
                     }
-                    None => format!(
-                        "the VM process ended unexpectedly ({status}): see `engine machine logs --vmm`"
-                    ),
+                    None => unexpected_end(status),
                 };
                 self.handle(Input::VmmExited(Some(reason)));
+            }
+        }
+    }
+
+    /// The VM process may open no file of the host's.
+    fn tell_resolvers(&self) {
+        match (&self.vmm, std::fs::read_to_string(RESOLV_CONF)) {
+            (Some(vmm), Ok(resolv_conf)) if resolv_conf.len() <= RESOLV_CONF_BYTES_MAX => {
+                vmm.send(Command::Resolvers { resolv_conf }, None);
+            }
+            (_, result) => {
+                let length = result.map(|text| text.len());
+                warn!(?length, "the machine keeps its name servers: `{RESOLV_CONF}` cannot be used");
             }
         }
     }
@@ -469,6 +485,17 @@ impl Supervisor {
 }
 
 /// `message` with the console's last lines below it, few enough to read.
+/// What is told of a VM process that ended without a word.
+fn unexpected_end(status: String) -> String {
+    // SIGSYS.
+    match status.contains("signal: 31") {
+        true => "the VM process was ended by its confinement: it made a system call that it does not need, which is a \
+                 fault of ours or an attack from inside the machine; `engine machine start` starts the machine again"
+            .into(),
+        false => format!("the VM process ended unexpectedly ({status}): see `engine machine logs --vmm`"),
+    }
+}
+
 fn with_console(message: String, console: &str) -> String {
     let lines: Vec<&str> = console.lines().filter(|line| !line.trim().is_empty()).collect();
     let last = &lines[lines.len().saturating_sub(8)..];

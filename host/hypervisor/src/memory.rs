@@ -71,7 +71,7 @@ pub fn give_back(memory: &GuestMemoryMmap, start: GuestAddress, length: u64) -> 
         let Some(part) = region.file_offset() else { continue };
         let base = region.start_addr().0;
         // Regions begin at whole pages, in the guest and in the file.
-        let from = first.max(base).next_multiple_of(page);
+        let Some(from) = first.max(base).checked_next_multiple_of(page) else { continue };
         let to = last.min(base.saturating_add(region.len())) / page * page;
         if from < to {
             let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;

@@ -11,17 +11,33 @@ use crate::dns::DNS_PORT;
 /// How long a look at the file is good for.
 const FRESH: Duration = Duration::from_secs(1);
 
+/// For a NAT that may look at `resolv.conf` but not open it: somebody else reads it.
+pub struct Asked {
+    /// What is in it now.
+    pub text: String,
+    /// Called on the NAT's thread when it has changed. The new text is told by [`Teller::tell`](crate::Teller::tell).
+    pub ask: Box<dyn Fn() + Send>,
+}
+
+impl std::fmt::Debug for Asked {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("Asked").field("text", &self.text).finish_non_exhaustive()
+    }
+}
+
 /// Watches one file, when asked.
 #[derive(Debug)]
 pub(crate) struct ResolvConf {
     path: PathBuf,
+    /// Who reads it, if not this.
+    asked: Option<Asked>,
     looked: Option<Duration>,
     stamp: Option<(SystemTime, u64)>,
 }
 
 impl ResolvConf {
-    pub(crate) fn new(path: PathBuf) -> Self {
-        Self { path, looked: None, stamp: None }
+    pub(crate) fn new(path: PathBuf, asked: Option<Asked>) -> Self {
+        Self { path, asked, looked: None, stamp: None }
     }
 
     /// The resolvers, if they may have changed since the last call. Looks at the file once a second at most; without
@@ -39,15 +55,22 @@ impl ResolvConf {
             return None;
         }
         self.stamp = stamp;
-        let text = std::fs::read(&self.path).unwrap_or_default();
-        let resolvers = parse(&String::from_utf8_lossy(&text));
-        tracing::debug!(path = %self.path.display(), ?resolvers, "resolvers");
-        Some(resolvers)
+        match &self.asked {
+            Some(asked) if first => Some(parse(&asked.text)),
+            Some(asked) => {
+                (asked.ask)();
+                None
+            }
+            None => {
+                let text = std::fs::read(&self.path).unwrap_or_default();
+                Some(parse(&String::from_utf8_lossy(&text)))
+            }
+        }
     }
 }
 
 /// The `nameserver` lines. Link-local IPv6 addresses with a zone are left out: few, and the others serve.
-fn parse(text: &str) -> Vec<SocketAddr> {
+pub(crate) fn parse(text: &str) -> Vec<SocketAddr> {
     let resolvers: Vec<SocketAddr> = text
         .lines()
         .filter_map(|line| {
@@ -83,11 +106,32 @@ mod tests {
     }
 
     #[test]
+    fn who_may_not_read_asks_for_each_change() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("resolv.conf");
+        std::fs::write(&path, "nameserver 10.0.0.1\n").unwrap();
+        let (sender, asked) = std::sync::mpsc::channel();
+        let ask = Box::new(move || sender.send(()).unwrap());
+        let text = "nameserver 10.0.0.9\n".into();
+        let mut file = ResolvConf::new(path.clone(), Some(Asked { text, ask }));
+        let at = Duration::from_secs;
+        assert_eq!(
+            file.changed(at(0)),
+            Some(vec!["10.0.0.9:53".parse().unwrap()]),
+            "the text that was given"
+        );
+        assert_eq!((file.changed(at(2)), asked.try_iter().count()), (None, 0));
+        std::fs::write(&path, "nameserver 10.0.0.22\n").unwrap();
+        assert_eq!((file.changed(at(4)), asked.try_iter().count()), (None, 1));
+        assert_eq!((file.changed(at(6)), asked.try_iter().count()), (None, 0));
+    }
+
+    #[test]
     fn a_changed_file_is_read_again() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("resolv.conf");
         std::fs::write(&path, "nameserver 10.0.0.1\n").unwrap();
-        let mut file = ResolvConf::new(path.clone());
+        let mut file = ResolvConf::new(path.clone(), None);
         let at = Duration::from_secs;
         assert_eq!(file.changed(at(0)), Some(vec!["10.0.0.1:53".parse().unwrap()]));
         std::fs::write(&path, "nameserver 10.0.0.22\n").unwrap();

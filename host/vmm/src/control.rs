@@ -13,6 +13,8 @@
 //!                           <-   Stage … Stage, Running
 //!   Connect{port} + 1 fd    ->
 //!                           <-   Accepted{port} + 1 fd
+//!                           <-   ResolversChanged
+//!   Resolvers{resolv_conf}  ->
 //!   Measure                 ->
 //!                           <-   Measured(usage)
 //!   Stop | Kill | end of file ->
@@ -57,6 +59,11 @@ pub enum Command {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         header: Option<Header>,
     },
+    /// The host's name servers, in answer to [`Event::ResolversChanged`].
+    Resolvers {
+        /// What `/etc/resolv.conf` holds.
+        resolv_conf: String,
+    },
     /// What does the machine use? Answered by [`Event::Measured`].
     Measure,
     /// Power off: ask the guest through its power port, kill it when that takes too long.
@@ -88,6 +95,8 @@ pub enum Event {
         /// The host's port.
         port: u32,
     },
+    /// `/etc/resolv.conf` has changed, and this process cannot open it: [`Command::Resolvers`] is wanted.
+    ResolversChanged,
     /// The answer to [`Command::Measure`].
     Measured(Usage),
     /// The machine has ended. The last message.

@@ -11,6 +11,7 @@
 
 mod attach;
 pub mod backend;
+pub mod confine;
 pub mod console;
 pub mod control;
 pub mod disk;

@@ -15,6 +15,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
 use std::thread::JoinHandle;
 
@@ -29,6 +30,7 @@ use crate::attach::{
     self, AttachError, Attached, Connector, ConsoleTail, Context, InProcess, MemoryMeter, Plug, Qemu,
 };
 use crate::backend::{Backend, Provider};
+use crate::confine::{Class, ConfineError, Confinement};
 use crate::control::{Command, Usage};
 use crate::spec::MachineSpec;
 
@@ -46,6 +48,8 @@ pub enum Signal {
         /// The connection's host end.
         stream: OwnedFd,
     },
+    /// The host's resolvers may be others now, and whoever uses them cannot look.
+    ResolversChanged,
     /// The guest's kernel has panicked, with this message.
     Panicked(String),
     /// How the machine is: what QEMU's monitor tells, or the processors in this process.
@@ -86,6 +90,9 @@ pub enum BuildError {
     /// A device could not be attached.
     #[error(transparent)]
     Attach(#[from] AttachError),
+    /// The thread for a device could not be confined.
+    #[error(transparent)]
+    Confine(#[from] ConfineError),
     /// Connections to QEMU could not be made.
     #[error("cannot make the monitor's sockets")]
     Sockets(#[source] io::Error),
@@ -106,6 +113,9 @@ pub enum StartError {
     /// There are no threads left.
     #[error("cannot start a thread")]
     Thread(#[source] io::Error),
+    /// A thread could not be confined.
+    #[error(transparent)]
+    Confine(#[from] ConfineError),
 }
 
 /// All devices are there, nothing runs yet.
@@ -114,6 +124,7 @@ pub struct Built {
     signals: Sender<Signal>,
     connector: Option<Connector>,
     memory: Option<MemoryMeter>,
+    resolvers: Option<host_net::Teller>,
     parts: Parts,
 }
 
@@ -127,6 +138,7 @@ enum Prepared {
 pub struct Running {
     killer: Killer,
     connector: Option<Connector>,
+    resolvers: Option<host_net::Teller>,
     meter: Meter,
     threads: Vec<JoinHandle<()>>,
     parts: Parts,
@@ -197,22 +209,28 @@ pub fn build(
     signals: Sender<Signal>,
     called_off: &dyn Fn() -> bool,
 ) -> Result<Built, BuildError> {
+    // Devices are attached on other threads, which hear of it by this.
+    let stopped = AtomicBool::new(false);
+    let has_stopped = || stopped.load(Ordering::Relaxed);
     let mut context = Context {
         plug: match &backend.provider {
             Provider::Qemu(_) => Plug::Qemu(Qemu::default()),
             Provider::InProcess => Plug::InProcess(InProcess::new(memory::allocate(spec.memory_mib)?)),
         },
         signals: signals.clone(),
-        called_off,
+        called_off: &has_stopped,
         connector: None,
         memory: None,
+        resolvers: None,
         console: None,
     };
     let mut parts = Parts { attached: Vec::new(), console: None };
     for attachment in attach::attachments(spec) {
         let name = attachment.name();
-        let device = attachment.attach(&mut context).map_err(|source| AttachError { name, source })?;
-        parts.attached.push(device);
+        let context = &mut context;
+        let waiting = || stopped.store(called_off(), Ordering::Relaxed);
+        let device = attachment.confinement().run(|| attachment.attach(context), waiting)?;
+        parts.attached.push(device.map_err(|source| AttachError { name, source })?);
     }
     parts.console = context.console;
     let prepared = match (context.plug, &backend.provider) {
@@ -220,7 +238,14 @@ pub fn build(
         (Plug::InProcess(plug), _) => Prepared::InProcess(Box::new(prepare_kvm(spec, plug)?)),
         (Plug::Qemu(_), Provider::InProcess) => unreachable!("the plug was made for the provider"),
     };
-    Ok(Built { prepared, signals, connector: context.connector, memory: context.memory, parts })
+    Ok(Built {
+        prepared,
+        signals,
+        connector: context.connector,
+        memory: context.memory,
+        resolvers: context.resolvers,
+        parts,
+    })
 }
 
 fn prepare_qemu(
@@ -257,7 +282,9 @@ fn prepare_kvm(spec: &MachineSpec, plug: InProcess) -> Result<kvm::Machine, kvm:
 }
 
 impl Built {
-    /// Lets the machine run. QEMU dies with the calling thread: call it from one that lives as long as the process.
+    /// Lets the machine run, and confines the calling thread and all that it starts later.
+    ///
+    /// QEMU dies with the calling thread: call it from one that lives as long as the process.
     pub fn start(self) -> Result<Running, StartError> {
         match self.prepared {
             Prepared::Qemu { launch, monitor } => {
@@ -268,7 +295,8 @@ impl Built {
                     tracing::warn!(%error, "cannot tell what memory QEMU holds");
                 });
                 let meter = Meter::Qemu(meter.ok());
-                let mut running = Running::new(killer, self.connector, meter, self.parts);
+                let mut running = Running::new(killer, self.connector, self.resolvers, meter, self.parts);
+                Confinement::without_files(Class::Driver).enter()?;
                 let signals = self.signals.clone();
                 running.thread("qemu-wait", move || {
                     send(&signals, Signal::Ended(Ended::of_qemu(process.wait())));
@@ -282,11 +310,14 @@ impl Built {
                 Ok(running)
             }
             Prepared::InProcess(machine) => {
-                let machine = machine.start().map_err(StartError::Thread)?;
+                let machine = Confinement::without_files(Class::Processor)
+                    .run(|| machine.start(), || {})?
+                    .map_err(StartError::Thread)?;
                 tracing::info!("the processors run");
                 let killer = Killer::Processors(machine.control());
                 let meter = Meter::InProcess(self.memory);
-                let mut running = Running::new(killer, self.connector, meter, self.parts);
+                let mut running = Running::new(killer, self.connector, self.resolvers, meter, self.parts);
+                Confinement::without_files(Class::Driver).enter()?;
                 send(&self.signals, Signal::Monitor(MonitorEvent::Ready));
                 running.thread("vcpu-wait", move || {
                     let end = machine.wait();
@@ -311,8 +342,14 @@ fn send(signals: &Sender<Signal>, signal: Signal) {
 }
 
 impl Running {
-    fn new(killer: Killer, connector: Option<Connector>, meter: Meter, parts: Parts) -> Self {
-        Self { killer, connector, meter, threads: Vec::new(), parts }
+    fn new(
+        killer: Killer,
+        connector: Option<Connector>,
+        resolvers: Option<host_net::Teller>,
+        meter: Meter,
+        parts: Parts,
+    ) -> Self {
+        Self { killer, connector, resolvers, meter, threads: Vec::new(), parts }
     }
 
     fn thread(&mut self, name: &str, body: impl FnOnce() + Send + 'static) -> Result<(), StartError> {
@@ -327,6 +364,13 @@ impl Running {
         match &self.connector {
             Some(connector) => connector.connect(port, header, stream),
             None => tracing::debug!(port, "this machine has no vsock device"),
+        }
+    }
+
+    /// Tells the machine's network what the host's `resolv.conf` holds now.
+    pub fn tell_resolvers(&self, resolv_conf: String) {
+        if let Some(teller) = &self.resolvers {
+            teller.tell(resolv_conf);
         }
     }
 

@@ -23,6 +23,7 @@ use guest_protocol::port;
 use host_hypervisor::qemu::MonitorEvent;
 
 use crate::backend::{Backend, choose_backend};
+use crate::confine::{Class, Confinement};
 use crate::control::{self, Channel, Command, Event, StopReason};
 use crate::machine::{self, Ended, Running, Signal};
 use crate::spec::MachineSpec;
@@ -60,6 +61,11 @@ pub fn run(channel: Channel) -> anyhow::Result<()> {
     std::thread::Builder::new()
         .name("control".into())
         .spawn(move || {
+            if let Err(error) = Confinement::without_files(Class::Driver).enter() {
+                tracing::error!(error = %format!("{error:#}"), "cannot confine the control thread");
+                drop(commands.send(Signal::DaemonGone));
+                return;
+            }
             while let Ok(Some((command, fds))) = receiver.receive().inspect_err(|error| {
                 tracing::warn!(error = %format!("{error:?}"), "cannot read a command");
             }) {
@@ -284,6 +290,7 @@ impl<'a> Driver<'a> {
                 self.stop(ORPHAN_TIME_MAX);
             }
             Signal::Accepted { port, stream } => self.accepted(port, &stream),
+            Signal::ResolversChanged => self.daemon.tell(&Event::ResolversChanged, None),
             Signal::Panicked(line) => {
                 tracing::error!(line, "the guest's kernel panicked");
                 self.end(Cause::Panic(line), PANIC_TIME_MAX);
@@ -306,6 +313,7 @@ impl<'a> Driver<'a> {
                 Ok([stream]) => self.running.connect(port, header.as_ref(), stream),
                 Err(fds) => tracing::warn!(port, count = fds.len(), "connect needs one file descriptor"),
             },
+            Command::Resolvers { resolv_conf } => self.running.tell_resolvers(resolv_conf),
             Command::Measure => self.daemon.tell(&Event::Measured(self.running.usage()), None),
             Command::Stop => self.stop(STOP_TIME_MAX),
             Command::Kill => self.end(Cause::Kill, Duration::ZERO),

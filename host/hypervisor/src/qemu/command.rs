@@ -79,7 +79,7 @@ pub fn arguments(machine: &Machine) -> Vec<OsString> {
     let mut line = CommandLine(Vec::new());
     line.flag("-no-user-config").flag("-nodefaults").flag("-no-reboot");
     line.option("-display", "none");
-    line.option("-machine", "q35,memory-backend=memory,smbus=off,sata=off,vmport=off");
+    line.option("-machine", "q35,memory-backend=memory,dump-guest-core=off,smbus=off,sata=off,vmport=off");
     line.option(
         "-accel",
         match machine.accelerator {
@@ -191,7 +191,7 @@ mod tests {
             "-nodefaults",
             "-no-reboot",
             "-display none",
-            "-machine q35,memory-backend=memory,smbus=off,sata=off,vmport=off",
+            "-machine q35,memory-backend=memory,dump-guest-core=off,smbus=off,sata=off,vmport=off",
             "-accel tcg,thread=multi,tb-size=256",
             "-cpu max",
             "-smp 2",

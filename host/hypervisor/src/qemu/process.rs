@@ -6,9 +6,8 @@ use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
 use std::sync::Arc;
-use std::thread::JoinHandle;
 
 use command_fds::{CommandFdExt, FdMapping};
 use rustix::process::{PidfdFlags, Signal};
@@ -57,7 +56,7 @@ pub struct LaunchError {
 pub struct Process {
     child: Child,
     killer: Killer,
-    stderr: JoinHandle<String>,
+    stderr: ChildStderr,
 }
 
 /// How QEMU ended.
@@ -120,11 +119,10 @@ impl Launch {
     }
 }
 
-fn supervise(child: &mut Child) -> io::Result<(Killer, JoinHandle<String>)> {
+fn supervise(child: &mut Child) -> io::Result<(Killer, ChildStderr)> {
     let pidfd = rustix::process::pidfd_open(crate::process::pid_of(child)?, PidfdFlags::empty())?;
     let stderr = child.stderr.take().ok_or_else(|| io::Error::other("standard error is not a pipe"))?;
-    let thread = std::thread::Builder::new().name("qemu-stderr".into()).spawn(move || last_words(stderr))?;
-    Ok((Killer { pidfd: Arc::new(pidfd) }, thread))
+    Ok((Killer { pidfd: Arc::new(pidfd) }, stderr))
 }
 
 /// Reads to the end, keeps the last part.
@@ -165,10 +163,10 @@ impl Process {
         Ok(Meter { status: File::open(format!("/proc/{}/status", self.id()))? })
     }
 
-    /// Waits until QEMU has ended.
+    /// Waits until QEMU has ended. Its messages are read here, and nobody else has the other end of their pipe.
     pub fn wait(mut self) -> io::Result<Exit> {
+        let stderr = last_words(self.stderr);
         let status = self.child.wait()?;
-        let stderr = self.stderr.join().unwrap_or_default();
         Ok(Exit { success: status.success(), description: describe(status), stderr })
     }
 }
@@ -245,7 +243,7 @@ mod tests {
     fn descriptors_have_the_numbers_that_were_told() {
         let (_ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
         let mut fds = PassedFds::default();
-        assert_eq!(fds.pass(std::fs::File::open("/dev/null").unwrap()), 10);
+        assert_eq!(fds.pass(File::open("/dev/null").unwrap()), 10);
         assert_eq!(fds.pass(theirs), 11);
         let script = r#"[ "$(readlink /proc/$$/fd/10)" = /dev/null ] && [ -S /proc/$$/fd/11 ]"#;
         let (_folder, process) = launch(script, fds);

@@ -13,8 +13,8 @@ use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -28,7 +28,7 @@ use self::socket::{HostSocket, Progress};
 use crate::config::Config;
 use crate::counters::{Counters, DropReason};
 use crate::flow::FlowId;
-use crate::resolv::ResolvConf;
+use crate::resolv::{self, Asked, ResolvConf};
 use crate::stack::{Failure, Operation, Stack};
 
 /// Tokens that no flow has: see [`FlowId::to_bits`].
@@ -44,13 +44,32 @@ const SCRATCH: usize = 64 * 1024;
 pub struct Handle {
     thread: Option<JoinHandle<()>>,
     shared: Arc<Shared>,
-    waker: Waker,
+    waker: Arc<Waker>,
 }
 
 #[derive(Debug, Default)]
 struct Shared {
     stop: AtomicBool,
     counters: [AtomicU64; COUNTERS],
+    /// What `resolv.conf` holds now, until the loop has taken note of it.
+    told: Mutex<Option<String>>,
+}
+
+/// Tells a NAT what it may not read, from any thread.
+#[derive(Debug, Clone)]
+pub struct Teller {
+    shared: Arc<Shared>,
+    waker: Arc<Waker>,
+}
+
+impl Teller {
+    /// Gives it the text of `resolv.conf`. Harmless when the NAT has ended.
+    pub fn tell(&self, resolv_conf: String) {
+        *self.shared.told.lock().unwrap_or_else(PoisonError::into_inner) = Some(resolv_conf);
+        if let Err(error) = self.waker.wake() {
+            tracing::warn!(%error, "cannot tell the NAT about new resolvers");
+        }
+    }
 }
 
 const COUNTERS: usize = 7 + DropReason::ALL.len();
@@ -61,6 +80,11 @@ impl Handle {
     pub fn stop(mut self) -> Counters {
         self.finish();
         self.counters()
+    }
+
+    /// A handle to tell it about resolvers.
+    pub fn teller(&self) -> Teller {
+        Teller { shared: Arc::clone(&self.shared), waker: Arc::clone(&self.waker) }
     }
 
     /// True once the loop has ended: the other end of the frame socket went away, or it was stopped.
@@ -132,14 +156,22 @@ impl Shared {
 /// # Errors
 /// When the poll set or the thread cannot be made.
 pub fn spawn(stream: UnixStream, config: Config) -> io::Result<Handle> {
+    spawn_asking(stream, config, None)
+}
+
+/// The same as [`spawn`], for a thread that may not open [`Config::resolv_conf`] and is told instead.
+///
+/// # Errors
+/// The same.
+pub fn spawn_asking(stream: UnixStream, config: Config, asked: Option<Asked>) -> io::Result<Handle> {
     let poll = Poll::new()?;
-    let waker = Waker::new(poll.registry(), WAKE)?;
+    let waker = Arc::new(Waker::new(poll.registry(), WAKE)?);
     stream.set_nonblocking(true)?;
     let interest = Interest::READABLE | Interest::WRITABLE;
     poll.registry().register(&mut SourceFd(&stream.as_raw_fd()), LINK, interest)?;
     let link = FrameSocket::new(stream);
     let shared = Arc::new(Shared::default());
-    let mut driver = Driver::new(poll, link, config, Arc::clone(&shared));
+    let mut driver = Driver::new(poll, link, config, asked, Arc::clone(&shared));
     let thread = std::thread::Builder::new().name("nat".into()).spawn(move || {
         match driver.run() {
             Ok(()) => tracing::debug!(counters = %driver.stack.counters(), "NAT ended"),
@@ -167,8 +199,14 @@ struct Driver {
 }
 
 impl Driver {
-    fn new(poll: Poll, link: FrameSocket<UnixStream>, config: Config, shared: Arc<Shared>) -> Self {
-        let resolv_conf = ResolvConf::new(config.resolv_conf.clone());
+    fn new(
+        poll: Poll,
+        link: FrameSocket<UnixStream>,
+        config: Config,
+        asked: Option<Asked>,
+        shared: Arc<Shared>,
+    ) -> Self {
+        let resolv_conf = ResolvConf::new(config.resolv_conf.clone(), asked);
         // The standard library's keys come from the system's source of randomness.
         let seed = RandomState::new().hash_one(std::process::id());
         Self {
@@ -202,6 +240,9 @@ impl Driver {
                     WAKE => {}
                     Token(bits) => self.notice(FlowId::from_bits(bits as u64), event),
                 }
+            }
+            if let Some(text) = self.shared.told.lock().unwrap_or_else(PoisonError::into_inner).take() {
+                self.stack.set_resolvers(&resolv::parse(&text));
             }
             let now = self.start.elapsed();
             if !self.receive_frames(now)? {

@@ -12,6 +12,7 @@ use host_hypervisor::qemu::Device;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use super::{Attached, Context, Plug};
+use crate::confine::{Class, Confinement};
 
 pub(super) struct Attachment;
 
@@ -37,6 +38,10 @@ impl MemoryMeter {
 impl super::Attachment for Attachment {
     fn name(&self) -> &'static str {
         "balloon"
+    }
+
+    fn confinement(&self) -> Confinement {
+        Confinement::without_files(Class::Device)
     }
 
     fn attach(

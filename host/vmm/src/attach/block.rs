@@ -1,12 +1,14 @@
 //! The data disk: a locked raw file behind a block device.
 
 use std::error::Error;
+use std::path::Path;
 
 use host_devices::virtio::VirtioDevice;
 use host_devices::virtio::block::Block;
 use host_hypervisor::qemu::Device;
 
 use super::{Attached, Context};
+use crate::confine::{Class, Confinement, Files};
 use crate::disk;
 use crate::spec::DiskSpec;
 
@@ -23,6 +25,11 @@ pub(super) struct Attachment {
 impl super::Attachment for Attachment {
     fn name(&self) -> &'static str {
         "block"
+    }
+
+    fn confinement(&self) -> Confinement {
+        let folder = self.disk.path.parent().unwrap_or(Path::new("/"));
+        Confinement { class: Class::Device, files: Files::default().writing(folder) }
     }
 
     fn attach(

@@ -3,7 +3,7 @@
 use std::error::Error;
 use std::io::{ErrorKind, Read};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -11,6 +11,7 @@ use std::thread::JoinHandle;
 use host_hypervisor::qemu::Device;
 
 use super::{Attached, Context, Plug};
+use crate::confine::{Class, Confinement, Files};
 use crate::console::ConsoleLog;
 use crate::machine::Signal;
 
@@ -36,6 +37,11 @@ impl ConsoleTail {
 impl super::Attachment for Attachment {
     fn name(&self) -> &'static str {
         "console"
+    }
+
+    fn confinement(&self) -> Confinement {
+        let folder = self.log.parent().unwrap_or(Path::new("/"));
+        Confinement { class: Class::Device, files: Files::default().writing(folder) }
     }
 
     fn attach(

@@ -21,6 +21,7 @@ pub(crate) use console::ConsoleTail;
 pub(crate) use plug::{InProcess, Plug, Qemu};
 pub(crate) use vsock::Connector;
 
+use crate::confine::Confinement;
 use crate::machine::Signal;
 use crate::spec::{MachineSpec, NetworkSpec};
 
@@ -36,11 +37,14 @@ pub struct AttachError {
 }
 
 /// A device's spec, which knows how to become a device.
-pub(crate) trait Attachment {
+pub(crate) trait Attachment: Send {
     /// The device's name in messages.
     fn name(&self) -> &'static str;
 
-    /// Opens the back end and starts the device.
+    /// What is left to the thread that attaches it, and to all threads that it starts.
+    fn confinement(&self) -> Confinement;
+
+    /// Opens the back end and starts the device. Runs on a thread that is confined so.
     fn attach(
         self: Box<Self>,
         context: &mut Context<'_>,
@@ -66,11 +70,13 @@ pub(crate) struct Context<'a> {
     /// Where devices report what happens.
     pub signals: Sender<Signal>,
     /// True when the start is called off meanwhile.
-    pub called_off: &'a dyn Fn() -> bool,
+    pub called_off: &'a (dyn Fn() -> bool + Sync),
     /// The way into the guest, once there is a vsock device.
     pub connector: Option<Connector>,
     /// What a machine in this process holds of the host's memory, once it has a balloon.
     pub memory: Option<MemoryMeter>,
+    /// Tells the NAT about the host's resolvers, once there is one.
+    pub resolvers: Option<host_net::Teller>,
     /// The console's last lines, once there is a console.
     pub console: Option<ConsoleTail>,
 }
@@ -87,7 +93,7 @@ pub(crate) fn attachments(spec: &MachineSpec) -> Vec<Box<dyn Attachment>> {
         Box::new(balloon::Attachment),
     ];
     match spec.network {
-        NetworkSpec::Nat => list.push(Box::new(net::Attachment)),
+        NetworkSpec::Nat => list.push(Box::new(net::Attachment::new())),
         NetworkSpec::None => {}
     }
     list

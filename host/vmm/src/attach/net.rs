@@ -5,14 +5,26 @@ use std::os::unix::net::UnixStream;
 
 use host_devices::virtio::net::{Backend, Net as Card};
 use host_hypervisor::qemu::Device;
-use host_net::Config;
+use host_net::{Asked, Config};
 
 use super::{Attached, Context, Plug};
+use crate::confine::{Class, Confinement};
+use crate::machine::Signal;
 
 /// Locally administered; alone on its link, so the same for every machine.
 const MAC: [u8; 6] = [0x02, 0x65, 0x6e, 0x67, 0x00, 0x02];
 
-pub(super) struct Attachment;
+pub(super) struct Attachment {
+    /// What the host's `resolv.conf` holds. The NAT may not open it.
+    resolv_conf: String,
+}
+
+impl Attachment {
+    pub(super) fn new() -> Self {
+        // Without one the resolver on this host is asked.
+        Self { resolv_conf: std::fs::read_to_string(Config::default().resolv_conf).unwrap_or_default() }
+    }
+}
 
 struct Net {
     nat: host_net::Handle,
@@ -23,6 +35,10 @@ struct Net {
 impl super::Attachment for Attachment {
     fn name(&self) -> &'static str {
         "net"
+    }
+
+    fn confinement(&self) -> Confinement {
+        Confinement::without_files(Class::Network)
     }
 
     fn attach(
@@ -42,7 +58,12 @@ impl super::Attachment for Attachment {
                 (Some(machine.serve("net", Box::new(Card::new(backend)?))?), config)
             }
         };
-        Ok(Box::new(Net { nat: host_net::spawn(ours, config)?, card }))
+        let signals = context.signals.clone();
+        // Nobody is left to tell only when the machine ends.
+        let ask = Box::new(move || drop(signals.send(Signal::ResolversChanged)));
+        let nat = host_net::spawn_asking(ours, config, Some(Asked { text: self.resolv_conf, ask }))?;
+        context.resolvers = Some(nat.teller());
+        Ok(Box::new(Net { nat, card }))
     }
 }
 

@@ -6,12 +6,17 @@ use host_devices::virtio::rng::Rng;
 use host_hypervisor::qemu::Device;
 
 use super::{Attached, Context, Plug};
+use crate::confine::{Class, Confinement};
 
 pub(super) struct Attachment;
 
 impl super::Attachment for Attachment {
     fn name(&self) -> &'static str {
         "rng"
+    }
+
+    fn confinement(&self) -> Confinement {
+        Confinement::without_files(Class::Device)
     }
 
     fn attach(

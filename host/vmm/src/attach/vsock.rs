@@ -10,6 +10,7 @@ use host_devices::virtio::vsock::{Backend, Cid, Counters, Handle, Vsock};
 use host_hypervisor::qemu::Device;
 
 use super::{Attached, Context};
+use crate::confine::{Class, Confinement};
 use crate::machine::Signal;
 
 pub(super) struct Attachment;
@@ -42,6 +43,10 @@ impl Connector {
 impl super::Attachment for Attachment {
     fn name(&self) -> &'static str {
         "vsock"
+    }
+
+    fn confinement(&self) -> Confinement {
+        Confinement::without_files(Class::Device)
     }
 
     fn attach(

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::Parser;
-use host_vmm::{Channel, program};
+use host_vmm::{Channel, confine, program};
 
 /// Runs one virtual machine for the engine's daemon.
 #[derive(Debug, Parser)]
@@ -22,7 +22,11 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let filter = tracing_subscriber::EnvFilter::try_from_env("ENGINE_LOG").unwrap_or_else(|_| "info".into());
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
-    match control_channel(arguments.control_fd).and_then(program::run) {
+    let result = confine::process()
+        .map_err(anyhow::Error::from)
+        .and_then(|()| control_channel(arguments.control_fd))
+        .and_then(program::run);
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{error:#}");

@@ -1,0 +1,80 @@
+//! What the machine borrows from the host, memory and disk, it gives back when the guest has no use for it.
+
+use anyhow::{Context, Result, ensure};
+use std::time::{Duration, Instant};
+use tests_harness::{Engine, IMAGE, Layer, Stage, TestImage, wait_until};
+
+crate::scenarios![freed_memory_is_the_hosts_again, a_removed_image_is_no_longer_on_the_hosts_disk];
+
+const MIB: u64 = 1 << 20;
+/// The guest reports free memory after two seconds, and discards with the file system's next commit, which is due after
+/// five; a software processor takes its time for both.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+fn figure(engine: &Engine, name: &str) -> Result<u64> {
+    let figure = engine.engine(["machine", "info", "--format", &format!("{{{{.{name}}}}}")])?.ok()?;
+    figure.parse().with_context(|| format!("{name}: `{figure}`"))
+}
+
+/// Waits until nine tenths of what was borrowed between `before` and `peak` are back.
+fn comes_back(before: u64, peak: u64, now: impl Fn() -> Result<u64>) -> Result<()> {
+    let begun = Instant::now();
+    let mut last = peak;
+    wait_until("nine tenths of it are the host's again", PATIENCE, || {
+        last = now()?;
+        Ok((last <= before + peak.saturating_sub(before) / 10).then_some(()))
+    })
+    .with_context(|| {
+        format!("{} MiB before, {} MiB at the peak, {} MiB now", before / MIB, peak / MIB, last / MIB)
+    })?;
+    eprintln!(
+        "{} MiB of {} MiB came back in {:?}",
+        (peak - last) / MIB,
+        (peak - before) / MIB,
+        begun.elapsed()
+    );
+    Ok(())
+}
+
+fn freed_memory_is_the_hosts_again(engine: &Engine) -> Result<()> {
+    let Some(machine) = engine.stage.machine_process() else { return Ok(()) };
+    let held = || figure(engine, "memory_held_bytes");
+    let pid = engine.processes().find(machine)?.pid;
+    // What the process has of the host's memory, by the kernel's word.
+    let resident = || {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+        let kib = status.lines().find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB"));
+        Ok(kib.context("no VmRSS")?.trim().parse::<u64>()? * 1024)
+    };
+    let (before, resident_before) = (held()?, resident()?);
+    // The buffer is filled, and held for as long as nobody reads.
+    let hold = "dd if=/dev/zero bs=200M count=1 | sleep 1000";
+    engine.engine(["run", "-d", "--name", "hungry", IMAGE, "sh", "-c", hold])?.ok()?;
+    let peak = wait_until("the memory is held", PATIENCE, || {
+        Ok(Some(held()?).filter(|held| *held >= before + 150 * MIB))
+    })?;
+    let resident_peak = resident()?;
+    engine.engine(["rm", "-f", "hungry"])?.ok()?;
+    comes_back(before, peak, held)?;
+    ensure!(resident_peak > resident_before, "{resident_peak} bytes are resident, {resident_before} before");
+    comes_back(resident_before, resident_peak, resident)?;
+    if engine.stage == Stage::Kvm {
+        let given_back = figure(engine, "memory_given_back_bytes")?;
+        ensure!(given_back >= 150 * MIB, "only {given_back} bytes were given back");
+    }
+    Ok(())
+}
+
+fn a_removed_image_is_no_longer_on_the_hosts_disk(engine: &Engine) -> Result<()> {
+    if engine.stage == Stage::Native {
+        return Ok(());
+    }
+    let allocated = || figure(engine, "disk_allocated_bytes");
+    let before = allocated()?;
+    engine.load(&TestImage::new(vec![Layer::noise("noise", 48 << 20, 77)?]), "bulky:1")?;
+    let peak = wait_until("the image is on the disk", PATIENCE, || {
+        Ok(Some(allocated()?).filter(|allocated| *allocated >= before + 40 * MIB))
+    })?;
+    engine.engine(["rmi", "bulky:1"])?.ok()?;
+    comes_back(before, peak, allocated)
+}
