@@ -75,7 +75,7 @@ fn a_program_of_the_host_is_reached_in_ipv6(engine: &Engine) -> Result<()> {
     // Natively the network's own gateway is the host, through the machine the NAT has an address for its loopback.
     let (bind, address) = match engine.stage {
         Stage::Native => ("[::]:0", "fd00:6::1"),
-        Stage::Qemu => ("[::1]:0", "fdc7:9a1e:5d28::fe"),
+        Stage::Qemu | Stage::Kvm => ("[::1]:0", "fdc7:9a1e:5d28::fe"),
     };
     let Ok(listener) = TcpListener::bind(bind) else {
         crate::skip("containers in IPv6: this computer has none");

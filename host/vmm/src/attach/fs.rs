@@ -17,6 +17,7 @@ use host_hypervisor::qemu::Device;
 use rustix::process::{Resource, getrlimit};
 
 use super::{Attached, Context};
+use crate::confine::{Class, Confinement, Files};
 use crate::spec::ShareSpec;
 
 /// Length of the header of an answer (`fuse_out_header`).
@@ -33,6 +34,12 @@ pub(super) struct Attachment {
 impl super::Attachment for Attachment {
     fn name(&self) -> &'static str {
         "fs"
+    }
+
+    fn confinement(&self) -> Confinement {
+        let none = Files::default();
+        let files = self.shares.iter().fold(none, |files, share| files.sharing(&share.path, share.read_only));
+        Confinement { class: Class::Files, files }
     }
 
     fn attach(
