@@ -28,7 +28,15 @@ const KIND_BYTES: usize = 8;
 const DESCRIPTORS_MAX: usize = 1 << 18;
 
 pub(super) struct Attachment {
-    pub shares: Vec<ShareSpec>,
+    shares: Vec<ShareSpec>,
+    descriptors_max: usize,
+}
+
+impl Attachment {
+    /// Asks the process for its limit, which a confined thread may not.
+    pub fn new(shares: Vec<ShareSpec>) -> Self {
+        Self { shares, descriptors_max: descriptors_max() }
+    }
 }
 
 impl super::Attachment for Attachment {
@@ -46,7 +54,7 @@ impl super::Attachment for Attachment {
         self: Box<Self>,
         context: &mut Context<'_>,
     ) -> Result<Box<dyn Attached>, Box<dyn Error + Send + Sync>> {
-        let server = Server::new(descriptors_max());
+        let server = Server::new(self.descriptors_max);
         for ShareSpec { name, path, read_only } in self.shares {
             let spec = ExportSpec {
                 name,

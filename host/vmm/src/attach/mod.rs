@@ -89,7 +89,7 @@ pub(crate) fn attachments(spec: &MachineSpec) -> Vec<Box<dyn Attachment>> {
         Box::new(console::Attachment { log: spec.console_log.clone() }),
         Box::new(rng::Attachment),
         Box::new(vsock::Attachment),
-        Box::new(fs::Attachment { shares: spec.shares.clone() }),
+        Box::new(fs::Attachment::new(spec.shares.clone())),
         Box::new(balloon::Attachment),
     ];
     match spec.network {
