@@ -56,9 +56,13 @@ fn freed_memory_is_the_hosts_again(engine: &Engine) -> Result<()> {
     let resident_peak = resident()?;
     engine.engine(["rm", "-f", "hungry"])?.ok()?;
     comes_back(before, peak, held)?;
-    ensure!(resident_peak > resident_before, "{resident_peak} bytes are resident, {resident_before} before");
-    comes_back(resident_before, resident_peak, resident)?;
+    // A software processor keeps translated code beside the guest's memory.
     if engine.stage == Stage::Kvm {
+        ensure!(
+            resident_peak > resident_before,
+            "{resident_peak} bytes are resident, {resident_before} before"
+        );
+        comes_back(resident_before, resident_peak, resident)?;
         let given_back = figure(engine, "memory_given_back_bytes")?;
         ensure!(given_back >= 100 * MIB, "only {given_back} bytes were given back");
     }
