@@ -22,7 +22,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use command_fds::{CommandFdExt, FdMapping};
-use guest_protocol::{EngineSettings, EngineState};
+use guest_protocol::{EngineState, HostProxies};
 use rustix::process::Signal;
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe;
@@ -33,6 +33,7 @@ use crate::backoff::Backoff;
 use crate::log::Log;
 use crate::power::{self, Haste, Orders};
 use crate::process::{Child, Processes};
+use crate::session::Told;
 use crate::status::Publisher;
 use crate::{machine, mounts, sys};
 
@@ -56,6 +57,7 @@ const ARGUMENTS: &[&str] = &[
     "--shim", "/usr/bin/shim",
     "--host-registry", "host.docker.internal",
     "--host-registry", "198.18.0.254",
+    "--host-name", "host.docker.internal",
 ];
 
 /// An engine that lived this long was well: if it ends, the next one is started without much delay.
@@ -84,10 +86,10 @@ impl RestartPolicy {
     }
 }
 
-/// The engine's command. `debug` has it explain itself at length; `settings` are the user's.
-pub fn command(debug: bool, settings: Option<&EngineSettings>) -> Result<Command> {
+/// The engine's command. `debug` has it explain itself at length; `told` is what the host has said.
+pub fn command(debug: bool, told: Option<&Told>) -> Result<Command> {
     let mut command = Command::new(PROGRAM);
-    if let Some(settings) = settings {
+    if let Some(settings) = told.and_then(|told| told.settings.as_ref()) {
         // Only its ending is taken from the host: it tells the engine how to read it.
         let ending = if settings.name.ends_with(".json") { "json" } else { "toml" };
         let path = format!("{SETTINGS}.{ending}");
@@ -100,6 +102,13 @@ pub fn command(debug: bool, settings: Option<&EngineSettings>) -> Result<Command
         .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
         .env("HOME", "/root")
         .env("LANG", "C.UTF-8");
+    if let Some(HostProxies { http, https, exceptions }) = told.map(|told| &told.proxies) {
+        for (name, value) in [("HTTP_PROXY", http), ("HTTPS_PROXY", https), ("NO_PROXY", exceptions)] {
+            if !value.is_empty() {
+                command.env(name, value);
+            }
+        }
+    }
     if debug {
         command.env("RUST_LOG", "debug").env("RUST_BACKTRACE", "1");
     }

@@ -116,7 +116,7 @@ async fn supervise(options: Options, log: Log) -> Result<()> {
         status: status.clone(),
         launch: Rc::new({
             let told = settings.subscribe();
-            move || engine::command(options.debug, told.borrow().as_ref().and_then(Option::as_ref))
+            move || engine::command(options.debug, told.borrow().as_ref())
         }),
     };
     let mut up = spawn_local(bring_up(supervisor, power, settings));

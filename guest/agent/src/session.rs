@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use guest_protocol::{
-    EngineSettings, Failure, FailureKind, Hello, Request, Response, Role, Session, SessionEvent, port,
+    EngineSettings, Failure, FailureKind, Hello, HostProxies, Request, Response, Role, Session, SessionEvent,
+    port,
 };
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::watch;
@@ -20,8 +21,17 @@ use crate::power::{Haste, PowerSwitch};
 use crate::status::Status;
 use crate::{clock, machine};
 
+/// What the host tells the engine before it starts.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Told {
+    /// The user's settings, if there are any.
+    pub settings: Option<EngineSettings>,
+    /// The proxies of the host's environment.
+    pub proxies: HostProxies,
+}
+
 /// The engine's settings: `None` until the host has told them, then what it told.
-pub type Settings = watch::Sender<Option<Option<EngineSettings>>>;
+pub type Settings = watch::Sender<Option<Told>>;
 
 /// Keeps a session with the host, for ever.
 ///
@@ -125,8 +135,8 @@ fn answer(
     engine_settings: &Settings,
 ) -> Result<Response, Failure> {
     match request {
-        Request::Configure { settings } => {
-            engine_settings.send_replace(Some(settings));
+        Request::Configure { settings, proxies } => {
+            engine_settings.send_replace(Some(Told { settings, proxies }));
             Ok(Response::Done)
         }
         Request::SetClock { unix_nanos } => match clock::follow(unix_nanos) {
@@ -215,8 +225,12 @@ mod tests {
         };
         assert_eq!((answered, info.engine), (id, EngineState::Ready));
 
-        let told = Some(EngineSettings { name: "daemon.json".into(), text: "{}".into() });
-        host.session.request(Request::Configure { settings: told.clone() }, Duration::ZERO).unwrap();
+        let told = Told {
+            settings: Some(EngineSettings { name: "daemon.json".into(), text: "{}".into() }),
+            proxies: HostProxies { http: "http://p:3128".into(), ..HostProxies::default() },
+        };
+        let Told { settings: file, proxies } = told.clone();
+        host.session.request(Request::Configure { settings: file, proxies }, Duration::ZERO).unwrap();
         let done = host.next_event().await.unwrap();
         assert!(matches!(done, SessionEvent::Response { result: Ok(Response::Done), .. }), "{done:?}");
         assert_eq!(*settings.borrow(), Some(told));

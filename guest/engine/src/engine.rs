@@ -149,11 +149,10 @@ async fn open(
 fn image_options(settings: &Settings) -> Options {
     let (usual, transfers) = (Options::default(), &settings.transfers);
     let given = |text: &String| (!text.is_empty()).then(|| text.clone());
-    // What the settings leave open is the environment's to say.
     let proxies = Proxies {
-        http: given(&transfers.proxies.http_proxy).or(usual.proxies.http.clone()),
-        https: given(&transfers.proxies.https_proxy).or(usual.proxies.https.clone()),
-        exceptions: given(&transfers.proxies.no_proxy).or(usual.proxies.exceptions.clone()),
+        http: given(&transfers.proxies.http_proxy),
+        https: given(&transfers.proxies.https_proxy),
+        exceptions: given(&transfers.proxies.no_proxy),
     };
     Options {
         insecure_registries: settings.insecure_registries.clone(),

@@ -21,8 +21,8 @@ pub mod sockets;
 
 pub use lease::{GrantedPort, Lease, PortRequest, Transport};
 pub use message::{
-    EngineSettings, EngineState, Failure, FailureKind, GuestInfo, Hello, Notice, PROTOCOL_VERSION, Request,
-    Response,
+    EngineSettings, EngineState, Failure, FailureKind, GuestInfo, Hello, HostProxies, Notice,
+    PROTOCOL_VERSION, Request, Response,
 };
 pub use session::{RequestId, Role, Session, SessionError, SessionEvent, State};
 pub use share::{BindPlace, BindSource};

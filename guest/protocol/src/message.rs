@@ -4,6 +4,8 @@
 //! so that a newer end may say more. What becomes of kinds the reader does not know is the session's business
 //! (see [`crate::session`]).
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 use crate::lease::{GrantedPort, Lease, PortRequest};
@@ -49,6 +51,9 @@ pub enum Request {
     Configure {
         /// The user's; nothing when there are none.
         settings: Option<EngineSettings>,
+        /// What the host's environment names, for what the settings leave open.
+        #[serde(default, skip_serializing_if = "HostProxies::is_empty")]
+        proxies: HostProxies,
     },
     /// Stop containers and engine, sync and unmount the data disk, switch the machine off. Answered at once by
     /// [`Response::Done`]; the end of the machine is what completes it.
@@ -157,6 +162,40 @@ impl EngineSettings {
     pub const BYTES_MAX: usize = 128 << 10;
 }
 
+/// The proxies that programs of the user's on the host go by, as its environment names them; empty where it does not.
+#[derive(Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostProxies {
+    /// `HTTP_PROXY`.
+    pub http: String,
+    /// `HTTPS_PROXY`.
+    pub https: String,
+    /// `NO_PROXY`.
+    pub exceptions: String,
+}
+
+impl HostProxies {
+    /// Longest value that is told.
+    pub const BYTES_MAX: usize = 16 << 10;
+
+    /// None is named.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+impl fmt::Debug for HostProxies {
+    /// Their addresses may hold passwords.
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { http, https, exceptions } = self;
+        write!(
+            formatter,
+            "HostProxies {{ http: {}, https: {}, exceptions: {exceptions:?} }}",
+            !http.is_empty(),
+            !https.is_empty()
+        )
+    }
+}
+
 /// What the guest tells the host unasked. Notices have no answer.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", content = "value", rename_all = "snake_case")]
@@ -221,7 +260,7 @@ mod tests {
     #[track_caller]
     fn check<T>(message: T, json: &str)
     where
-        T: Serialize + for<'de> Deserialize<'de> + PartialEq + std::fmt::Debug,
+        T: Serialize + for<'de> Deserialize<'de> + PartialEq + fmt::Debug,
     {
         assert_eq!(serde_json::to_string(&message).unwrap(), json);
         assert_eq!(serde_json::from_str::<T>(json).unwrap(), message);
@@ -236,11 +275,21 @@ mod tests {
         );
         check(Request::SetClock { unix_nanos: -5 }, r#"{"kind":"set_clock","unix_nanos":-5}"#);
         check(Request::PowerOff, r#"{"kind":"power_off"}"#);
-        check(Request::Configure { settings: None }, r#"{"kind":"configure","settings":null}"#);
+        let proxies = HostProxies::default();
+        check(
+            Request::Configure { settings: None, proxies: proxies.clone() },
+            r#"{"kind":"configure","settings":null}"#,
+        );
         let settings = Some(EngineSettings { name: "engine.toml".into(), text: "mtu = 1400".into() });
         check(
-            Request::Configure { settings },
+            Request::Configure { settings, proxies },
             r#"{"kind":"configure","settings":{"name":"engine.toml","text":"mtu = 1400"}}"#,
+        );
+        let proxies = HostProxies { https: "http://me:secret@p:3128".into(), ..HostProxies::default() };
+        assert!(!format!("{proxies:?}").contains("secret"));
+        check(
+            Request::Configure { settings: None, proxies },
+            r#"{"kind":"configure","settings":null,"proxies":{"http":"","https":"http://me:secret@p:3128","exceptions":""}}"#,
         );
         check(Request::Info, r#"{"kind":"info"}"#);
         check(

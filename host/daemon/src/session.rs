@@ -4,8 +4,8 @@
 //! wall clock has moved against its monotonic one (sleep, or someone set it), and every [`CLOCK_INTERVAL`].
 
 use guest_protocol::{
-    EngineSettings, Failure, FailureKind, GuestInfo, Hello, Notice, Request, RequestId, Response, Role,
-    Session, SessionEvent,
+    EngineSettings, Failure, FailureKind, GuestInfo, Hello, HostProxies, Notice, Request, RequestId,
+    Response, Role, Session, SessionEvent,
 };
 use std::collections::HashMap;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -28,7 +28,7 @@ pub(crate) enum Ask {
 /// Speaks with the agent on `stream` until either side ends. Returns why it ended.
 pub(crate) async fn drive(
     stream: UnixStream,
-    settings: Option<EngineSettings>,
+    (settings, proxies): (Option<EngineSettings>, HostProxies),
     mut asks: mpsc::Receiver<Ask>,
     notices: impl Fn(Notice),
 ) -> String {
@@ -48,7 +48,7 @@ pub(crate) async fn drive(
                     established = true;
                     clock.due();
                     // The guest waits for it before it starts the engine.
-                    let request = Request::Configure { settings: settings.clone() };
+                    let request = Request::Configure { settings: settings.clone(), proxies: proxies.clone() };
                     if let Err(error) = session.request(request, start.elapsed()) {
                         return format!("the engine cannot be told its settings: {error}");
                     }
@@ -181,7 +181,9 @@ mod tests {
         let (asks, queue) = mpsc::channel(4);
         let notices = Arc::new(Mutex::new(Vec::new()));
         let seen = Arc::clone(&notices);
-        let driver = tokio::spawn(drive(host, None, queue, move |notice| seen.lock().unwrap().push(notice)));
+        let driver = tokio::spawn(drive(host, (None, HostProxies::default()), queue, move |notice| {
+            seen.lock().unwrap().push(notice)
+        }));
 
         let agent = tokio::spawn(agent(guest));
         let (reply, answer) = oneshot::channel();
@@ -192,7 +194,8 @@ mod tests {
         let requests = agent.await.unwrap();
         let is_now = |request: &Request| matches!(request, Request::SetClock { unix_nanos } if *unix_nanos > 1_700_000_000_000_000_000);
         assert!(requests.iter().any(is_now), "{requests:?}");
-        assert_eq!(requests[0], Request::Configure { settings: None }, "before the engine is started");
+        let first = Request::Configure { settings: None, proxies: HostProxies::default() };
+        assert_eq!(requests[0], first, "before the engine is started");
         assert!(requests.contains(&Request::PowerOff));
         assert_eq!(driver.await.unwrap(), "the guest closed the control session");
         assert_eq!(*notices.lock().unwrap(), [Notice::Engine(EngineState::Ready)]);

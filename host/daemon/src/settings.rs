@@ -1,10 +1,11 @@
 //! `Settings`: what the user may change about the machine. Environment over file over default.
 
 use anyhow::{Context, Result, bail};
-use guest_protocol::EngineSettings;
+use guest_protocol::{EngineSettings, HostProxies};
 use host_vmm::BackendChoice;
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
+use tracing::warn;
 
 /// The machine's size and how it is run.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -87,6 +88,22 @@ pub(crate) fn engine_settings(files: &[PathBuf; 2]) -> Result<Option<EngineSetti
         found = Some(EngineSettings { name, text });
     }
     Ok(found)
+}
+
+/// The proxies that `environment` names, in capitals or not.
+pub(crate) fn proxies(environment: impl Fn(&str) -> Option<String>) -> HostProxies {
+    let read = |name: &str| {
+        let value = [name.to_owned(), name.to_ascii_lowercase()]
+            .iter()
+            .find_map(|name| environment(name).filter(|value| !value.is_empty()))
+            .unwrap_or_default();
+        if value.len() > HostProxies::BYTES_MAX {
+            warn!(name, bytes = value.len(), "too long for the engine to follow");
+            return String::new();
+        }
+        value
+    };
+    HostProxies { http: read("HTTP_PROXY"), https: read("HTTPS_PROXY"), exceptions: read("NO_PROXY") }
 }
 
 /// What the host has, as far as the defaults depend on it.
@@ -193,6 +210,21 @@ mod tests {
         std::fs::remove_file(&files[1]).unwrap();
         std::fs::write(&files[0], "#".repeat(EngineSettings::BYTES_MAX + 1)).unwrap();
         assert!(engine_settings(&files).unwrap_err().to_string().contains("is the most"));
+    }
+
+    #[test]
+    fn the_environments_proxies_are_read_however_written() {
+        let environment = |name: &str| match name {
+            "HTTP_PROXY" => Some(String::new()),
+            "http_proxy" => Some("http://p:1".to_owned()),
+            "HTTPS_PROXY" => Some("http://p:2".to_owned()),
+            "https_proxy" => Some("http://p:3".to_owned()),
+            "NO_PROXY" => Some("x".repeat(HostProxies::BYTES_MAX + 1)),
+            _ => None,
+        };
+        let expected =
+            HostProxies { http: "http://p:1".into(), https: "http://p:2".into(), ..Default::default() };
+        assert_eq!(proxies(environment), expected);
     }
 
     #[test]

@@ -8,7 +8,7 @@ use crate::image::VmImage;
 use crate::leases::Leases;
 use crate::lifecycle::{Action, Input, Lifecycle, Ticket};
 use crate::session::{self, Ask};
-use crate::settings::{HostSize, Settings, engine_settings};
+use crate::settings::{HostSize, Settings, engine_settings, proxies};
 use crate::shares::Shares;
 use crate::state_dir::StateDir;
 use crate::vmm_process::{Report, VmmProcess};
@@ -437,11 +437,11 @@ impl Supervisor {
             port::SESSION => {
                 let (asks, queue) = mpsc::channel(16);
                 self.session = Some(asks);
-                let settings = self.engine_settings.clone();
+                let told = (self.engine_settings.clone(), proxies(|name| std::env::var(name).ok()));
                 let reports = self.reports.clone();
                 let notices = reports.clone();
                 tokio::spawn(async move {
-                    let why = session::drive(stream, settings, queue, move |notice| {
+                    let why = session::drive(stream, told, queue, move |notice| {
                         if notices.try_send(Message::Notice(generation, notice)).is_err() {
                             warn!("a notice of the guest was lost: the daemon is overloaded");
                         }

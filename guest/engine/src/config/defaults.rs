@@ -25,7 +25,7 @@ pub struct Transfers {
     pub uploads: usize,
     /// How often the download of a layer is tried.
     pub attempts: usize,
-    /// Empty where the environment decides.
+    /// Empty where there is none.
     pub proxies: Proxies,
 }
 
@@ -42,6 +42,46 @@ impl Transfers {
             proxies: file.proxies.clone(),
         })
     }
+
+    /// With the environment's proxies where the file names none. A proxy on loopback is one of the computer around this
+    /// machine, if it has a `host` name for that.
+    pub(super) fn on(mut self, environment: &guest_images::Proxies, host: Option<&str>) -> Self {
+        let Proxies { http_proxy, https_proxy, no_proxy } = &mut self.proxies;
+        let open = [
+            (&mut *http_proxy, &environment.http),
+            (&mut *https_proxy, &environment.https),
+            (no_proxy, &environment.exceptions),
+        ];
+        for (given, usual) in open {
+            if given.is_empty() {
+                *given = usual.clone().unwrap_or_default();
+            }
+        }
+        if let Some(host) = host {
+            for proxy in [http_proxy, https_proxy] {
+                *proxy = off_loopback(proxy, host);
+            }
+        }
+        self
+    }
+}
+
+/// A proxy's address with `host` in the place of a loopback address or name.
+fn off_loopback(address: &str, host: &str) -> String {
+    let start = address.find("://").map_or(0, |at| at + 3);
+    let end = address[start..].find(['/', '?', '#']).map_or(address.len(), |at| start + at);
+    let start = address[start..end].rfind('@').map_or(start, |at| start + at + 1);
+    let authority = &address[start..end];
+    let name = match authority.find(']') {
+        Some(bracket) => &authority[..=bracket],
+        None => authority.split(':').next().unwrap_or_default(),
+    };
+    let is_loopback = name.eq_ignore_ascii_case("localhost")
+        || name.trim_matches(['[', ']']).parse().is_ok_and(|address: IpAddr| address.is_loopback());
+    if !is_loopback {
+        return address.to_owned();
+    }
+    format!("{}{host}{}", &address[..start], &address[start + name.len()..])
 }
 
 /// What a new network gets, and more about the default one.
@@ -263,6 +303,37 @@ mod tests {
         assert_eq!((defaults.stop_timeout_seconds, defaults.default_runtime.as_str()), (10, "runc"));
         let transfers = Transfers::new(&File::default()).unwrap();
         assert_eq!((transfers.downloads, transfers.uploads, transfers.attempts), (3, 5, 5));
+    }
+
+    #[test]
+    fn proxies_come_from_the_file_then_from_the_environment() {
+        let environment = guest_images::Proxies {
+            http: Some("http://env:1".to_owned()),
+            https: Some("http://127.0.0.1:2".to_owned()),
+            exceptions: Some("a.example".to_owned()),
+        };
+        let file = file(r#"{"proxies": {"http-proxy": "http://localhost:3128"}}"#);
+        let here = Transfers::new(&file).unwrap().on(&environment, None).proxies;
+        assert_eq!(here.http_proxy, "http://localhost:3128");
+        assert_eq!((here.https_proxy.as_str(), here.no_proxy.as_str()), ("http://127.0.0.1:2", "a.example"));
+        let around = Transfers::new(&file).unwrap().on(&environment, Some("around")).proxies;
+        assert_eq!(around.http_proxy, "http://around:3128");
+        assert_eq!(around.https_proxy, "http://around:2");
+    }
+
+    #[test]
+    fn only_a_proxy_on_loopback_is_looked_for_around_the_machine() {
+        for (address, expected) in [
+            ("http://me:pass@localhost:3128/x", "http://me:pass@around:3128/x"),
+            ("127.9.9.9:3128", "around:3128"),
+            ("https://[::1]:3128", "https://around:3128"),
+            ("http://LOCALHOST", "http://around"),
+            ("http://localhost.example:3128", "http://localhost.example:3128"),
+            ("http://p:3128/@localhost", "http://p:3128/@localhost"),
+            ("", ""),
+        ] {
+            assert_eq!(off_loopback(address, "around"), expected);
+        }
     }
 
     #[test]

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use clap::Parser;
+use guest_images::Proxies;
 use ipnet::Ipv4Net;
 
 pub use bridge::BridgeChoice;
@@ -67,6 +68,9 @@ pub struct Flags {
     /// The same for a name of the host, which no settings replace; may be repeated
     #[arg(long, value_name = "HOST")]
     pub host_registry: Vec<String>,
+    /// How the computer around the machine is reached: a proxy on its loopback is meant to be found there
+    #[arg(long, value_name = "HOST")]
+    pub host_name: Option<String>,
     /// Mirror of the public registry; may be repeated
     #[arg(long, value_name = "URL")]
     pub registry_mirror: Vec<String>,
@@ -185,7 +189,7 @@ impl Settings {
             .concat(),
             registry_mirrors: either(flags.registry_mirror, &file.registry_mirrors),
             registry_certificates,
-            transfers: Transfers::new(&file)?,
+            transfers: Transfers::new(&file)?.on(&Proxies::from_environment(), flags.host_name.as_deref()),
             labels: labels(&file.labels)?,
             experimental: file.experimental,
             log_level: log_level(&file)?,

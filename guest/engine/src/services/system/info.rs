@@ -31,7 +31,7 @@ impl System {
             std::fs::read("/proc/sys/net/ipv4/ip_forward").is_ok_and(|text| text.starts_with(b"1"));
         let settings = &self.settings;
         let defaults = &settings.containers;
-        let proxy = |given: &str, variable: &str| masked(&given_or_environment(given, variable));
+        let proxies = &settings.transfers.proxies;
         let mut warnings = self.images.store().problems().to_vec();
         warnings.extend(settings.warnings.iter().map(|warning| format!("WARNING: {warning}")));
         warnings.extend(cgroups.warnings());
@@ -81,9 +81,9 @@ impl System {
             ncpu: std::thread::available_parallelism().map_or(1, |count| count.get() as i64),
             mem_total: memory_total(&std::fs::read_to_string("/proc/meminfo").unwrap_or_default()),
             docker_root_dir: settings.data_root.display().to_string(),
-            http_proxy: proxy(&settings.transfers.proxies.http_proxy, "HTTP_PROXY"),
-            https_proxy: proxy(&settings.transfers.proxies.https_proxy, "HTTPS_PROXY"),
-            no_proxy: given_or_environment(&settings.transfers.proxies.no_proxy, "NO_PROXY"),
+            http_proxy: masked(&proxies.http_proxy),
+            https_proxy: masked(&proxies.https_proxy),
+            no_proxy: proxies.no_proxy.clone(),
             name: uname.nodename().to_string_lossy().into_owned(),
             labels: settings.labels.clone(),
             experimental_build: settings.experimental,
@@ -184,14 +184,6 @@ fn registries(settings: &Settings) -> RegistryConfig {
         IndexConfig { name: "docker.io".to_owned(), mirrors: mirrors.clone(), secure: true, official: true };
     index_configs.insert("docker.io".to_owned(), public);
     RegistryConfig { insecure_registry_cidrs: cidrs, index_configs, mirrors }
-}
-
-fn given_or_environment(given: &str, variable: &str) -> String {
-    if !given.is_empty() {
-        return given.to_owned();
-    }
-    let value = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
-    value(variable).or_else(|| value(&variable.to_ascii_lowercase())).unwrap_or_default()
 }
 
 /// The address of a proxy without the name and password in it, as dockerd shows it.
