@@ -237,6 +237,7 @@ fn real_peers_talk_through_it(engine: &Engine) -> Result<()> {
         let way = guest.sh(&format!("traceroute -n -w 5 -q 1 -m 5 {options} {WORLD}"))?;
         ensure!(way.lines().last().is_some_and(|line| line.contains(WORLD)), "{options}: {way}");
     }
+    the_hosts_resolver_changes(&guest, &folder.join("resolv.conf"))?;
     in_ipv6(&guest, &sum("small")?)?;
     errors_on_the_way(&guest)?;
     // Over a lossy way: slower, and still whole.
@@ -245,6 +246,18 @@ fn real_peers_talk_through_it(engine: &Engine) -> Result<()> {
     let counters = guest.end()?;
     ensure!(counters.frames_in > 0 && counters.frames_out > 0, "{counters}");
     std::fs::remove_dir_all(&folder)?;
+    Ok(())
+}
+
+/// A laptop that goes from one network to another: the resolvers of the new one are asked, without a word to the guest.
+fn the_hosts_resolver_changes(guest: &Guest, resolv_conf: &Path) -> Result<()> {
+    for (resolver, answer) in [("203.0.113.2", "SERVFAIL"), (WORLD, "203.0.113.2")] {
+        std::fs::write(resolv_conf, format!("# another network\nnameserver {resolver}\n"))?;
+        wait_until("the change is noticed", PATIENCE, || {
+            let said = guest.sh(&format!("dig @{GATEWAY} +tries=1 +time=20 who.example A; true"))?;
+            Ok(said.contains(answer).then_some(()))
+        })?;
+    }
     Ok(())
 }
 
