@@ -1,7 +1,8 @@
 //! The numbers we promise, printed, never gated: these computers are shared and noisy.
 //!
 //! `bench` measures the machine, `bench NAME …` only what is named. Where there is a peer it runs in the same run.
-//! `bench engine [NAME …]` holds our engine, run natively, against a private dockerd; `bench soak [CYCLES]` tells whether its
+//! `bench engine [NAME …]` holds our engine, run natively, against a private dockerd, `bench net [NAME …]` its networks;
+//! `bench net linear` tells whether many networks stay as fast as few; `bench soak [CYCLES]` tells whether its
 //! memory grows.
 #![forbid(unsafe_code)]
 #![expect(clippy::print_stdout, reason = "a benchmark prints")]
@@ -30,6 +31,10 @@ fn main() -> Result<()> {
     let wanted: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--").collect();
     match wanted.split_first() {
         Some((group, names)) if group == "engine" => return peer::compare(names),
+        Some((group, names)) if group == "net" => return peer::networks(names),
+        Some((group, port)) if group == peer::SERVE => {
+            return peer::serve(port.first().map_or("", String::as_str));
+        }
         Some((group, count)) if group == "soak" => return peer::soak(count.first().map(String::as_str)),
         _ => {}
     }

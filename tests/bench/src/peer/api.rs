@@ -83,9 +83,14 @@ impl Api {
 
     /// Creates a container of the test image; answers its id.
     pub(super) fn create(&mut self, command: &str) -> Result<String> {
+        self.create_with(command, serde_json::json!({}))
+    }
+
+    /// The same with a `HostConfig`.
+    pub(super) fn create_with(&mut self, command: &str, host: serde_json::Value) -> Result<String> {
         let words: Vec<&str> = command.split(' ').collect();
-        let body = serde_json::json!({ "Image": tests_harness::IMAGE, "Cmd": words }).to_string();
-        self.made("/containers/create", &body)
+        let body = serde_json::json!({ "Image": tests_harness::IMAGE, "Cmd": words, "HostConfig": host });
+        self.made("/containers/create", &body.to_string())
     }
 
     /// The id of what a request makes.

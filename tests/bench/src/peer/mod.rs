@@ -8,6 +8,7 @@ mod api;
 mod dockerd;
 mod images;
 mod memory;
+mod net;
 mod run;
 mod side;
 mod soak;
@@ -19,6 +20,7 @@ use dockerd::Dockerd;
 use side::Side;
 use tests_harness::{Engine, Stage, enter_private_namespaces};
 
+pub(crate) use net::{SERVE, serve};
 pub(crate) use soak::soak;
 
 /// What is promised about the ratio of ours to theirs.
@@ -26,6 +28,8 @@ pub(crate) use soak::soak;
 enum Promise {
     AtMost(f64),
     AtLeast(f64),
+    /// Of our figure alone.
+    Below(f64),
 }
 
 /// One step on one engine; answers its figure.
@@ -197,21 +201,79 @@ const MEASURES: [Measure; 16] = [
     },
 ];
 
+/// The same for networks.
+const NETWORKS: [Measure; 4] = [
+    Measure {
+        name: "start",
+        unit: "ms more",
+        rounds: 15,
+        promise: Promise::Below(15.0),
+        before: nothing,
+        step: net::start,
+        after: nothing,
+    },
+    Measure {
+        name: "between",
+        unit: "MiB/s",
+        rounds: 3,
+        promise: Promise::AtLeast(1.0),
+        before: net::two,
+        step: net::between,
+        after: nothing,
+    },
+    Measure {
+        name: "publish",
+        unit: "MiB/s",
+        rounds: 3,
+        promise: Promise::AtLeast(1.0),
+        before: nothing,
+        step: net::publish,
+        after: nothing,
+    },
+    Measure {
+        name: "connect",
+        unit: "1/s",
+        rounds: 3,
+        promise: Promise::AtLeast(2.0),
+        before: nothing,
+        step: net::connect,
+        after: run::clear,
+    },
+];
+
 /// Measures those named, or all.
 pub(crate) fn compare(wanted: &[String]) -> Result<()> {
-    if let Some(unknown) = wanted.iter().find(|name| !MEASURES.iter().any(|measure| measure.name == **name)) {
-        let known: Vec<&str> = MEASURES.iter().map(|measure| measure.name).collect();
-        bail!("there is no measurement `engine {unknown}`; there are {}", known.join(", "));
+    measure("engine", &MEASURES, wanted)
+}
+
+/// The same for networks, and how ours do when there are many.
+pub(crate) fn networks(wanted: &[String]) -> Result<()> {
+    if wanted.iter().any(|name| name == "linear") {
+        enter_private_namespaces()?;
+        let engine = Engine::start(Stage::Native)?;
+        net::linear(&Side::alone(&engine))?;
+        return engine.finish();
+    }
+    measure("net", &NETWORKS, wanted)
+}
+
+fn measure(group: &str, measures: &[Measure], wanted: &[String]) -> Result<()> {
+    if let Some(unknown) = wanted.iter().find(|name| !measures.iter().any(|measure| measure.name == **name)) {
+        let known: Vec<&str> = measures.iter().map(|measure| measure.name).collect();
+        bail!("there is no measurement `{group} {unknown}`; there are {}", known.join(", "));
     }
     enter_private_namespaces()?;
     let engine = Engine::start(Stage::Native)?;
     let peer = Dockerd::start(&engine)?;
-    let sides = [Side::ours(&engine)?, Side::theirs(&engine, &peer)];
+    if group == "engine" {
+        images::Large::make(&engine)?;
+    }
+    let sides = [Side::alone(&engine), Side::theirs(&engine, &peer)];
     for side in &sides[1..] {
         side.load(&tests_harness::TestImage::busybox()?, tests_harness::IMAGE)?;
     }
     println!("{:<12} {:>10} {:>10}  {:<10} {:>7}", "step", "ours", "dockerd", "", "ratio");
-    for measure in &MEASURES {
+    for measure in measures {
         if wanted.is_empty() || wanted.iter().any(|name| name == measure.name) {
             let medians = rounds(measure, &sides)?;
             report(measure, medians);
@@ -245,6 +307,7 @@ fn report(measure: &Measure, [ours, theirs]: [f64; 2]) {
     let (kept, promise) = match measure.promise {
         Promise::AtMost(limit) => (ratio <= limit, format!("<= {limit}")),
         Promise::AtLeast(limit) => (ratio >= limit, format!(">= {limit}")),
+        Promise::Below(limit) => (ours <= limit, format!("<= {limit} {}", measure.unit)),
     };
     println!(
         "{:<12} {ours:>10.2} {theirs:>10.2}  {:<10} {ratio:>7.3}  promised {promise}: {}",

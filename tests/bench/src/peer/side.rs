@@ -19,12 +19,7 @@ pub(super) struct Side {
 }
 
 impl Side {
-    pub(super) fn ours(engine: &Engine) -> Result<Self> {
-        super::images::Large::make(engine)?;
-        Ok(Self::alone(engine))
-    }
-
-    /// Ours, for what needs no large image.
+    /// Ours.
     pub(super) fn alone(engine: &Engine) -> Self {
         Self {
             socket: engine.docker_socket(),
