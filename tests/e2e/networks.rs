@@ -15,6 +15,7 @@ crate::scenarios![
     children_of_the_hosts_interface_are_on_its_network,
     links_of_the_default_network,
     without_icc_only_the_gateway_is_reached,
+    a_parent_that_leads_nowhere_is_made_and_removed,
     one_container_uses_anothers_network,
     ports_are_published,
     published_ports_carry_streams_and_datagrams,
@@ -252,6 +253,37 @@ fn children_of_the_hosts_interface_are_on_its_network(engine: &Engine) -> Result
             crate::skip(&why);
         }
         clear(engine, "child", "lan")?;
+    }
+    Ok(())
+}
+
+/// macvlan and ipvlan without a parent: the containers reach each other, and nothing else.
+fn a_parent_that_leads_nowhere_is_made_and_removed(engine: &Engine) -> Result<()> {
+    let before = leavings(engine)?;
+    for driver in ["macvlan", "ipvlan"] {
+        let make = ["network", "create", "-d", driver, "--subnet", "10.92.1.0/24", "alone"];
+        let made = docker(engine, &make)?;
+        let why = ["dummy", driver].map(|kind| format!("this kernel has no {kind} driver (module `{kind}`)"));
+        let lacks = |said: &Finished| why.iter().any(|why| said.stderr.contains(why));
+        if made.code == 0 {
+            let internal = ok(engine, "network inspect -f {{.Internal}} alone")?;
+            ensure!(internal == "true", "{internal}");
+            let run = ["run", "-d", "--name", "first", "--network", "alone", "--ip", "10.92.1.10", IMAGE];
+            let first = docker(engine, &[&run[..], &["sleep", "1000"]].concat())?;
+            if first.code == 0 {
+                let ping = ["run", "--rm", "--network", "alone", IMAGE, "ping", "-c", "1", "-w", "30"];
+                docker(engine, &[&ping[..], &["10.92.1.10"]].concat())?.ok()?;
+            } else {
+                ensure!(lacks(&first), "{first:?}");
+                crate::skip(&first.stderr);
+            }
+            clear(engine, "first", "alone")?;
+        } else {
+            ensure!(lacks(&made), "{made:?}");
+            crate::skip(&made.stderr);
+        }
+        let after = leavings(engine)?;
+        ensure!(before == after, "{driver}: {before:?} and then {after:?}");
     }
     Ok(())
 }

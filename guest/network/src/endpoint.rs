@@ -458,7 +458,7 @@ fn create(
 }
 
 /// A kernel that does not know a kind of interface says "not supported", which could be anything.
-fn without_driver(error: NetlinkError, driver: &str) -> NetlinkError {
+pub(crate) fn without_driver(error: NetlinkError, driver: &str) -> NetlinkError {
     match error {
         NetlinkError::Refused { action, source } if source.raw_os_error() == Some(nix::libc::EOPNOTSUPP) => {
             let hint = format!(

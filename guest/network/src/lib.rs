@@ -43,6 +43,7 @@
 
 mod bridge;
 pub mod dns;
+mod dummy;
 mod endpoint;
 mod firewall;
 pub mod forwarding;
@@ -52,6 +53,7 @@ mod netlink;
 mod sandbox;
 
 pub use bridge::{Bridge, BridgeError, BridgeSpec, is_interface_name};
+pub use dummy::{ensure_dummy, remove_dummy};
 pub use endpoint::{
     Endpoint, EndpointError, EndpointSpec, Gateway, Gateways, HostEnds, Ipvlan, Macvlan, SLOTS_MAX, Uplink,
 };

@@ -1,6 +1,6 @@
 //! The kernel's side of a network: its interface and its rules, made and taken away.
 
-use guest_network::{Bridge, BridgeSpec, forwarding};
+use guest_network::{Bridge, BridgeSpec, ensure_dummy, forwarding, remove_dummy};
 use ipnet::IpNet;
 
 use super::options::Kind;
@@ -27,9 +27,21 @@ impl Networks {
     async fn raise_now(&self, record: &NetworkRecord) -> Result<(), Failure> {
         match record.driver {
             Driver::Bridge => self.raise_bridge(record).await,
+            Driver::Macvlan | Driver::Ipvlan if has_own_parent(record) => self.raise_parent(record).await,
             Driver::Macvlan | Driver::Ipvlan => check_parent(record),
             Driver::Host | Driver::Null => Ok(()),
         }
+    }
+
+    /// The parent of a network that was given none: an interface that leads nowhere, as with dockerd.
+    async fn raise_parent(&self, record: &NetworkRecord) -> Result<(), Failure> {
+        ensure_dummy(&record.interface)
+            .await
+            .map_err(|error| Failure::internal(format!("cannot set up network {}", record.name), &error))?;
+        if let Some(net) = self.state().networks.get_mut(&record.id) {
+            net.guarded = true;
+        }
+        Ok(())
     }
 
     async fn raise_bridge(&self, record: &NetworkRecord) -> Result<(), Failure> {
@@ -93,6 +105,11 @@ impl Networks {
                 Failure::internal(format!("cannot remove the interface of network {}", record.name), &error)
             })?;
         }
+        if has_own_parent(&record) {
+            remove_dummy(&record.interface).await.map_err(|error| {
+                Failure::internal(format!("cannot remove the interface of network {}", record.name), &error)
+            })?;
+        }
         self.firewall.refresh().await
     }
 
@@ -125,21 +142,21 @@ pub(super) fn is_interface(wanted: &str) -> bool {
     table.lines().filter_map(|line| line.split_once(':')).any(|(name, _)| name.trim() == wanted)
 }
 
+/// A macvlan or ipvlan network without an interface of the host.
+fn has_own_parent(record: &NetworkRecord) -> bool {
+    matches!(record.driver, Driver::Macvlan | Driver::Ipvlan) && !record.options.contains_key("parent")
+}
+
 /// A macvlan or ipvlan network hangs on an interface of the host, which has to be there.
 fn check_parent(record: &NetworkRecord) -> Result<(), Failure> {
     if is_interface(&record.interface) {
         return Ok(());
     }
-    let driver = record.driver.name();
-    Err(if record.options.contains_key("parent") {
-        Failure::invalid(format!(
-            "there is no interface `{}` on this computer for the {driver} network {} to hang on; make it first, or \
-             name another one with `-o parent=`",
-            record.interface, record.name
-        ))
-    } else {
-        Failure::invalid(format!(
-            "a {driver} network needs an interface of this computer to hang on: name it with `-o parent=`"
-        ))
-    })
+    Err(Failure::invalid(format!(
+        "there is no interface `{}` on this computer for the {} network {} to hang on; make it first, or name another \
+         one with `-o parent=`",
+        record.interface,
+        record.driver.name(),
+        record.name
+    )))
 }

@@ -3,7 +3,7 @@
 
 use std::path::PathBuf;
 
-use guest_network::Bridge;
+use guest_network::{Bridge, remove_dummy};
 
 use super::raise::is_interface;
 use super::record::{Driver, NetworkRecord};
@@ -19,7 +19,9 @@ impl Networks {
     /// Notes that a network's interface and its record part company for a while.
     pub(super) fn note_unfinished(&self, record: &NetworkRecord) -> Result<(), Failure> {
         let is_new = self.state().networks.get(&record.id).is_some_and(|net| net.phase == Phase::Making);
-        if record.driver != Driver::Bridge
+        if !matches!(record.driver, Driver::Bridge | Driver::Macvlan | Driver::Ipvlan)
+            // Never taken for ours: the note would have it removed.
+            || (record.driver != Driver::Bridge && record.options.contains_key("parent"))
             || !record.owns_interface
             // Somebody else's.
             || (is_new && is_interface(&record.interface))
@@ -58,7 +60,15 @@ impl Networks {
                 if let Ok(record) = serde_json::from_slice::<NetworkRecord>(&bytes)
                     && !self.state().networks.contains_key(&record.id)
                 {
-                    Bridge::remove(&record.interface).await.map_err(std::io::Error::other)?;
+                    match record.driver {
+                        Driver::Bridge => Bridge::remove(&record.interface)
+                            .await
+                            .map(drop)
+                            .map_err(std::io::Error::other)?,
+                        _ => {
+                            remove_dummy(&record.interface).await.map(drop).map_err(std::io::Error::other)?
+                        }
+                    }
                 }
                 std::fs::remove_file(entry.path())
             };
