@@ -15,7 +15,7 @@ use guest_protocol::{GrantedPort, PortRequest, Transport};
 use tokio_util::sync::CancellationToken;
 
 use super::service::Networks;
-use super::state::Place;
+use super::state::{Place, State};
 use crate::host::HostLeases;
 
 /// Between two looks at the kernel's tables.
@@ -134,12 +134,24 @@ fn wishes(
     wishes
 }
 
+/// Where a port of a container on the machine's own network is heard on the computer, or why it is not. `None` where
+/// it has not been seen to listen there yet.
+pub(super) fn led(
+    state: &State,
+    container: &str,
+    (transport, port): (Transport, u16),
+) -> Option<Result<Vec<GrantedPort>, String>> {
+    let wish = Wish { container: container.to_owned(), transport, port };
+    let led = state.led.get(&wish).map(|led| Ok(led.ports.clone()));
+    led.or_else(|| state.not_led.get(&wish).cloned().map(Err))
+}
+
 impl Networks {
     /// Keeps the computer's loopback addresses equal to what containers on the machine's own network listen at.
     /// Returns at `stop`, or at once where the engine runs directly on the computer.
     pub async fn follow_listeners(self: Arc<Self>, stop: CancellationToken) {
         let Some(outside) = self.outside.clone() else { return };
-        let (mut before, mut refused) = ((Vec::new(), BTreeMap::new()), BTreeSet::new());
+        let mut before = (Vec::new(), BTreeMap::new());
         while stop.run_until_cancelled(tokio::time::sleep(PERIOD)).await.is_some() {
             let containers: Vec<String> = {
                 let state = self.state();
@@ -158,40 +170,38 @@ impl Networks {
             let Ok((wishes, now)) = looked.await else { return };
             before = now;
             if let Some(wishes) = wishes {
-                self.lead(&outside, wishes, &mut refused).await;
+                self.lead(&outside, wishes).await;
             }
         }
     }
 
-    async fn lead(
-        &self,
-        outside: &HostLeases,
-        wishes: BTreeMap<Wish, SocketAddr>,
-        refused: &mut BTreeSet<Wish>,
-    ) {
+    async fn lead(&self, outside: &HostLeases, wishes: BTreeMap<Wish, SocketAddr>) {
         let gone: Vec<Wish> = {
             let mut state = self.state();
             let gone: Vec<Wish> =
                 state.led.keys().filter(|wish| !wishes.contains_key(*wish)).cloned().collect();
             gone.iter().for_each(|wish| drop(state.led.remove(wish)));
+            state.not_led.retain(|wish, _| wishes.contains_key(wish));
             gone
         };
         gone.iter().for_each(|wish| outside.release(&wish.lease()));
-        refused.retain(|wish| wishes.contains_key(wish));
         for (wish, target) in wishes {
-            if let Some(led) = self.state().led.get_mut(&wish) {
-                led.target = target;
-                continue;
-            }
-            if refused.contains(&wish) {
-                continue;
+            {
+                let mut state = self.state();
+                if let Some(led) = state.led.get_mut(&wish) {
+                    led.target = target;
+                    continue;
+                }
+                if state.not_led.contains_key(&wish) {
+                    continue;
+                }
             }
             match outside.acquire(&wish.lease(), vec![wish.request()]).await {
                 Ok(ports) => drop(self.state().led.insert(wish, Led { target, ports })),
                 Err(error) => {
                     tracing::warn!(container = &wish.container[..12], port = wish.port, transport = %wish.transport,
                         %error, "what it listens at cannot be reached on the computer's localhost");
-                    refused.insert(wish);
+                    self.state().not_led.insert(wish, error.to_string());
                 }
             }
         }

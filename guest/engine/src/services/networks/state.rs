@@ -28,6 +28,8 @@ pub struct State {
     pub members: BTreeMap<String, Member>,
     /// What containers on the machine's own network listen at, as held on the computer around it.
     pub led: BTreeMap<Wish, Led>,
+    /// What could not be, and why; not asked for again while it listens.
+    pub not_led: BTreeMap<Wish, String>,
     /// What the settings say of names to containers that say nothing themselves.
     pub usual_names: UsualNames,
 }

@@ -4,8 +4,9 @@ use std::net::{IpAddr, SocketAddr};
 
 use guest_api::network::WayLink;
 use guest_network::Protocol;
-use guest_protocol::{Transport, sockets};
+use guest_protocol::{GrantedPort, Transport, sockets};
 
+use super::listening;
 use super::ports::{self, Published};
 use super::service::Networks;
 use super::state::{Member, Place, State};
@@ -117,6 +118,27 @@ fn leases(name: &str, (protocol, port): Port, published: &[Published]) -> WayLin
     holds("lease", format!("{port}/{protocol} is published at {}", at.join(" and ")))
 }
 
+/// The same for a container on the machine's own network, whose listeners the computer's localhost has.
+fn led_lease(name: &str, (protocol, port): Port, led: Option<Result<Vec<GrantedPort>, String>>) -> WayLink {
+    match led {
+        Some(Ok(ports)) => {
+            let at: Vec<String> =
+                ports.iter().map(|port| SocketAddr::new(port.address, port.port).to_string()).collect();
+            holds("lease", format!("{port}/{protocol} is heard on the computer at {}", at.join(" and ")))
+        }
+        Some(Err(why)) => broken(
+            "lease",
+            format!("{port}/{protocol} of {name} is not heard on the computer's localhost: {why}"),
+            format!("`engine restart {name}` tries again once that is put right"),
+        ),
+        None => broken(
+            "lease",
+            format!("{port}/{protocol} of {name} is not heard on the computer's localhost yet"),
+            "wait a second: listeners of such containers are looked for that often".to_owned(),
+        ),
+    }
+}
+
 impl Networks {
     /// The links of the way to a container, or to one of its ports; the last one is the first that does not hold.
     pub async fn why(&self, view: &View, port: Option<Port>) -> Vec<WayLink> {
@@ -158,6 +180,12 @@ impl Networks {
         links.push(listener(port, live.pid, &name, is_host));
         if !is_host {
             links.push(leases(&name, port, &published));
+        } else if self.outside.is_some()
+            && let (Protocol::Tcp, number) | (Protocol::Udp, number) = port
+        {
+            let transport = if port.0 == Protocol::Tcp { Transport::Tcp } else { Transport::Udp };
+            let led = listening::led(&self.state(), &view.record.id, (transport, number));
+            links.push(led_lease(&name, port, led));
         }
         let whole = links.iter().position(|link| !link.holds).map_or(links.len(), |first| first + 1);
         links.truncate(whole);
@@ -243,5 +271,17 @@ mod tests {
         assert_eq!((link.holds, link.says.as_str()), (true, "80/tcp is published at 127.0.0.1:8080"));
         let link = leases("web", (Protocol::Udp, 80), &[one]);
         assert_eq!((link.holds, link.cure.as_str()), (false, "run it with `-p 80:80/udp`"));
+    }
+
+    #[test]
+    fn a_host_containers_port_that_the_computer_refuses_is_told_with_the_reason() {
+        let tell = |led| led_lease("web", (Protocol::Tcp, 80), led);
+        let refused = tell(Some(Err("port 80 is for administrators".to_owned())));
+        assert!(!refused.holds && refused.says.contains("port 80 is for administrators"), "{refused:?}");
+        assert!(!tell(None).holds);
+        let address = IpAddr::from([127, 0, 0, 1]);
+        let granted = GrantedPort { transport: Transport::Tcp, address, port: 80, container_port: 80 };
+        let heard = tell(Some(Ok(vec![granted])));
+        assert!(heard.holds && heard.says.contains("127.0.0.1:80"), "{heard:?}");
     }
 }
