@@ -375,6 +375,9 @@ fn attach(
     let made = (|| {
         remove_link(outside, &host)?;
         create(outside, namespace, &host, mac, spec)?;
+        if !matches!(spec.uplink, Uplink::Bridge { .. }) {
+            rename(within, &host, &spec.interface)?;
+        }
         configure(within, mac, spec)
     })();
     match made {
@@ -391,6 +394,8 @@ fn attach(
     }
 }
 
+/// Makes the interface in the sandbox. A child of another interface gets the name `host` at first: the kernel wants the name
+/// to be free outside too, where an `eth0` is likely.
 fn create(
     outside: &mut Netlink,
     namespace: i32,
@@ -430,7 +435,7 @@ fn create(
                 Macvlan::Passthru => MacVlanMode::Passthrough,
             };
             let parent_index = index_of(outside, parent)?;
-            let mut child = LinkMacVlan::new(&spec.interface, parent_index, mode)
+            let mut child = LinkMacVlan::new(host, parent_index, mode)
                 .append_extra_attribute(LinkAttribute::NetNsFd(namespace));
             // Of a passthrough child the hardware address is the parent's own.
             if mode != MacVlanMode::Passthrough {
@@ -447,7 +452,7 @@ fn create(
                 Ipvlan::L3s => IpVlanMode::L3S,
             };
             let parent_index = index_of(outside, parent)?;
-            let child = LinkIpVlan::new(&spec.interface, parent_index, mode)
+            let child = LinkIpVlan::new(host, parent_index, mode)
                 .append_extra_attribute(LinkAttribute::NetNsFd(namespace))
                 .build();
             let action = format!("create an ipvlan interface on `{parent}`");
@@ -455,6 +460,20 @@ fn create(
             made.map_err(|error| without_driver(error, "ipvlan"))
         }
     }
+}
+
+/// Gives an interface that was just made its name; without success it is removed again.
+fn rename(within: &mut Netlink, made: &str, interface: &str) -> Result<(), NetlinkError> {
+    let index = index_of(within, made)?;
+    let message = LinkUnspec::new_with_index(index).name(interface).build();
+    let action = format!("give interface `{made}` the name `{interface}`");
+    let renamed = within.ask(Request::change(action, RouteNetlinkMessage::SetLink(message)));
+    if renamed.is_err()
+        && let Err(also) = within.remove_link(index)
+    {
+        tracing::warn!(interface = made, error = %also, "a failed endpoint stays behind");
+    }
+    renamed
 }
 
 /// A kernel that does not know a kind of interface says "not supported", which could be anything.

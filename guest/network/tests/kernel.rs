@@ -391,6 +391,8 @@ fn a_macvlan_child_is_on_its_parents_network() {
         let folder = Folder::new();
         ip(&["link", "add", "up0", "type", "bridge"]);
         ip(&["link", "set", "up0", "up"]);
+        // The name inside may be taken outside: machines have an `eth0`.
+        ip(&["link", "add", "eth0", "type", "bridge"]);
         let one = Sandbox::create(&folder.path("one")).await.unwrap();
         let two = Sandbox::create(&folder.path("two")).await.unwrap();
         let child = |container, address| EndpointSpec {
@@ -403,6 +405,12 @@ fn a_macvlan_child_is_on_its_parents_network() {
         assert_eq!(heard, ("hello".into(), Ipv4Addr::new(192, 0, 2, 2).into()));
         Endpoint::detach(&one, CONTAINER, 0, "eth0", Gateways::default()).await.unwrap();
         assert_eq!(inside(&one, interfaces), ["lo"]);
+
+        inside(&one, || ip(&["link", "add", "eth0", "type", "bridge"]));
+        let error = attach(&one, child(CONTAINER, "192.0.2.2/24"), "192.0.2.1").await.unwrap_err();
+        assert!(error.to_string().contains("eth0"), "{error}");
+        assert_eq!(inside(&one, interfaces), ["lo", "eth0"], "what was there stays, and nothing else");
+        inside(&one, || ip(&["link", "del", "eth0"]));
 
         let spec = EndpointSpec {
             uplink: Uplink::Ipvlan { parent: "gone0".into(), mode: guest_network::Ipvlan::L2 },
