@@ -1,8 +1,10 @@
 //! `kill -9` of each process at bad moments: no orphan, no lost image or container, and the next command works.
 
 use crate::Scenario;
+use crate::networks::{PATIENCE, says};
 use anyhow::{Context, Result, bail, ensure};
 use std::collections::BTreeSet;
+use std::net::TcpListener;
 use std::process::Command;
 use std::time::{Duration, Instant};
 use tests_harness::{Engine, IMAGE, Layer, TestImage, wait_until};
@@ -22,6 +24,7 @@ pub(crate) fn machine_scenarios() -> Vec<Scenario> {
             body: a_killed_daemon_takes_the_machine_with_it,
         },
         Scenario { name: "crash::a_killed_vm_process_is_replaced", body: a_killed_vm_process_is_replaced },
+        Scenario { name: "crash::published_ports_come_back", body: published_ports_come_back },
         Scenario {
             name: "crash::a_killed_engine_in_the_machine_returns",
             body: a_killed_engine_in_the_machine_returns,
@@ -137,6 +140,28 @@ fn a_killed_vm_process_is_replaced(engine: &Engine) -> Result<()> {
 
 fn machine_process(engine: &Engine) -> Result<&'static str> {
     engine.stage.machine_process().context("this stage has no machine")
+}
+
+/// A published port is let go with whoever holds it, is back when the machine is, and nothing of it stays.
+fn published_ports_come_back(engine: &Engine) -> Result<()> {
+    let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string();
+    let free = || {
+        wait_until("the port is free", PATIENCE, || Ok(TcpListener::bind(&address).ok().map(drop)))
+            .with_context(|| address.clone())
+    };
+    let (publish, serve) = (format!("{address}:80"), "while :; do echo served | nc -l -p 80; done");
+    let run = ["run", "-d", "--init", "--restart", "always", "--name", "served", "-p", &publish, IMAGE];
+    engine.engine(run.into_iter().chain(["sh", "-c", serve]))?.ok()?;
+    says(&address, "served")?;
+    for name in ["engined", "engine-vmm", "engined"] {
+        engine.processes().kill(name)?;
+        free().with_context(|| format!("after kill -9 of {name}"))?;
+        // The next command starts the machine, which starts the container.
+        engine.engine(["ps"])?.ok()?;
+        says(&address, "served").with_context(|| format!("after kill -9 of {name}"))?;
+    }
+    engine.engine(["rm", "-f", "served"])?.ok()?;
+    free()
 }
 
 /// From a root shell in the machine: the engine, then a container's shim.
