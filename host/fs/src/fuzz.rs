@@ -5,7 +5,8 @@ use std::os::fd::BorrowedFd;
 
 use crate::{CachePolicy, ExportSpec, Owners, Payload, Room, Server};
 
-struct Bytes<'a>(&'a [u8]);
+/// A write's data in memory.
+pub(crate) struct Bytes<'a>(pub(crate) &'a [u8]);
 
 impl Payload for Bytes<'_> {
     fn remaining(&self) -> usize {

@@ -5,8 +5,9 @@ use std::os::fd::BorrowedFd;
 
 use rustix::io::Errno;
 
+use crate::fuzz::Bytes;
 use crate::reply::Reply;
-use crate::server::{Payload, Room, Server};
+use crate::server::{Room, Server};
 
 /// Room for an answer, as a kernel leaves it.
 const ROOM_BYTES: usize = 1 << 17;
@@ -34,20 +35,6 @@ pub struct Guest {
     /// Who asks.
     pub uid: u32,
     pub gid: u32,
-}
-
-pub struct Bytes<'a>(pub &'a [u8]);
-
-impl Payload for Bytes<'_> {
-    fn remaining(&self) -> usize {
-        self.0.len()
-    }
-
-    fn write_at(&mut self, file: BorrowedFd<'_>, offset: u64) -> io::Result<usize> {
-        let count = rustix::io::pwrite(file, self.0, offset)?;
-        self.0 = &self.0[count..];
-        Ok(count)
-    }
 }
 
 pub struct Space(pub Vec<u8>);
