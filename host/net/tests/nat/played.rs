@@ -169,6 +169,14 @@ impl Script {
         self.stack.counters().dropped(reason)
     }
 
+    /// So much was dropped for these reasons, and nothing was started or said.
+    pub fn assert_only_dropped(&mut self, expected: &[(DropReason, u64)]) {
+        for (reason, count) in expected {
+            assert_eq!(self.dropped(*reason), *count, "{reason:?}");
+        }
+        assert_eq!((self.operations(), self.said()), (vec![], vec![]));
+    }
+
     /// Opens a connection up to the guest's ACK; returns the flow and our first sequence number.
     pub fn open(&mut self, port: u16, to: SocketAddr) -> (FlowId, u32) {
         self.tcp(port, to, syn(1000));
