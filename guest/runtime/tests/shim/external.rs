@@ -99,14 +99,16 @@ fn other_processes_run_in_a_container_of_another_runtime() {
             shim.exec_output("e1", &["sh", "-c", "cat /proc/1/cmdline | tr '\\0' ' '; exit 5"]),
             (5, "sleep 1000 ".to_owned())
         );
-        shim.exec("e2", process(&["stty", "size"]), true, Stdin::None).unwrap();
+        // crun 1.8 takes no notice of the size for such a process; it comes from the shim then, a moment later.
+        let sized =
+            "for i in $(seq 1000); do [ \"$(stty size)\" = '30 90' ] && exit; sleep 0.01; done; exit 1";
+        shim.exec("e2", process(&["sh", "-c", sized]), true, Stdin::None).unwrap();
         let id = Some("e2".to_owned());
         let mut attached = shim.connect().attach(id.clone(), false, true, true).unwrap();
         shim.connect().start(id.clone()).unwrap();
         let mut said = String::new();
         attached.read_to_string(&mut said).unwrap();
-        assert_eq!(said.trim(), "30 90", "{program}");
-        assert_eq!(shim.connect().wait(id).unwrap().code, 0);
+        assert_eq!(shim.connect().wait(id).unwrap().code, 0, "{program}: {said}");
         let missing = Some("e3".to_owned());
         shim.exec("e3", process(&["nope"]), false, Stdin::None).unwrap();
         let (kind, message) = refusal(shim.connect().start(missing.clone()));

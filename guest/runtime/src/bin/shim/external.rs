@@ -37,7 +37,7 @@ pub fn exec(
 ) -> Result<Made, RuntimeError> {
     let folder = dir.join(RUNTIME_DIR);
     let mut process = process.clone();
-    // It runs before we have its terminal.
+    // It runs before we have its terminal. (crun 1.8 takes no notice: its processes see the size a moment later.)
     let cells = |size: ConsoleSize| BoxBuilder::default().width(size.width).height(size.height).build();
     let size = wanted.size.map(cells).transpose().map_err(|error| RuntimeError::Runtime {
         step: "describe the terminal",
