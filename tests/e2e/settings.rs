@@ -278,11 +278,13 @@ fn a_kill_for_want_of_memory_is_an_event_while_it_runs(engine: &Engine) -> Resul
         &until,
         "--filter",
         "event=oom",
+        "--filter",
+        "container=hungry",
         "--format",
-        "{{.Actor.Attributes.name}}",
+        "{{.Action}}",
     ];
     let said = docker(engine, &words)?.ok()?;
-    ensure!(said.lines().next() == Some("hungry"), "{said:?}");
+    ensure!(said.lines().next() == Some("oom"), "{said:?}");
     let shown = inspect(engine, "hungry")?;
     ensure!(shown["State"]["Running"] == true, "{shown}");
     docker(engine, &["rm", "-f", "hungry"])?.ok().map(drop)
