@@ -22,6 +22,7 @@ mod mounts;
 mod network;
 mod power;
 mod process;
+mod processors;
 mod session;
 mod status;
 #[expect(unsafe_code, reason = "the one place for calls without a safe wrapper")]
@@ -156,7 +157,14 @@ async fn bring_up(
     }
     let (devices, rest) = Modules::of_this_image();
     devices.load();
-    let rest = spawn_blocking(|| rest.load());
+    let rest = spawn_blocking(|| {
+        rest.load();
+        match processors::turn_on() {
+            Ok(0) => {}
+            Ok(count) => info!(count, "processors turned on"),
+            Err(error) => warn!("the machine runs with fewer processors than it has: {error:#}"),
+        }
+    });
     if let Err(error) = mounts::mount_shares() {
         warn!(error = format!("{error:#}"), "containers cannot bind folders of the host");
     }

@@ -8,6 +8,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use host_hypervisor::qemu::TCG_CMDLINE;
 use serde::{Deserialize, Serialize};
 
 /// Below this the kernel, the initramfs (unpacked into memory) and the engine do not fit.
@@ -18,8 +19,8 @@ pub const CPUS_MAX: u32 = 64;
 pub const DISK_BYTES_MIN: u64 = 64 * 1024 * 1024;
 /// Disk sizes are whole sectors of this many bytes.
 pub const SECTOR_BYTES: u64 = 512;
-/// x86 kernels read at most 2048 bytes of command line (`COMMAND_LINE_SIZE`).
-pub const CMDLINE_BYTES_MAX: usize = 2047;
+/// x86 kernels read at most 2047 bytes of command line (`COMMAND_LINE_SIZE`), some of which a back end may need.
+pub const CMDLINE_BYTES_MAX: usize = 2047 - TCG_CMDLINE.len();
 
 /// A machine, as data.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -345,7 +346,7 @@ mod tests {
 
     #[test]
     fn the_command_line_is_checked() {
-        check(|spec| spec.cmdline = "a".repeat(3000), "the limit is 2047");
+        check(|spec| spec.cmdline = "a".repeat(3000), "the limit is 2036");
         check(|spec| spec.cmdline = "quiet\nrdinit=/bin/sh".into(), "control character");
     }
 

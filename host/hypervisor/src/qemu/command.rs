@@ -74,6 +74,14 @@ pub enum Device {
 /// Translation buffer of the software processor: QEMU's own default grows to 1 GiB.
 const TRANSLATION_MIB: u32 = 256;
 
+/// What the software processor adds to the kernel's command line: boot on one processor; the agent turns the others on.
+///
+/// The kernel patches its own code while it boots (jump labels: a breakpoint first, then the rest, then the first byte).
+/// QEMU before 8.1 does not lock a page that it translates, so a thread that translates the breakpoint while another
+/// processor's thread replaces it keeps a stale breakpoint for ever, and the kernel dies of it: `Oops: int3`. Most
+/// patching is over when the boot is, and most code has been translated then.
+pub const TCG_CMDLINE: &str = " maxcpus=1";
+
 /// The arguments after the program's name.
 pub fn arguments(machine: &Machine) -> Vec<OsString> {
     let mut line = CommandLine(Vec::new());
@@ -93,7 +101,13 @@ pub fn arguments(machine: &Machine) -> Vec<OsString> {
     line.option("-object", format!("memory-backend-memfd,id=memory,size={}M,share=on", machine.memory_mib));
     line.flag("-kernel").flag(machine.kernel.as_os_str());
     line.flag("-initrd").flag(machine.initramfs.as_os_str());
-    line.option("-append", machine.cmdline.as_str());
+    line.option(
+        "-append",
+        match machine.accelerator {
+            Accelerator::Kvm => machine.cmdline.clone(),
+            Accelerator::Tcg => format!("{}{TCG_CMDLINE}", machine.cmdline),
+        },
+    );
     for (index, device) in machine.devices.iter().enumerate() {
         line.device(index, device);
     }
@@ -199,7 +213,7 @@ mod tests {
             "-object memory-backend-memfd,id=memory,size=1024M,share=on",
             "-kernel /images/a kernel",
             "-initrd /images/root,fs",
-            "-append console=ttyS0 quiet",
+            "-append console=ttyS0 quiet maxcpus=1",
             "-chardev socket,id=device0,fd=10",
             "-serial chardev:device0",
             "-device virtio-rng-pci",
@@ -221,7 +235,7 @@ mod tests {
     #[test]
     fn paths_and_the_cmdline_stay_one_argument() {
         let line = arguments(&machine());
-        for whole in ["/images/a kernel", "/images/root,fs", "console=ttyS0 quiet"] {
+        for whole in ["/images/a kernel", "/images/root,fs", "console=ttyS0 quiet maxcpus=1"] {
             assert!(line.iter().any(|argument| argument == whole), "{whole}");
         }
     }
@@ -231,6 +245,7 @@ mod tests {
         let line = arguments(&Machine { accelerator: Accelerator::Kvm, monitor: None, ..machine() });
         let accel = line.iter().position(|argument| argument == "-accel").unwrap();
         assert_eq!(line[accel + 1], "kvm");
+        assert!(line.iter().any(|argument| argument == "console=ttyS0 quiet"));
         assert!(!line.iter().any(|argument| argument == "-mon"));
     }
 }

@@ -8,7 +8,7 @@ mod command;
 mod monitor;
 mod process;
 
-pub use command::{Device, Machine, arguments};
+pub use command::{Device, Machine, TCG_CMDLINE, arguments};
 pub use monitor::{Monitor, MonitorEvent};
 pub use process::{Exit, Killer, Launch, LaunchError, Meter, PassedFds, Process};
 
