@@ -115,22 +115,26 @@ fn a_larger_disk_is_grown_and_a_smaller_one_refused(engine: &Engine) -> Result<(
     if engine.stage == Stage::Native {
         return Ok(());
     }
-    // Settings are read by the daemon: each size has a daemon of its own.
-    let at_size = |gib: &str, arguments: &[&str]| {
+    // A home of its own, in which the settings file alone tells the size.
+    let grown = |arguments: &[&str]| {
         let mut command = engine.command(arguments);
-        command.env("ENGINE_HOME", engine.path("grown")).env("ENGINE_MACHINE_DISK_GIB", gib);
+        command.env("ENGINE_HOME", engine.path("grown")).env_remove("ENGINE_MACHINE_DISK_GIB");
         run(command)
     };
-    let boot = |gib: &str| -> Result<u64> {
-        at_size(gib, &["machine", "start"])?.ok()?;
-        let total = at_size(gib, &["machine", "info", "-f", "{{.guest.disk_total_bytes}}"])?.ok()?;
-        at_size(gib, &["machine", "shutdown"])?.ok()?;
+    let boot = |size: &str| -> Result<u64> {
+        grown(&["machine", "set", size])?.ok()?;
+        grown(&["machine", "start"])?.ok()?;
+        let total = grown(&["machine", "info", "-f", "{{.guest.disk_total_bytes}}"])?.ok()?;
+        let set = grown(&["machine", "set", "cpus=2"])?;
+        ensure!(set.code == 0 && set.stderr.contains("until `engine machine restart`"), "{set:?}");
+        grown(&["machine", "stop"])?.ok()?;
         Ok(total.parse()?)
     };
-    let small = boot("1")?;
-    let large = boot("3")?;
+    let small = boot("disk=1g")?;
+    let large = boot("disk=3g")?;
     ensure!(small < 1 << 30 && large > 5 << 29, "{small} bytes became {large}");
-    at_size("2", &["machine", "start"])?.fails_with(1, "shrink")?;
-    at_size("2", &["machine", "shutdown"])?.ok()?;
+    grown(&["machine", "set", "disk=2g"])?.fails_with(1, "never shrinks")?;
+    grown(&["machine", "set", "cpus=none"])?.fails_with(1, "`none` is not a number of CPUs")?;
+    grown(&["machine", "shutdown"])?.ok()?;
     Processes::of(&engine.path("grown")).expect_none(std::time::Duration::from_secs(30))
 }

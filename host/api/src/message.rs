@@ -24,6 +24,8 @@ pub enum Request {
     Status,
     /// Everything known about the machine, the guest's own figures included.
     Info,
+    /// Change the machine's settings. Answered by [`Reply::Set`].
+    Set(MachineSettings),
     /// The lines of one log, as [`Reply::Text`].
     Logs {
         /// Which log.
@@ -33,6 +35,20 @@ pub enum Request {
     },
     /// Stop the machine, then the daemon.
     Shutdown,
+}
+
+/// What of the machine can be set. `None` stays as it is.
+#[derive(Debug, Default, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MachineSettings {
+    /// Virtual CPUs.
+    pub cpus: Option<u32>,
+    /// Guest memory in MiB.
+    pub memory_mib: Option<u32>,
+    /// Size of the data disk in GiB. It never shrinks.
+    pub disk_gib: Option<u64>,
+    /// `auto`, `kvm` or `qemu`.
+    pub backend: Option<String>,
 }
 
 /// The logs of one machine.
@@ -76,6 +92,13 @@ pub enum Reply {
     Status(MachineStatus),
     /// Ends the answer.
     Info(Box<MachineInfo>),
+    /// The settings are kept. Ends the answer.
+    Set {
+        /// The machine runs with others until it is started again.
+        restart: bool,
+        /// Variables of the daemon's environment that win over what was set.
+        overridden: Vec<String>,
+    },
     /// It could not be done. Ends the answer.
     Error {
         /// What failed and why, one sentence.
@@ -209,6 +232,10 @@ mod tests {
         check(
             &Request::Logs { source: LogSource::Console, follow: true },
             r#"{"request":"logs","source":"console","follow":true}"#,
+        );
+        check(
+            &Request::Set(MachineSettings { cpus: Some(2), ..Default::default() }),
+            r#"{"request":"set","cpus":2,"memory_mib":null,"disk_gib":null,"backend":null}"#,
         );
         let status =
             MachineStatus { machine: "default".into(), state: MachineState::Stopped { reason: None } };

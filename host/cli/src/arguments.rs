@@ -612,6 +612,12 @@ pub(crate) enum MachineCommand {
     Status(FormatArgs),
     /// Print what the machine is, what runs it, and why
     Info(FormatArgs),
+    /// Change the machine's size, or what runs it
+    Set {
+        /// cpus=4, memory=8g, disk=128g (it never shrinks), backend=auto|kvm|qemu
+        #[arg(required = true, value_name = "NAME=VALUE")]
+        settings: Vec<String>,
+    },
     /// Print the machine's logs
     Logs {
         /// Keep printing what is appended

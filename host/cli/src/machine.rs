@@ -3,10 +3,11 @@
 use crate::arguments::{EnvArgs, FormatArgs, MachineCommand};
 use crate::control::Daemon;
 use crate::output::{line, note, text};
+use crate::run::create::memory_bytes;
 use crate::session::{Session, watch};
 use crate::template::Template;
 use anyhow::{Context, Result, bail};
-use host_api::{LogSource, MachineInfo, MachineState, Reply, Request};
+use host_api::{LogSource, MachineInfo, MachineSettings, MachineState, Reply, Request};
 use std::io::{BufRead, IsTerminal};
 
 /// Carries out the command; the exit code for this process.
@@ -19,6 +20,7 @@ pub(crate) async fn machine(session: &Session, command: &MachineCommand) -> Resu
         MachineCommand::Restart => watch(&session.daemon().await?, &Request::Restart).await?,
         MachineCommand::Status(args) => status(session, args).await?,
         MachineCommand::Info(args) => info(session, args).await?,
+        MachineCommand::Set { settings } => set(session, settings).await?,
         MachineCommand::Logs { follow, engine, vmm, daemon } => {
             let source = match (engine, vmm, daemon) {
                 (true, ..) => LogSource::Engine,
@@ -68,6 +70,53 @@ async fn status(session: &Session, args: &FormatArgs) -> Result<()> {
         note(reason);
     }
     Ok(())
+}
+
+async fn set(session: &Session, words: &[String]) -> Result<()> {
+    let settings = settings(words)?;
+    let daemon = session.daemon().await?;
+    let Reply::Set { restart, overridden } = daemon.ask(&Request::Set(settings)).await?.next().await? else {
+        bail!("the daemon answered something else than what it has set");
+    };
+    for name in overridden {
+        note(&format!("`{name}` is set where the daemon was started, and wins over what is set here"));
+    }
+    if restart {
+        note("the machine runs as it was started until `engine machine restart`");
+    }
+    Ok(())
+}
+
+/// `cpus=4 memory=8g disk=128g backend=kvm`.
+fn settings(words: &[String]) -> Result<MachineSettings> {
+    let mut settings = MachineSettings::default();
+    for word in words {
+        let (name, value) = word
+            .split_once('=')
+            .with_context(|| format!("`{word}` is not NAME=VALUE, such as `memory=4g`"))?;
+        // In the unit the setting has; what is no whole number of them would not be what was asked for.
+        let whole = |shift: u32, unit: &str| {
+            let bytes = memory_bytes(value)?;
+            match bytes & ((1 << shift) - 1) {
+                0 => Ok(bytes >> shift),
+                _ => bail!("`{word}`: the {name} is a whole number of {unit}, such as `{name}=64g`"),
+            }
+        };
+        match name {
+            "cpus" => {
+                settings.cpus =
+                    Some(value.parse().with_context(|| format!("`{value}` is not a number of CPUs"))?);
+            }
+            "memory" => {
+                let mib = u32::try_from(whole(20, "MiB")?);
+                settings.memory_mib = Some(mib.with_context(|| format!("`{value}` is too much memory"))?);
+            }
+            "disk" => settings.disk_gib = Some(whole(30, "GiB")?.try_into()?),
+            "backend" => settings.backend = Some(value.to_owned()),
+            _ => bail!("the machine has no setting `{name}`: there are cpus, memory, disk and backend"),
+        }
+    }
+    Ok(settings)
 }
 
 async fn info(session: &Session, args: &FormatArgs) -> Result<()> {
@@ -165,6 +214,31 @@ fn quoted(text: &str) -> String {
 mod tests {
     use super::*;
     use host_api::{BackendChoice, MachineStatus};
+
+    #[test]
+    fn settings_are_read_in_the_units_people_use() {
+        let read =
+            |words: &[&str]| settings(&words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>());
+        let expected = MachineSettings {
+            cpus: Some(4),
+            memory_mib: Some(1536),
+            disk_gib: Some(1024),
+            backend: Some("kvm".into()),
+        };
+        assert_eq!(read(&["cpus=4", "memory=1.5g", "disk=1t", "backend=kvm"]).unwrap(), expected);
+        for (word, part) in [
+            ("cpus", "NAME=VALUE"),
+            ("cpus=two", "`two`"),
+            ("memory=4096", "whole number of MiB"),
+            ("memory=9e9g", "invalid size"),
+            ("memory=8e6g", "too much"),
+            ("disk=100m", "whole number of GiB"),
+            ("swap=1g", "no setting `swap`"),
+        ] {
+            let error = read(&[word]).unwrap_err().to_string();
+            assert!(error.contains(part), "{word}: {error}");
+        }
+    }
 
     #[test]
     fn info_tells_the_back_end_and_why() {

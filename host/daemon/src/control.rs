@@ -2,10 +2,13 @@
 
 use crate::bounded_log::BoundedLog;
 use crate::image::VmImage;
-use crate::settings::{HostSize, Settings};
+use crate::settings::{HostSize, Settings, VARIABLES};
 use crate::state_dir::StateDir;
 use crate::supervisor::{Handle, MACHINE};
-use host_api::{BackendChoice, GuestStatus, LogSource, MachineInfo, MachineState, Reply, Request, VERSION};
+use host_api::{
+    BackendChoice, GuestStatus, LogSource, MachineInfo, MachineSettings, MachineState, Reply, Request,
+    VERSION,
+};
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -117,6 +120,7 @@ impl Control {
             }
             Request::Status => Ok(Reply::Status(self.supervisor.status().borrow().clone())),
             Request::Info => Ok(Reply::Info(Box::new(self.info().await?))),
+            Request::Set(changes) => self.set(&changes),
             Request::Logs { source, follow } => {
                 self.logs(source, follow, client)
                     .await
@@ -162,6 +166,27 @@ impl Control {
         Ok(self.supervisor.stop().await?)
     }
 
+    fn set(&self, changes: &MachineSettings) -> Result<Reply, Refusal> {
+        let disk_bytes = std::fs::metadata(self.disk()).map_or(0, |disk| disk.len());
+        Settings::change(&self.state_dir.home().settings(), changes, HostSize::read(), disk_bytes)?;
+        let set = [
+            changes.cpus.is_some(),
+            changes.memory_mib.is_some(),
+            changes.disk_gib.is_some(),
+            changes.backend.is_some(),
+        ];
+        let overridden =
+            VARIABLES.iter().zip(set).filter(|(name, set)| *set && std::env::var_os(name).is_some());
+        Ok(Reply::Set {
+            restart: !matches!(self.supervisor.status().borrow().state, MachineState::Stopped { .. }),
+            overridden: overridden.map(|(name, _)| (*name).to_owned()).collect(),
+        })
+    }
+
+    fn disk(&self) -> PathBuf {
+        self.state_dir.home().machine_dir(MACHINE).join("disk.raw")
+    }
+
     async fn info(&self) -> Result<MachineInfo, Refusal> {
         let settings = Settings::load(
             &self.state_dir.home().settings(),
@@ -172,7 +197,7 @@ impl Control {
             Some(backend) => backend,
             None => would_choose(settings.backend).await?,
         };
-        let disk = self.state_dir.home().machine_dir(MACHINE).join("disk.raw");
+        let disk = self.disk();
         let file = std::fs::metadata(&disk).ok();
         let guest = self.supervisor.guest_info().await.map(|guest| GuestStatus {
             kernel: guest.kernel,

@@ -2,9 +2,12 @@
 
 use anyhow::{Context, Result, bail};
 use guest_protocol::{EngineSettings, HostProxies};
+use host_api::MachineSettings;
 use host_vmm::BackendChoice;
+use host_vmm::spec::check_size;
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
+use toml_edit::{DocumentMut, value};
 use tracing::warn;
 
 /// The machine's size and how it is run.
@@ -130,13 +133,35 @@ impl Settings {
         environment: impl Fn(&str) -> Option<String>,
         host: HostSize,
     ) -> Result<Self> {
-        let text = match std::fs::read_to_string(file) {
-            Ok(text) => text,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
-            Err(error) => return Err(error).with_context(|| format!("cannot read `{}`", file.display())),
-        };
-        Self::resolve(&text, environment, host)
+        Self::resolve(&read(file)?, environment, host)
             .with_context(|| format!("cannot use the settings in `{}`", file.display()))
+    }
+
+    /// Writes `changes` into `file`, whose comments and other settings stay, and returns what holds then. A machine that
+    /// cannot be, or a disk smaller than `disk_bytes`, is refused and nothing written. `environment` is not asked: what
+    /// it says may be gone tomorrow.
+    pub(crate) fn change(
+        file: &Path,
+        changes: &MachineSettings,
+        host: HostSize,
+        disk_bytes: u64,
+    ) -> Result<Self> {
+        let text = changed(&read(file)?, changes)
+            .with_context(|| format!("cannot change the settings in `{}`", file.display()))?;
+        let settings = Self::resolve(&text, |_| None, host)?;
+        let wanted = settings.disk_gib.checked_mul(1 << 30).context("a disk of that size is not possible")?;
+        check_size(settings.cpus, settings.memory_mib, wanted)?;
+        if wanted < disk_bytes {
+            bail!(
+                "the disk has {} GiB and never shrinks: `engine machine rm` begins anew, with an empty one",
+                disk_bytes >> 30
+            );
+        }
+        let written = file.with_extension("toml.new");
+        std::fs::write(&written, text)
+            .and_then(|()| std::fs::rename(&written, file))
+            .with_context(|| format!("cannot write `{}`", file.display()))?;
+        Ok(settings)
     }
 
     fn resolve(text: &str, environment: impl Fn(&str) -> Option<String>, host: HostSize) -> Result<Self> {
@@ -154,9 +179,10 @@ impl Settings {
             None => Ok(from_file.unwrap_or(default)),
         };
         let machine = file.machine;
-        let cpus = number("ENGINE_MACHINE_CPUS", machine.cpus.map(u64::from), host.cpus.clamp(1, 8).into())?;
+        let [cpus_variable, memory_variable, disk_variable, backend_variable] = VARIABLES;
+        let cpus = number(cpus_variable, machine.cpus.map(u64::from), host.cpus.clamp(1, 8).into())?;
         let memory = (host.memory_mib / 4).clamp(1024, 8192);
-        let backend = match environment("ENGINE_MACHINE_BACKEND").or(machine.backend) {
+        let backend = match environment(backend_variable).or(machine.backend) {
             Some(name) => backend_named(&name)?,
             None => BackendChoice::Auto,
         };
@@ -165,17 +191,51 @@ impl Settings {
                 .ok()
                 .filter(|cpus| *cpus > 0)
                 .with_context(|| format!("{cpus} CPUs are not possible"))?,
-            memory_mib: u32::try_from(number(
-                "ENGINE_MACHINE_MEMORY_MIB",
-                machine.memory_mib.map(u64::from),
-                memory,
-            )?)
-            .context("that much memory is not possible")?,
-            disk_gib: number("ENGINE_MACHINE_DISK_GIB", machine.disk_gib, 64)?,
+            memory_mib: u32::try_from(number(memory_variable, machine.memory_mib.map(u64::from), memory)?)
+                .context("that much memory is not possible")?,
+            disk_gib: number(disk_variable, machine.disk_gib, 64)?,
             backend,
             shares: file.shares,
         })
     }
+}
+
+/// The variables that win over the settings file.
+pub(crate) const VARIABLES: [&str; 4] =
+    ["ENGINE_MACHINE_CPUS", "ENGINE_MACHINE_MEMORY_MIB", "ENGINE_MACHINE_DISK_GIB", "ENGINE_MACHINE_BACKEND"];
+
+/// The settings file; one that is not there says nothing.
+fn read(file: &Path) -> Result<String> {
+    match std::fs::read_to_string(file) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(String::new()),
+        read => read.with_context(|| format!("cannot read `{}`", file.display())),
+    }
+}
+
+/// The text of a settings file with changes in it.
+fn changed(text: &str, changes: &MachineSettings) -> Result<String> {
+    let mut document: DocumentMut = text.parse()?;
+    if document.is_empty() {
+        document["version"] = value(1);
+    }
+    let machine = document.entry("machine").or_insert(toml_edit::table());
+    let table = machine.as_table_like_mut().context("`machine` is not a section")?;
+    let disk_gib =
+        changes.disk_gib.map(i64::try_from).transpose().context("a disk of that size is not possible")?;
+    let numbers = [
+        ("cpus", changes.cpus.map(i64::from)),
+        ("memory_mib", changes.memory_mib.map(i64::from)),
+        ("disk_gib", disk_gib),
+    ];
+    for (name, number) in numbers {
+        if let Some(number) = number {
+            table.insert(name, value(number));
+        }
+    }
+    if let Some(backend) = &changes.backend {
+        table.insert("backend", value(backend));
+    }
+    Ok(document.to_string())
 }
 
 fn backend_named(name: &str) -> Result<BackendChoice> {
@@ -258,6 +318,53 @@ mod tests {
         assert!(error("", &[("ENGINE_MACHINE_CPUS", "0")]).contains("0 CPUs"));
         assert!(error("", &[("ENGINE_MACHINE_BACKEND", "xen")]).contains("xen"));
         assert!(error("[shares]\npaths = [\"src\"]", &[]).contains("`src` is not an absolute path"));
+    }
+
+    #[test]
+    fn what_is_set_is_kept_and_the_rest_stays() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("settings.toml");
+        let change =
+            |changes: MachineSettings, disk_bytes| Settings::change(&file, &changes, HOST, disk_bytes);
+        let settings = change(MachineSettings { cpus: Some(3), ..Default::default() }, 0).unwrap();
+        assert_eq!((settings.cpus, settings.disk_gib), (3, 64));
+        assert_eq!(std::fs::read_to_string(&file).unwrap(), "version = 1\n\n[machine]\ncpus = 3\n");
+        let text = "# mine\n[machine]\ncpus = 2 # enough\n[shares]\npaths = [\"/srv\"]\n";
+        std::fs::write(&file, text).unwrap();
+        let changes = MachineSettings {
+            memory_mib: Some(2048),
+            disk_gib: Some(100),
+            backend: Some("qemu".into()),
+            ..Default::default()
+        };
+        let settings = change(changes, 64 << 30).unwrap();
+        assert_eq!((settings.cpus, settings.memory_mib, settings.backend), (2, 2048, BackendChoice::Qemu));
+        let kept = std::fs::read_to_string(&file).unwrap();
+        assert!(kept.starts_with("# mine\n[machine]\ncpus = 2 # enough\nmemory_mib = 2048"), "{kept}");
+        assert!(kept.contains("[shares]\npaths = [\"/srv\"]"), "{kept}");
+    }
+
+    #[test]
+    fn what_cannot_be_set_changes_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("settings.toml");
+        let mistakes = [
+            (MachineSettings { cpus: Some(0), ..Default::default() }, "0 CPUs"),
+            (MachineSettings { cpus: Some(1000), ..Default::default() }, "between 1 and 64"),
+            (MachineSettings { memory_mib: Some(1), ..Default::default() }, "too little"),
+            (MachineSettings { memory_mib: Some(u32::MAX), ..Default::default() }, "more than this host has"),
+            (MachineSettings { disk_gib: Some(1), ..Default::default() }, "never shrinks"),
+            (MachineSettings { disk_gib: Some(u64::MAX), ..Default::default() }, "not possible"),
+            (MachineSettings { backend: Some("xen".into()), ..Default::default() }, "xen"),
+        ];
+        for (changes, part) in mistakes {
+            let error = format!("{:#}", Settings::change(&file, &changes, HOST, 64 << 30).unwrap_err());
+            assert!(error.contains(part), "{error}");
+            assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+        }
+        std::fs::write(&file, "machine = 3").unwrap();
+        let error = Settings::change(&file, &MachineSettings::default(), HOST, 0).unwrap_err();
+        assert!(format!("{error:#}").contains("`machine` is not a section"), "{error:#}");
     }
 
     #[test]

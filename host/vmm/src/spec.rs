@@ -155,20 +155,7 @@ impl MachineSpec {
 
     /// The part of [`validate`](Self::validate) that needs nothing but the spec.
     fn validate_numbers(&self) -> Result<(), SpecError> {
-        if self.cpus == 0 || self.cpus > CPUS_MAX {
-            return Err(SpecError::Cpus { cpus: self.cpus });
-        }
-        if self.memory_mib < MEMORY_MIB_MIN {
-            return Err(SpecError::MemoryTooSmall { memory_mib: self.memory_mib });
-        }
-        let info = rustix::system::sysinfo();
-        let host_mib = (info.totalram as u64).saturating_mul(u64::from(info.mem_unit)) / (1024 * 1024);
-        if u64::from(self.memory_mib) > host_mib {
-            return Err(SpecError::MemoryTooLarge { memory_mib: self.memory_mib, host_mib });
-        }
-        if self.disk.size_bytes < DISK_BYTES_MIN {
-            return Err(SpecError::DiskTooSmall { size_bytes: self.disk.size_bytes });
-        }
+        check_size(self.cpus, self.memory_mib, self.disk.size_bytes)?;
         if !self.disk.size_bytes.is_multiple_of(SECTOR_BYTES) {
             return Err(SpecError::DiskNotSectors { size_bytes: self.disk.size_bytes });
         }
@@ -204,6 +191,25 @@ impl MachineSpec {
     pub fn boot_timeout(&self) -> Duration {
         Duration::from_secs(u64::from(self.boot_timeout_seconds))
     }
+}
+
+/// Whether a machine of this size is possible on this host.
+pub fn check_size(cpus: u32, memory_mib: u32, disk_bytes: u64) -> Result<(), SpecError> {
+    if cpus == 0 || cpus > CPUS_MAX {
+        return Err(SpecError::Cpus { cpus });
+    }
+    if memory_mib < MEMORY_MIB_MIN {
+        return Err(SpecError::MemoryTooSmall { memory_mib });
+    }
+    let info = rustix::system::sysinfo();
+    let host_mib = (info.totalram as u64).saturating_mul(u64::from(info.mem_unit)) / (1024 * 1024);
+    if u64::from(memory_mib) > host_mib {
+        return Err(SpecError::MemoryTooLarge { memory_mib, host_mib });
+    }
+    if disk_bytes < DISK_BYTES_MIN {
+        return Err(SpecError::DiskTooSmall { size_bytes: disk_bytes });
+    }
+    Ok(())
 }
 
 fn check_readable(what: &'static str, path: &Path) -> Result<(), SpecError> {

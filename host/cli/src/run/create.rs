@@ -204,7 +204,7 @@ fn restart_policy(text: &str) -> Result<RestartPolicy> {
 }
 
 /// `512m`, `1g`, `1.5GiB`, `1024`: powers of 1024, as Docker reads sizes of memory.
-fn memory_bytes(text: &str) -> Result<i64> {
+pub(crate) fn memory_bytes(text: &str) -> Result<i64> {
     let invalid = || format!("invalid size: `{text}`: use a number with b, k, m or g");
     let lower = text.trim().to_ascii_lowercase();
     let digits = lower.trim_end_matches(|letter: char| letter.is_ascii_alphabetic());
