@@ -1,5 +1,6 @@
 //! Commit: an image of what a container changed.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use guest_api::ContainerConfig;
@@ -50,12 +51,9 @@ impl Containers {
         let parent = self.context().images.resolve(&view.record.image_id).await;
         let draft = draft(&view, &query, config, &parent.map_err(|error| failure(&error))?);
 
-        let pauses = query.pause && view.phase == Phase::Running;
-        // One that ended, or was paused, in this moment needs no pause.
         let note = self.context().run_folder(&view.record.id).join(PAUSED_FOR_COMMIT);
-        if pauses && let Err(error) = std::fs::write(&note, "") {
-            return Err(Failure::internal("cannot note that a container is paused for a commit", &error));
-        }
+        let pauses = query.pause && view.phase == Phase::Running && noted(&note)?;
+        // One that ended, or was paused, in this moment needs no pause.
         let paused = pauses && self.pause(&view.record.id).await.is_ok();
         let made = self.context().images.commit(&view.record.id, MOUNT_POINTS, draft).await;
         if paused && let Err(error) = self.unpause(&view.record.id).await {
@@ -86,6 +84,15 @@ impl Containers {
     }
 }
 
+/// Notes that a container is paused for a commit; `false` for one that has just ended, whose folder is gone.
+fn noted(note: &Path) -> Result<bool, Failure> {
+    match std::fs::write(note, "") {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(Failure::internal("cannot note that a container is paused for a commit", &error)),
+    }
+}
+
 fn draft(view: &View, query: &CommitQuery, config: Config, parent: &Image) -> Draft {
     let created = Timestamp::now().to_string();
     let command = view.record.config.cmd.iter().flatten().map(String::as_str).collect::<Vec<_>>();
@@ -110,5 +117,20 @@ fn draft(view: &View, query: &CommitQuery, config: Config, parent: &Image) -> Dr
         },
         parent: Some(parent.id),
         name: query.name.clone(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_container_that_has_just_ended_is_not_paused() {
+        let folder = tempfile::tempdir().unwrap();
+        let note = folder.path().join("run").join(PAUSED_FOR_COMMIT);
+        assert!(!noted(&note).unwrap());
+        std::fs::create_dir(folder.path().join("run")).unwrap();
+        assert!(noted(&note).unwrap() && note.exists());
+        assert!(noted(&note.join("below")).is_err());
     }
 }
