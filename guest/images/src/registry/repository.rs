@@ -117,9 +117,11 @@ impl Repository {
 
     async fn try_manifest(&self, wanted: &str) -> Result<Fetched, Failure> {
         let mut headers = HeaderMap::new();
-        for media_type in manifest::ACCEPT {
-            headers.append(ACCEPT, HeaderValue::from_static(media_type));
-        }
+        // One header of many kinds: a proxy may pass on only one of many headers, and the registry then gives us a
+        // manifest of another kind.
+        let accept = HeaderValue::try_from(manifest::ACCEPT.join(", "))
+            .map_err(|error| Failure::Final(Error::invalid(error.to_string())))?;
+        headers.insert(ACCEPT, accept);
         let response = self.get(&format!("{}/manifests/{wanted}", self.base), headers).await?;
         if !response.status().is_success() {
             return Err(refused(response).await);

@@ -54,6 +54,13 @@ async fn a_pulled_image_has_its_names_layers_and_configuration() {
         format!("Status: Downloaded newer image for {}/a/b:1", server.domain()),
     ];
     assert_eq!(lines[lines.len() - 2..], end);
+
+    // All in one header: of several, a proxy may pass on only one.
+    let requests = server.requests();
+    let asked = requests.iter().find(|request| request.path.contains("/manifests/")).expect("a manifest");
+    for kind in [crate::maker::OCI_INDEX, crate::maker::OCI_MANIFEST] {
+        assert!(asked.headers["accept"].contains(kind), "{asked:?}");
+    }
 }
 
 #[tokio::test]
