@@ -2,14 +2,15 @@
 //!
 //! `bench` measures the machine, `bench NAME …` only what is named. Where there is a peer it runs in the same run.
 //! `bench engine [NAME …]` holds our engine, run natively, against a private dockerd, `bench net [NAME …]` its networks;
-//! `bench net linear` tells whether many networks stay as fast as few; `bench soak [CYCLES]` tells whether its
-//! memory grows.
+//! `bench net linear` tells whether many networks stay as fast as few, `bench net vm` holds ports and the NAT of the machine
+//! against QEMU's user network and passt; `bench soak [CYCLES]` tells whether its memory grows.
 #![forbid(unsafe_code)]
 #![expect(clippy::print_stdout, reason = "a benchmark prints")]
 
 mod boot;
 mod memory;
 mod peer;
+mod through;
 mod throughput;
 
 use anyhow::{Result, bail};
@@ -31,7 +32,9 @@ fn main() -> Result<()> {
     let wanted: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--").collect();
     match wanted.split_first() {
         Some((group, names)) if group == "engine" => return peer::compare(names),
+        Some((group, names)) if group == "net" && names == ["vm"] => return through::measure(),
         Some((group, names)) if group == "net" => return peer::networks(names),
+        Some((group, words)) if group == through::GUEST => return through::guest(words),
         Some((group, port)) if group == peer::SERVE => {
             return peer::serve(port.first().map_or("", String::as_str));
         }

@@ -98,7 +98,7 @@ fn transfer(side: &Side, mut client: Command, address: &str, port: u16) -> Resul
     server.args(["-s", "-1", "-p", PORT]);
     let _server = Server::start(server)?;
     let (port, seconds) = (port.to_string(), SECONDS.to_string());
-    client.args(["-c", address, "-p", &port, "-t", &seconds, "-J"]);
+    client.args(["-c", address, "-p", &port, "-t", &seconds, "-J", "--connect-timeout", "5000"]);
     let bits = wait_until("the server answers", PATIENCE, || {
         let mut again = Command::new(client.get_program());
         again.args(client.get_args());
