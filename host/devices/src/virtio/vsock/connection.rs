@@ -18,6 +18,10 @@
 //! an orderly end once one direction was shut: nothing is left to wait for, and nobody keeps state for a stream that
 //! is over. A `Detached` stream is over for the guest (its ports may be used again at once), but the host socket has
 //! not taken everything yet.
+//!
+//! A socket of Linux in the guest cannot reset: closed in the middle of something, it shuts both directions at once. Where
+//! the host's socket is TCP, of which there are only published ports, that is a reset to its peer: a peer that saw an
+//! ordinary end would take half an answer for a whole one. An orderly end shuts the guest's sending alone first.
 
 use std::collections::VecDeque;
 use std::io;
@@ -25,7 +29,8 @@ use std::num::Wrapping;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
-use rustix::net::{SendFlags, Shutdown};
+use rustix::net::sockopt::socket_domain;
+use rustix::net::{AddressFamily, SendFlags, Shutdown};
 
 use super::packet::{Cid, Header, Operation, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
 use crate::virtio::buffers::Buffers;
@@ -130,6 +135,8 @@ pub(super) struct Connection {
     readable: bool,
     /// The host's peer has gone entirely; nobody will read what the guest sends.
     hung_up: bool,
+    /// The host's peer can be told a reset from an end.
+    is_tcp: bool,
 
     /// The muxer's mark that the stream stands in its line.
     pub in_line: bool,
@@ -137,6 +144,8 @@ pub(super) struct Connection {
 
 impl Connection {
     fn new(key: Key, socket: OwnedFd, phase: Phase, pending: Pending) -> Self {
+        let domain = socket_domain(&socket);
+        let is_tcp = domain.is_ok_and(|domain| [AddressFamily::INET, AddressFamily::INET6].contains(&domain));
         Self {
             key,
             socket,
@@ -157,6 +166,7 @@ impl Connection {
             asked_for_credit: false,
             readable: true,
             hung_up: false,
+            is_tcp,
             in_line: false,
         }
     }
@@ -293,6 +303,11 @@ impl Connection {
     }
 
     fn guest_shutdown(&mut self, flags: u32) -> Verdict {
+        let both = SHUTDOWN_SEND | SHUTDOWN_RECEIVE;
+        if flags & both == both && self.is_tcp && self.to_host == ToHost::Open {
+            self.abort();
+            return Verdict::Reset;
+        }
         if flags & SHUTDOWN_RECEIVE != 0 && self.to_guest == ToGuest::Open {
             self.to_guest = ToGuest::Closed;
             // The host's writes fail from now on, as they would on a pipe without reader.

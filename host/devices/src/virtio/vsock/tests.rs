@@ -561,6 +561,30 @@ fn a_reset_of_the_guest_reaches_a_tcp_client_as_a_reset() {
     assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
 }
 
+/// Linux in the guest shuts both directions when a socket is closed that had shut neither.
+#[test]
+fn a_close_in_the_middle_reaches_a_tcp_client_as_a_reset() {
+    for (flags, is_reset) in [
+        (&[SHUTDOWN_SEND | SHUTDOWN_RECEIVE][..], true),
+        (&[SHUTDOWN_SEND, SHUTDOWN_SEND | SHUTDOWN_RECEIVE], false),
+    ] {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (server, _) = listener.accept().unwrap();
+        let mut guest = Guest::new();
+        let name = guest.connect(server.into());
+        guest.send(name, b"half an ans");
+        client.read_exact(&mut [0; 11]).unwrap();
+        for flags in flags {
+            guest.control(name, Operation::Shutdown, *flags);
+        }
+        guest.until_reset(name);
+        guest.until_closed();
+        let end = client.read(&mut [0; 1]).map_err(|error| error.kind());
+        assert_eq!(end, if is_reset { Err(io::ErrorKind::ConnectionReset) } else { Ok(0) });
+    }
+}
+
 #[test]
 fn a_reset_of_the_guest_closes_a_unix_socket() {
     let mut guest = Guest::new();
