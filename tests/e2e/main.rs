@@ -19,6 +19,7 @@ mod names;
 mod nat;
 mod network;
 mod networks;
+mod ports;
 mod registries;
 mod run;
 mod settings;
@@ -72,6 +73,7 @@ fn main() -> ExitCode {
     let played = match words.first().map(String::as_str) {
         Some(networks::ECHO) => Some(networks::echo()),
         Some(names::SERVE) => Some(names::serve()),
+        Some(ports::SERVE) => Some(ports::serve()),
         Some(names::ASK) => Some(names::ask(&words[1..])),
         _ => None,
     };
@@ -104,6 +106,7 @@ fn test(arguments: &Arguments) -> Result<ExitCode> {
     scenarios.extend(images::scenarios());
     scenarios.extend(network::scenarios());
     scenarios.extend(networks::scenarios());
+    scenarios.extend(ports::scenarios());
     scenarios.extend(names::scenarios());
     scenarios.extend(host_network::scenarios());
     scenarios.extend(compose::scenarios());

@@ -1,11 +1,12 @@
 //! The computer outside the machine: what containers hold there, and the connections that come from it.
 //!
 //! Only in the machine; natively the engine publishes ports itself. `leases` is the session on which ports are asked
-//! for, `shares` finds what containers bind from there, `forward` takes connections to them, `relay` copies.
+//! for, `shares` finds what containers bind from there, `forward` takes connections to them. `relay` copies, natively
+//! too.
 
 mod forward;
 mod leases;
-mod relay;
+pub mod relay;
 mod shares;
 
 pub use forward::{Targets, serve};

@@ -1,10 +1,12 @@
 //! Copies between a stream from the host and a container's socket.
 
 use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use guest_protocol::forward::{DatagramDecoder, encode_datagram};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, copy_bidirectional_with_sizes};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf, copy_bidirectional_with_sizes};
 use tokio::net::{TcpStream, UdpSocket};
 
 /// Bytes moved at once.
@@ -12,18 +14,63 @@ const BUFFER_BYTES: usize = 64 << 10;
 /// No datagram is longer.
 const DATAGRAM_BYTES_MAX: usize = 65_536;
 
-/// Copies both ways until both directions have ended. A half-close is passed on; so is a reset.
-pub async fn connection<S>(mut host: S, mut container: TcpStream) -> io::Result<()>
+/// Copies both ways until both directions have ended. A half-close is passed on; so is a reset: to the container as one,
+/// to the host by closing the stream in the middle.
+pub async fn connection<S>(host: S, mut container: TcpStream) -> io::Result<()>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
+    let mut host = Frank { stream: host, finished: false };
     let copied = copy_bidirectional_with_sizes(&mut host, &mut container, BUFFER_BYTES, BUFFER_BYTES).await;
     if copied.is_err() {
-        // Whichever side broke it off, the container's sees a reset. The host's end resets by itself as long as
-        // anything is unread, and otherwise ends.
         socket2::SockRef::from(&container).set_linger(Some(Duration::ZERO))?;
     }
     copied.map(drop)
+}
+
+/// A stream that tells a reset from an end. A vsock stream that the other side has reset reads as one that has ended;
+/// but one that has ended still takes what is written.
+struct Frank<S> {
+    stream: S,
+    /// Nothing more will be written.
+    finished: bool,
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Frank<S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let before = buffer.filled().len();
+        ready!(Pin::new(&mut self.stream).poll_read(context, buffer))?;
+        if buffer.filled().len() == before
+            && !self.finished
+            && let Poll::Ready(Err(_)) = Pin::new(&mut self.stream).poll_write(context, &[])
+        {
+            return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()));
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Frank<S> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(context, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.finished = true;
+        Pin::new(&mut self.stream).poll_shutdown(context)
+    }
 }
 
 /// Copies datagrams both ways until the host hangs up: it keeps the time of silence.
@@ -106,6 +153,32 @@ mod tests {
         drop(server);
         assert!(relayed.await.unwrap().is_err());
         assert_eq!(client.read(&mut [0; 8]).await.unwrap_or(0), 0);
+    }
+
+    #[tokio::test]
+    async fn a_host_that_is_gone_is_a_reset_to_the_container() {
+        let (mut client, host) = UnixStream::pair().unwrap();
+        let (container, mut server) = pair().await;
+        let relayed = tokio::spawn(connection(host, container));
+        client.write_all(b"half a quest").await.unwrap();
+        let mut heard = [0; 12];
+        server.read_exact(&mut heard).await.unwrap();
+        drop(client);
+        let error = server.read(&mut heard).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+        assert!(relayed.await.unwrap().is_err());
+    }
+
+    #[tokio::test]
+    async fn a_host_that_leaves_after_the_answer_is_none() {
+        let (mut client, host) = UnixStream::pair().unwrap();
+        let (container, mut server) = pair().await;
+        let relayed = tokio::spawn(connection(host, container));
+        server.shutdown().await.unwrap();
+        assert_eq!(client.read(&mut [0; 8]).await.unwrap(), 0);
+        drop(client);
+        assert_eq!(server.read(&mut [0; 8]).await.unwrap(), 0);
+        relayed.await.unwrap().unwrap();
     }
 
     #[tokio::test]

@@ -12,6 +12,8 @@ use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::timeout;
 
+use crate::host::relay;
+
 /// How long connecting to the container may take.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
 /// How long a UDP client may be silent before its flow is forgotten.
@@ -89,11 +91,17 @@ async fn accept(listener: TcpListener, targets: Targets, port: u16) {
     }
 }
 
-/// Both directions until both have ended; an end is passed on.
+/// Both directions until both have ended; an end is passed on, and so is a reset.
 async fn carry(mut client: TcpStream, target: SocketAddr) -> io::Result<()> {
-    let mut server = timeout(CONNECT_DEADLINE, TcpStream::connect(target)).await??;
-    tokio::io::copy_bidirectional(&mut client, &mut server).await?;
-    Ok(())
+    let carried = async {
+        let server = timeout(CONNECT_DEADLINE, TcpStream::connect(target)).await??;
+        relay::connection(&mut client, server).await
+    };
+    let carried = carried.await;
+    if carried.is_err() {
+        socket2::SockRef::from(&client).set_linger(Some(Duration::ZERO))?;
+    }
+    carried
 }
 
 struct Flow {
@@ -174,6 +182,23 @@ mod tests {
         heard.clear();
         client.read_to_string(&mut heard).await.unwrap();
         assert_eq!(heard, "answer");
+    }
+
+    #[tokio::test]
+    async fn a_reset_is_passed_on_both_ways() {
+        let server = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let at = listener.local_addr().unwrap();
+        let _relay = Relay::tcp(listener, watch::channel(LOCAL).1, server.local_addr().unwrap().port());
+        for client_resets in [true, false] {
+            let client = TcpStream::connect(at).await.unwrap();
+            let (stream, _) = server.accept().await.unwrap();
+            let (goes, mut stays) = if client_resets { (client, stream) } else { (stream, client) };
+            socket2::SockRef::from(&goes).set_linger(Some(Duration::ZERO)).unwrap();
+            drop(goes);
+            let error = stays.read(&mut [0; 8]).await.unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::ConnectionReset, "client resets: {client_resets}");
+        }
     }
 
     #[tokio::test]
