@@ -107,6 +107,7 @@ fn settings_count_for_networks(engine: &Engine) -> Result<()> {
         let ports = docker(engine, &["port", "open"])?.ok()?;
         ensure!(ports.contains("127.0.0.1:"), "{ports}");
         docker(engine, &["rm", "-f", "open"])?.ok()?;
+        links_and_ports_open_what_they_must(engine)?;
         docker(engine, &["network", "create", "pooled"])?.ok()?;
         let shown = inspect(engine, &["network", "inspect", "pooled"])?;
         docker(engine, &["network", "rm", "pooled"])?.ok()?;
@@ -122,6 +123,30 @@ fn settings_count_for_networks(engine: &Engine) -> Result<()> {
         ensure!(said.contains("default via 10.93.0.7"), "{said}");
         Ok(())
     })
+}
+
+/// On a default network whose containers are apart: a link opens the ports that are exposed, to the one that has it, and a
+/// published port is everybody's.
+fn links_and_ports_open_what_they_must(engine: &Engine) -> Result<()> {
+    let serve = "for port in 80 81; do while :; do echo $port | nc -l -p $port; done & done; wait";
+    let ports = ["--expose", "80", "-p", "0.0.0.0::81"];
+    let run = [&["run", "-d", "--name", "db", "--init"], &ports[..], &[IMAGE, "sh", "-c", serve]].concat();
+    docker(engine, &run)?.ok()?;
+    let address = docker(engine, &["inspect", "-f", "{{.NetworkSettings.IPAddress}}", "db"])?.ok()?;
+    let published = docker(engine, &["port", "db", "81"])?.ok()?;
+    let port = published.rsplit(':').next().context("no port")?.to_owned();
+    let patiently =
+        |to: &str| format!("for i in $(seq 20); do nc -w 5 {to} </dev/null && exit; sleep 1; done; exit 1");
+    let linked = ["--link", "db:store"];
+    ensure!(inside(engine, &linked, &patiently(&format!("{address} 80")))? == "80", "the linked port");
+    ensure!(inside(engine, &[], &patiently(&format!("10.77.0.1 {port}")))? == "81", "by way of the host");
+    crate::networks::says(&format!("127.0.0.1:{port}"), "81")?;
+    // Published ports are exposed too, as clients ask for it.
+    for (options, port) in [(&linked[..], 82), (&[], 80), (&[], 81)] {
+        let said = inside(engine, options, &format!("nc -w 3 {address} {port} </dev/null || echo shut"))?;
+        ensure!(said == "shut", "{options:?}, port {port}: {said}");
+    }
+    docker(engine, &["rm", "-f", "db"])?.ok().map(drop)
 }
 
 fn settings_are_shown(engine: &Engine) -> Result<()> {

@@ -5,13 +5,17 @@
 //! into being in one kernel request, each in its place; there is no moment at which an interface belongs to nobody.
 //! On a macvlan or ipvlan network it is a child of an interface of the host, which lives and ends with the sandbox.
 
+use std::fs::File;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, AsRawFd};
+use std::path::Path;
 
 use ipnet::IpNet;
 use netlink_packet_route::RouteNetlinkMessage;
-use netlink_packet_route::link::{InfoData, InfoVeth, IpVlanMode, LinkAttribute, LinkMessage, MacVlanMode};
+use netlink_packet_route::link::{
+    InfoData, InfoKind, InfoVeth, IpVlanMode, LinkAttribute, LinkInfo, LinkMessage, MacVlanMode,
+};
 use rtnetlink::{
     LinkBridgePort, LinkIpVlan, LinkMacVlan, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder,
 };
@@ -20,7 +24,7 @@ use crate::blocking;
 use crate::bridge::{add_address, enable_ipv6, is_interface_name};
 use crate::mac::Mac;
 use crate::netlink::{Netlink, NetlinkError, Request, inside, name_of};
-use crate::sandbox::{Sandbox, SandboxError};
+use crate::sandbox::{OWN_NAMESPACE, Sandbox, SandboxError};
 
 /// Digits of the container id in an interface name; what `docker ps` shows of an id.
 const ID_DIGITS: usize = 12;
@@ -232,26 +236,56 @@ impl Endpoint {
     ) -> Result<Vec<Self>, EndpointError> {
         let (sandbox, container) = (sandbox.clone(), container.to_owned());
         with_netlink(container, sandbox, move |outside, within, namespace, container| {
-            let mut made: Vec<Self> = Vec::new();
-            let attached = (|| {
-                for spec in &specs {
-                    made.push(attach(outside, within, namespace, spec)?);
+            let made = attach_all(outside, within, namespace, &specs)?;
+            match set_gateways(within, &gateways) {
+                Ok(()) => Ok(made),
+                Err(source) => {
+                    remove_all(outside, within, &specs);
+                    Err(EndpointError::Route { container: container.to_owned(), source })
                 }
-                set_gateways(within, &gateways)
-                    .map_err(|source| EndpointError::Route { container: container.to_owned(), source })
-            })();
-            if let Err(error) = attached {
-                // The one that failed has cleaned up after itself.
-                for spec in &specs[..made.len()] {
-                    if let Err(also) = remove(outside, within, spec) {
-                        tracing::warn!(interface = spec.interface, error = %also, "a failed endpoint stays behind");
-                    }
-                }
-                return Err(error);
             }
-            Ok(made)
         })
         .await
+    }
+
+    /// Makes a new sandbox at `path` and attaches it, on one thread: the shortest way for a container that starts. On
+    /// failure the sandbox may be left, with nothing in it.
+    ///
+    /// # Errors
+    /// As [`Sandbox::create`] and [`Endpoint::attach`].
+    pub async fn attach_new(
+        path: &Path,
+        container: &str,
+        specs: Vec<EndpointSpec>,
+        gateways: Gateways,
+    ) -> Result<Vec<Self>, EndpointError> {
+        let (sandbox, container) = (Sandbox::at(path), container.to_owned());
+        let again = container.clone();
+        let done = blocking(move || {
+            let failed = |source| EndpointError::Sandbox { container: container.clone(), source };
+            let route = |source| EndpointError::Route { container: container.clone(), source };
+            if specs.is_empty() {
+                return sandbox.create_mount(Vec::new).map_err(failed);
+            }
+            let mut outside = Netlink::open().map_err(route)?;
+            let attached = sandbox.create_mount(|| {
+                let namespace =
+                    File::open(OWN_NAMESPACE).map_err(|error| route(NetlinkError::Enter(error)))?;
+                let mut within = Netlink::open().map_err(route)?;
+                let made = attach_all(&mut outside, &mut within, namespace.as_raw_fd(), &specs)?;
+                // A new namespace has no default routes to take away.
+                for (gateway, six) in [(&gateways.v4, false), (&gateways.v6, true)] {
+                    if gateway.is_some() {
+                        set_gateway(&mut within, gateway.as_ref(), six).map_err(route)?;
+                    }
+                }
+                Ok(made)
+            });
+            attached.map_err(failed)?
+        });
+        done.await.unwrap_or_else(|error| {
+            Err(EndpointError::Route { container: again, source: NetlinkError::Open(error) })
+        })
     }
 
     /// Removes one endpoint from a sandbox, both ends, and sets the default routes that then count. An endpoint that
@@ -353,6 +387,35 @@ async fn with_netlink<T: Send + 'static>(
     })
 }
 
+/// Each spec in order. On failure none of them is left.
+fn attach_all(
+    outside: &mut Netlink,
+    within: &mut Netlink,
+    namespace: i32,
+    specs: &[EndpointSpec],
+) -> Result<Vec<Endpoint>, EndpointError> {
+    let mut made = Vec::new();
+    for spec in specs {
+        match attach(outside, within, namespace, spec) {
+            Ok(endpoint) => made.push(endpoint),
+            Err(error) => {
+                // The one that failed has cleaned up after itself.
+                remove_all(outside, within, &specs[..made.len()]);
+                return Err(error);
+            }
+        }
+    }
+    Ok(made)
+}
+
+fn remove_all(outside: &mut Netlink, within: &mut Netlink, specs: &[EndpointSpec]) {
+    for spec in specs {
+        if let Err(error) = remove(outside, within, spec) {
+            tracing::warn!(interface = spec.interface, %error, "a failed endpoint stays behind");
+        }
+    }
+}
+
 fn attach(
     outside: &mut Netlink,
     within: &mut Netlink,
@@ -373,8 +436,13 @@ fn attach(
         .or_else(|| spec.addresses.first().map(|net| Mac::of(net.addr())))
         .unwrap_or_else(|| Mac::from_name(&host));
     let made = (|| {
-        remove_link(outside, &host)?;
-        create(outside, namespace, &host, mac, spec)?;
+        match create(outside, namespace, &host, mac, spec) {
+            // The host's end of an earlier run, which the kernel has yet to take away.
+            Err(error) if error.errno() == Some(nix::libc::EEXIST) && remove_link(outside, &host)? => {
+                create(outside, namespace, &host, mac, spec)?;
+            }
+            other => other?,
+        }
         if !matches!(spec.uplink, Uplink::Bridge { .. }) {
             rename(within, &host, &spec.interface)?;
         }
@@ -474,6 +542,26 @@ fn rename(within: &mut Netlink, made: &str, interface: &str) -> Result<(), Netli
         tracing::warn!(interface = made, error = %also, "a failed endpoint stays behind");
     }
     renamed
+}
+
+/// Makes sure that the kernel knows `macvlan` or `ipvlan` interfaces; it loads their module if it has one. Nothing is made.
+///
+/// # Errors
+/// When it does not, or cannot be asked.
+pub async fn ensure_driver(driver: &'static str) -> Result<(), NetlinkError> {
+    let probed = blocking(move || {
+        let mut link = LinkMessage::default();
+        let kind = if driver == "ipvlan" { InfoKind::IpVlan } else { InfoKind::MacVlan };
+        link.attributes.push(LinkAttribute::LinkInfo(vec![LinkInfo::Kind(kind)]));
+        let action = format!("create {driver} interfaces");
+        let asked = Netlink::open()?.ask(Request::create(action, RouteNetlinkMessage::NewLink(link)));
+        match asked {
+            // It knows them, and that no parent was named.
+            Err(error) if error.errno() == Some(nix::libc::EINVAL) => Ok(()),
+            other => other.map_err(|error| without_driver(error, driver)),
+        }
+    });
+    probed.await.unwrap_or_else(|error| Err(NetlinkError::Open(error)))
 }
 
 /// A kernel that does not know a kind of interface says "not supported", which could be anything.

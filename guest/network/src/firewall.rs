@@ -7,16 +7,17 @@
 //!
 //! ```text
 //! raw          what comes from a container for a loopback address of the host: dropped
-//! prerouting   for an address of the host and a published port: to the container
+//! prerouting   for an address of the host and a published port: to the container, unless a relay is to carry it
 //! output       the same, from the host itself, IPv4 loopback addresses included
-//! forward      replies; between containers of a network; published ports; trusted interfaces; out: accepted.
-//!              Into or out of an internal network, and anything else that is for a container: dropped
+//! forward      replies; between containers of a network, or what links of one open; published ports; trusted
+//!              interfaces; out: accepted. Into or out of an internal network, between containers of a network whose
+//!              containers are apart, and anything else that is for a container: dropped
 //! postrouting  what leaves a network, and what a container sends to its own published port: from our address
 //! ```
 
 use std::fmt::Write as _;
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -43,6 +44,8 @@ pub struct Rules {
     pub networks: Vec<FirewallNetwork>,
     /// The published ports.
     pub ports: Vec<FirewallPort>,
+    /// What is open between containers of a network that are otherwise apart.
+    pub links: Vec<FirewallLink>,
 }
 
 /// What the firewall knows of a network.
@@ -56,12 +59,29 @@ pub struct FirewallNetwork {
     pub internal: bool,
     /// Its containers reach each other.
     pub direct: bool,
+    /// What its containers send to published ports is for a program of the host that carries it on.
+    pub relayed: bool,
     /// Those of its addresses that hide behind the outgoing interface's.
     pub hidden: Vec<IpNet>,
     /// Its containers can be reached directly from everywhere.
     pub open: bool,
     /// Interfaces of the host from which its containers may be reached directly.
     pub trusted: Vec<String>,
+}
+
+/// One port of a container that is open to one other.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct FirewallLink {
+    /// The network's bridge.
+    pub bridge: String,
+    /// Who asks.
+    pub from: Ipv4Addr,
+    /// Who answers.
+    pub to: Ipv4Addr,
+    /// `tcp`, `udp` or `sctp`.
+    pub protocol: Protocol,
+    /// The port.
+    pub port: u16,
 }
 
 /// One published port.
@@ -159,10 +179,14 @@ impl Firewall {
     /// # Errors
     /// When `nft` is missing, refuses or hangs; then nothing has changed.
     pub async fn apply(&self, rules: &Rules) -> Result<(), FirewallError> {
-        let names =
-            rules.networks.iter().flat_map(|network| [&network.bridge].into_iter().chain(&network.trusted));
-        if let Some(name) = names.into_iter().find(|name| !is_interface_name(name)) {
-            let reason = format!("`{name}` cannot name an interface");
+        let trusted = rules.networks.iter().flat_map(|network| &network.trusted);
+        let bridges = rules.networks.iter().map(|network| &network.bridge);
+        let refused = trusted
+            .chain(bridges)
+            .chain(rules.links.iter().map(|link| &link.bridge))
+            .find(|name| !is_interface_name(name))
+            .map(|name| format!("`{name}` cannot name an interface"));
+        if let Some(reason) = refused {
             return Err(FirewallError::Refused { table: self.table.clone(), reason });
         }
         self.run(script(&self.table, rules)).await
@@ -224,11 +248,14 @@ impl Firewall {
     }
 }
 
-/// Sets and maps, by name and type. `own` holds each network's addresses with its bridge, `hidden` the addresses to
+/// Sets and maps, by name and type. `direct` and `apart` hold each network's bridge twice; `own` holds each network's addresses with its bridge, `hidden` the addresses to
 /// masquerade; `ports` is for published ports on every address of the host, `ports_at` for those on one.
-const SETS: [(&str, &str); 11] = [
+const SETS: [(&str, &str); 14] = [
     ("set bridges", "type ifname"),
     ("set direct", "type ifname . ifname"),
+    ("set apart", "type ifname . ifname"),
+    ("set links", "type ifname . ipv4_addr . ipv4_addr . inet_proto . inet_service"),
+    ("set relayed", "type ifname"),
     ("set sealed", "type ifname"),
     ("set open", "type ifname"),
     ("set trusted", "type ifname . ifname"),
@@ -251,6 +278,8 @@ const CHAINS: [(&str, &str, &[&str]); 5] = [
         "type nat hook prerouting priority dstnat",
         &[
             "ip daddr 127.0.0.0/8 return",
+            // Where bridged packets are filtered too, a neighbour's would be led to it past us, by ports that are isolated.
+            "iifname @relayed return",
             "fib daddr type local dnat ip to meta l4proto . ip daddr . th dport map @ports4_at",
             "fib daddr type local dnat ip to meta l4proto . th dport map @ports4",
             "fib daddr type local dnat ip6 to meta l4proto . ip6 daddr . th dport map @ports6_at",
@@ -278,6 +307,8 @@ const CHAINS: [(&str, &str, &[&str]); 5] = [
             "iifname @sealed drop",
             "oifname @sealed drop",
             "ct status dnat oifname @bridges accept",
+            "iifname . ip saddr . ip daddr . meta l4proto . th dport @links accept",
+            "iifname . oifname @apart drop",
             "iifname . oifname @trusted accept",
             "oifname @open accept",
             "oifname @bridges drop",
@@ -342,6 +373,10 @@ fn elements(rules: &Rules) -> Vec<(&'static str, Vec<String>)> {
     let named = |wanted: fn(&FirewallNetwork) -> bool| -> Vec<String> {
         networks.iter().filter(|network| wanted(network)).map(|network| quoted(&network.bridge)).collect()
     };
+    let within = |wanted: fn(&FirewallNetwork) -> bool| -> Vec<String> {
+        let wanted = networks.iter().filter(|network| wanted(network));
+        wanted.map(|network| format!("{0} . {0}", quoted(&network.bridge))).collect()
+    };
     let of_family = |subnet: &&IpNet, six: bool| matches!(subnet, IpNet::V6(_)) == six;
     let own = |six: bool| -> Vec<String> {
         let one = |network: &FirewallNetwork| {
@@ -371,14 +406,19 @@ fn elements(rules: &Rules) -> Vec<(&'static str, Vec<String>)> {
     };
     vec![
         ("bridges", named(|_| true)),
+        ("direct", within(|network| network.direct)),
+        ("apart", within(|network| !network.direct)),
         (
-            "direct",
-            networks
+            "links",
+            rules
+                .links
                 .iter()
-                .filter(|network| network.direct)
-                .map(|network| format!("{0} . {0}", quoted(&network.bridge)))
+                .map(|FirewallLink { bridge, from, to, protocol, port }| {
+                    format!("{} . {from} . {to} . {protocol} . {port}", quoted(bridge))
+                })
                 .collect(),
         ),
+        ("relayed", named(|network| network.relayed)),
         ("sealed", named(|network| network.internal)),
         ("open", named(|network| network.open && !network.internal)),
         (
@@ -415,6 +455,7 @@ mod tests {
             subnets: vec![subnet.parse().unwrap()],
             internal: false,
             direct: true,
+            relayed: false,
             hidden: vec![subnet.parse().unwrap()],
             open: false,
             trusted: vec!["wg0".into()],
@@ -425,7 +466,7 @@ mod tests {
     fn everything_is_said_about_our_own_table_only() {
         let rules = Rules {
             networks: vec![network("engine0", "172.17.0.0/16"), network("six0", "fd00::/64")],
-            ports: Vec::new(),
+            ..Rules::default()
         };
         for line in script("engine-test", &rules).lines() {
             let words: Vec<&str> = line.split_whitespace().collect();
@@ -436,7 +477,14 @@ mod tests {
     #[test]
     fn networks_and_ports_are_elements() {
         let mut inner = network("in0", "10.0.1.0/24");
-        (inner.internal, inner.direct) = (true, false);
+        (inner.internal, inner.direct, inner.relayed) = (true, false, true);
+        let link = FirewallLink {
+            bridge: "in0".into(),
+            from: [10, 0, 1, 3].into(),
+            to: [10, 0, 1, 2].into(),
+            protocol: Protocol::Tcp,
+            port: 5432,
+        };
         let port = |host: &str, container: &str| FirewallPort {
             protocol: Protocol::Udp,
             host: host.parse().unwrap(),
@@ -447,11 +495,15 @@ mod tests {
         let rules = Rules {
             networks: vec![network("a0", "10.0.0.0/24"), inner],
             ports: vec![port("0.0.0.0", "10.0.0.2"), port("127.0.0.1", "10.0.0.2"), port("::1", "fd00::2")],
+            links: vec![link],
         };
         let text = script("engine", &rules);
         for line in [
             "add element inet engine bridges { \"a0\", \"in0\" }",
             "add element inet engine direct { \"a0\" . \"a0\" }",
+            "add element inet engine apart { \"in0\" . \"in0\" }",
+            "add element inet engine links { \"in0\" . 10.0.1.3 . 10.0.1.2 . tcp . 5432 }",
+            "add element inet engine relayed { \"in0\" }",
             "add element inet engine sealed { \"in0\" }",
             "add element inet engine trusted { \"wg0\" . \"a0\" }",
             "add element inet engine own4 { 10.0.0.0/24 . \"a0\", 10.0.1.0/24 . \"in0\" }",

@@ -39,9 +39,25 @@ pub fn enable_loopback(interface: &str) -> Result<(), ForwardingError> {
     switch_on(&format!("/proc/sys/net/ipv4/conf/{interface}/route_localnet"))
 }
 
+/// Has a bridge answer for the containers behind it when they look for each other: ports that are isolated do not hear
+/// each other, and so they talk through the firewall, or not at all. For a bridge that nobody else uses: it answers for
+/// whoever has an address of its network (`proxy_arp_pvlan`, RFC 3069).
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn answer_for_neighbours(bridge: &str) -> Result<(), ForwardingError> {
+    // Answers would wait for up to 0.8 s, for somebody better to answer; nobody can.
+    write(&format!("/proc/sys/net/ipv4/neigh/{bridge}/proxy_delay"), "0")?;
+    switch_on(&format!("/proc/sys/net/ipv4/conf/{bridge}/proxy_arp_pvlan"))
+}
+
 fn switch_on(path: &str) -> Result<(), ForwardingError> {
     if std::fs::read(path).is_ok_and(|value| value.trim_ascii() == b"1") {
         return Ok(());
     }
-    std::fs::write(path, "1").map_err(|source| ForwardingError { path: path.to_owned(), source })
+    write(path, "1")
+}
+
+fn write(path: &str, value: &str) -> Result<(), ForwardingError> {
+    std::fs::write(path, value).map_err(|source| ForwardingError { path: path.to_owned(), source })
 }

@@ -56,8 +56,9 @@ pub use bridge::{Bridge, BridgeError, BridgeSpec, is_interface_name};
 pub use dummy::{ensure_dummy, remove_dummy};
 pub use endpoint::{
     Endpoint, EndpointError, EndpointSpec, Gateway, Gateways, HostEnds, Ipvlan, Macvlan, SLOTS_MAX, Uplink,
+    ensure_driver,
 };
-pub use firewall::{Firewall, FirewallError, FirewallNetwork, FirewallPort, Protocol, Rules};
+pub use firewall::{Firewall, FirewallError, FirewallLink, FirewallNetwork, FirewallPort, Protocol, Rules};
 pub use ipam::{Ipam, IpamError};
 pub use mac::Mac;
 pub use netlink::NetlinkError;

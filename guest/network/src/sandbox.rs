@@ -17,6 +17,9 @@ use nix::sys::statfs::{NSFS_MAGIC, fstatfs};
 use crate::blocking;
 use crate::netlink::{Netlink, NetlinkError, Request, in_own_thread};
 
+/// The calling thread's.
+pub(crate) const OWN_NAMESPACE: &str = "/proc/thread-self/ns/net";
+
 /// A network namespace with a path. Dropping this value does not delete it; [`Sandbox::delete`] does.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Sandbox {
@@ -65,7 +68,7 @@ impl Sandbox {
     pub async fn create(path: &Path) -> Result<Self, SandboxError> {
         let sandbox = Self { path: path.to_owned() };
         let place = sandbox.clone();
-        blocking(move || place.create_mount()).await.map_err(|_| SandboxError::ShuttingDown)??;
+        blocking(move || place.create_mount(|| ())).await.map_err(|_| SandboxError::ShuttingDown)??;
         Ok(sandbox)
     }
 
@@ -127,7 +130,8 @@ impl Sandbox {
         }
     }
 
-    fn create_mount(&self) -> Result<(), SandboxError> {
+    /// Makes the namespace and then works in it, on the one thread: nobody has to be woken in between.
+    pub(crate) fn create_mount<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T, SandboxError> {
         if let Some(folder) = self.path.parent() {
             fs::create_dir_all(folder).map_err(|source| self.step("create folder of", source))?;
         }
@@ -145,8 +149,9 @@ impl Sandbox {
                 .and_then(|mut netlink| netlink.ask(Request::up(1)))
                 .map_err(|source| SandboxError::Loopback { path: self.path.clone(), source })?;
             // Last: without it the namespace ends with this thread.
-            mount(Some("/proc/thread-self/ns/net"), &self.path, None::<&str>, MsFlags::MS_BIND, None::<&str>)
-                .map_err(step)
+            mount(Some(OWN_NAMESPACE), &self.path, None::<&str>, MsFlags::MS_BIND, None::<&str>)
+                .map_err(step)?;
+            Ok(work())
         });
         let made = made.unwrap_or_else(|source| Err(self.step("create", source)));
         if made.is_err()

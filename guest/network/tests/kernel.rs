@@ -12,9 +12,9 @@ use std::thread;
 use std::time::Duration;
 
 use guest_network::{
-    Bridge, BridgeError, BridgeSpec, Endpoint, EndpointError, EndpointSpec, Firewall, FirewallNetwork,
-    FirewallPort, Gateway, Gateways, Mac, Macvlan, Protocol, Rules, Sandbox, SandboxError, Uplink, dns,
-    forwarding,
+    Bridge, BridgeError, BridgeSpec, Endpoint, EndpointError, EndpointSpec, Firewall, FirewallLink,
+    FirewallNetwork, FirewallPort, Gateway, Gateways, Mac, Macvlan, Protocol, Rules, Sandbox, SandboxError,
+    Uplink, dns, ensure_driver, forwarding,
 };
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, setns, unshare};
@@ -95,6 +95,7 @@ fn network(bridge: &str, subnet: &str) -> FirewallNetwork {
         subnets: vec![subnet.parse().unwrap()],
         internal: false,
         direct: true,
+        relayed: false,
         hidden: vec![subnet.parse().unwrap()],
         open: false,
         trusted: Vec::new(),
@@ -102,7 +103,7 @@ fn network(bridge: &str, subnet: &str) -> FirewallNetwork {
 }
 
 fn rules(networks: &[FirewallNetwork]) -> Rules {
-    Rules { networks: networks.to_vec(), ports: Vec::new() }
+    Rules { networks: networks.to_vec(), ..Rules::default() }
 }
 
 fn ip(args: &[&str]) -> String {
@@ -386,6 +387,106 @@ fn isolated_ports_reach_the_gateway_and_not_each_other() {
 }
 
 #[test]
+fn a_link_opens_one_port_to_one_container() {
+    in_namespaces("a_link_opens_one_port_to_one_container", || async {
+        let folder = Folder::new();
+        Bridge::ensure(&bridge_spec("engine0", "172.17.0.1/16")).await.unwrap();
+        forwarding::enable().unwrap();
+        forwarding::answer_for_neighbours("engine0").unwrap();
+        let mut sandboxes = Vec::new();
+        for (name, container, address) in [
+            ("one", CONTAINER, "172.17.0.2/16"),
+            ("two", OTHER, "172.17.0.3/16"),
+            ("three", "bbbb9c1d77e04b5c", "172.17.0.4/16"),
+        ] {
+            let spec = EndpointSpec {
+                uplink: Uplink::Bridge { name: "engine0".into(), isolated: true, hairpin: false },
+                ..endpoint_spec("engine0", container, address)
+            };
+            let sandbox = Sandbox::create(&folder.path(name)).await.unwrap();
+            attach(&sandbox, spec, "172.17.0.1").await.unwrap();
+            sandboxes.push(sandbox);
+        }
+        let [one, two, three] = &sandboxes[..] else { panic!() };
+        let link = FirewallLink {
+            bridge: "engine0".into(),
+            from: [172, 17, 0, 2].into(),
+            to: [172, 17, 0, 3].into(),
+            protocol: Protocol::Tcp,
+            port: 5432,
+        };
+        let apart = FirewallNetwork { direct: false, open: true, ..network("engine0", "172.17.0.0/16") };
+        let firewall = Firewall::new("engine-test");
+        let rules = Rules { networks: vec![apart], links: vec![link], ..Rules::default() };
+        firewall.apply(&rules).await.unwrap();
+        let ports: Vec<TcpListener> = inside(two, || {
+            [5432, 5433].map(|port| TcpListener::bind(("172.17.0.3", port)).unwrap()).into_iter().collect()
+        });
+        let back = inside(one, || TcpListener::bind(("172.17.0.2", 5432)).unwrap());
+        let reaches = |from: &Sandbox, to: &TcpListener| {
+            let to = to.local_addr().unwrap();
+            inside(from, || TcpStream::connect_timeout(&to, Duration::from_secs(1)).is_ok())
+        };
+        assert!(reaches(one, &ports[0]), "linked");
+        assert!(!reaches(one, &ports[1]), "another port");
+        assert!(!reaches(three, &ports[0]), "another container");
+        assert!(!reaches(two, &back), "the other way");
+        firewall.apply(&Rules { links: Vec::new(), ..rules }).await.unwrap();
+        assert!(!reaches(one, &ports[0]), "no longer linked");
+    });
+}
+
+#[test]
+fn a_new_sandbox_is_attached_at_once() {
+    in_namespaces("a_new_sandbox_is_attached_at_once", || async {
+        let folder = Folder::new();
+        Bridge::ensure(&bridge_spec("engine0", "172.17.0.1/16")).await.unwrap();
+        let gateway = Gateway { address: Some("172.17.0.1".parse().unwrap()), interface: "eth0".into() };
+        let gateways = Gateways { v4: Some(gateway), v6: None };
+        let spec = |address| vec![endpoint_spec("engine0", CONTAINER, address)];
+        let (first, second) = (folder.path("one"), folder.path("two"));
+        Endpoint::attach_new(&first, CONTAINER, spec("172.17.0.2/16"), gateways.clone()).await.unwrap();
+        let before = interfaces();
+        // The host's end of the first is still there, and gives way.
+        Endpoint::attach_new(&second, CONTAINER, spec("172.17.0.3/16"), gateways.clone()).await.unwrap();
+        assert_eq!(interfaces(), before);
+        let (first, second) = (Sandbox::open(&first).unwrap(), Sandbox::open(&second).unwrap());
+        assert_eq!(inside(&first, interfaces), ["lo"]);
+        assert_eq!(inside(&second, interfaces), ["lo", "eth0"]);
+        assert!(inside(&second, || ip(&["route"])).contains("default via 172.17.0.1 dev eth0"));
+        talk(Some(&second), &second, Ipv4Addr::new(172, 17, 0, 3)).unwrap();
+        // A failure leaves no interface.
+        let third = folder.path("three");
+        let bad = Gateway { address: Some("172.17.0.1".parse().unwrap()), interface: "eth7".into() };
+        let specs =
+            vec![endpoint_spec("engine0", OTHER, "172.17.0.4/16"), endpoint_spec("no0", OTHER, "10.0.0.2/8")];
+        let gateways = Gateways { v4: Some(bad), v6: None };
+        Endpoint::attach_new(&third, OTHER, specs, gateways).await.unwrap_err();
+        assert_eq!(interfaces(), before);
+        let path = folder.path("none");
+        assert_eq!(Endpoint::attach_new(&path, OTHER, Vec::new(), Gateways::default()).await.unwrap(), []);
+        assert_eq!(inside(&Sandbox::open(&path).unwrap(), interfaces), ["lo"]);
+    });
+}
+
+/// Whether this kernel has the driver or not: nothing is made, and what is missing is named.
+#[test]
+fn a_missing_driver_is_named() {
+    in_namespaces("a_missing_driver_is_named", || async {
+        let before = interfaces();
+        for driver in ["macvlan", "ipvlan"] {
+            if let Err(error) = ensure_driver(driver).await {
+                assert!(
+                    error.to_string().contains(&format!("no {driver} driver (module `{driver}`)")),
+                    "{error}"
+                );
+            }
+        }
+        assert_eq!(interfaces(), before);
+    });
+}
+
+#[test]
 fn a_macvlan_child_is_on_its_parents_network() {
     in_namespaces("a_macvlan_child_is_on_its_parents_network", || async {
         let folder = Folder::new();
@@ -563,6 +664,7 @@ fn published_ports_answer_the_world_the_host_and_the_container_itself() {
                 port("127.0.0.1", 8081, "172.17.0.2"),
                 port("::", 8080, "fd00:17::2"),
             ],
+            ..Rules::default()
         };
         Firewall::new("engine").apply(&rules).await.unwrap();
         let reach = |address: &str| {

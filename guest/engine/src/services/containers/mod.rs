@@ -47,7 +47,7 @@ pub use health::end as end_process;
 pub use inspect::NEVER;
 pub use list::ListQuery;
 pub use log::LogQuery;
-pub use network::NetworkChange;
+pub use network::{NetworkChange, link_targets};
 pub use process::{describe, exec_failure, user_of};
 pub use record::{Record, View};
 pub use run::{Context, shim_failure};

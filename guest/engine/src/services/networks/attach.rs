@@ -148,23 +148,22 @@ impl Networks {
                 }
                 Ok::<(), Failure>(())
             };
-            let (sandbox, raised) = tokio::join!(Sandbox::create(&path), raised);
-            let sandbox = sandbox.map_err(|error| failed(&error))?;
-            raised?;
+            raised.await?;
             let (specs, gateways) = {
                 let state = self.state();
                 let spec = |endpoint: &EndpointRecord| spec(&state, record, endpoint, wanted);
                 (endpoints.iter().filter_map(spec).collect::<Vec<_>>(), state.gateways(endpoints))
             };
-            if !specs.is_empty() {
-                let names: Vec<String> = specs.iter().map(|spec| spec.interface.clone()).collect();
-                let made = Endpoint::attach(&sandbox, &record.id, specs, gateways).await;
-                let made = made.map_err(|error| failed(&error))?;
-                if let Some(member) = self.state().members.get_mut(&record.id) {
-                    note_macs(member, &names, &made);
-                }
+            let names: Vec<String> = specs.iter().map(|spec| spec.interface.clone()).collect();
+            let made = Endpoint::attach_new(&path, &record.id, specs, gateways).await;
+            let made = made.map_err(|error| failed(&error))?;
+            if let Some(member) = self.state().members.get_mut(&record.id) {
+                note_macs(member, &names, &made);
             }
             self.serve_names(&record.id).await?;
+            if self.state().is_linked(&record.id) {
+                self.firewall.refresh().await?;
+            }
             self.publish(record).await?;
         }
         self.keep(&record.id)
@@ -232,14 +231,13 @@ impl Networks {
             Failure::internal(format!("cannot remove the interfaces of {}", &container[..12]), &error)
         });
         let sandbox = self.delete_sandbox(container).await;
+        let was_linked = self.state().is_linked(container);
         let lease = self.forget(container);
-        let firewall = match lease {
-            Some(lease) => {
-                lease.close().await;
-                self.firewall.refresh().await
-            }
-            None => Ok(()),
-        };
+        let had_rules = was_linked || lease.is_some();
+        if let Some(lease) = lease {
+            lease.close().await;
+        }
+        let firewall = if had_rules { self.firewall.refresh().await } else { Ok(()) };
         // Nobody waits for the kernel to take interfaces apart.
         let ends = ends.map(|ends| {
             tokio::spawn(async move {

@@ -1,6 +1,6 @@
 //! The kernel's side of a network: its interface and its rules, made and taken away.
 
-use guest_network::{Bridge, BridgeSpec, ensure_dummy, forwarding, remove_dummy};
+use guest_network::{Bridge, BridgeSpec, ensure_driver, ensure_dummy, forwarding, remove_dummy};
 use ipnet::IpNet;
 
 use super::options::Kind;
@@ -25,6 +25,11 @@ impl Networks {
     }
 
     async fn raise_now(&self, record: &NetworkRecord) -> Result<(), Failure> {
+        let setup = |error| Failure::internal(format!("cannot set up network {}", record.name), &error);
+        match record.driver {
+            Driver::Macvlan | Driver::Ipvlan => ensure_driver(record.driver.name()).await.map_err(setup)?,
+            Driver::Bridge | Driver::Host | Driver::Null => {}
+        }
         match record.driver {
             Driver::Bridge => self.raise_bridge(record).await,
             Driver::Macvlan | Driver::Ipvlan if has_own_parent(record) => self.raise_parent(record).await,
@@ -76,6 +81,9 @@ impl Networks {
             }
         }
         forwarding::enable().map_err(|error| failed(&error))?;
+        if spec.owned && settings.bridge().is_some_and(|bridge| !bridge.direct) {
+            forwarding::answer_for_neighbours(&spec.name).map_err(|error| failed(&error))?;
+        }
         if record.ipv6 {
             forwarding::enable_ipv6().map_err(|error| failed(&error))?;
         }

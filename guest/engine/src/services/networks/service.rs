@@ -85,7 +85,8 @@ impl Networks {
             servers: defaults.dns.iter().map(ToString::to_string).collect(),
             options: defaults.dns_options.clone(),
         };
-        let mut state = State { usual_names, ..State::default() };
+        let relays = outside.is_none();
+        let mut state = State { relays, usual_names, ..State::default() };
         for record in predefined(&choice, &defaults, address, engine_id).into_iter().chain(stored) {
             state.networks.insert(record.id.clone(), Net::new(record, Phase::Ready));
         }

@@ -5,20 +5,20 @@
 //! interface meanwhile, and nobody attaches to it.
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
 use guest_network::dns::Server;
-use guest_network::{FirewallNetwork, FirewallPort, Gateway, Gateways, Ipam, Rules};
+use guest_network::{FirewallLink, FirewallNetwork, FirewallPort, Gateway, Gateways, Ipam, Rules};
 use ipnet::IpNet;
 use tokio::sync::OnceCell;
 
 use super::listening::{Led, Wish};
 use super::options::{GatewayMode, Kind, Settings};
-use super::ports::{Lease, Published};
+use super::ports::{self, Lease, Published};
 use super::record::{Driver, EndpointRecord, GATEWAY_V4, GATEWAY_V6, NetworkRecord};
 use crate::failure::Failure;
-use crate::services::containers::Record;
+use crate::services::containers::{Record, link_targets};
 
 #[derive(Default)]
 pub struct State {
@@ -30,6 +30,8 @@ pub struct State {
     pub led: BTreeMap<Wish, Led>,
     /// What could not be, and why; not asked for again while it listens.
     pub not_led: BTreeMap<Wish, String>,
+    /// The engine itself carries what comes to a published port and is not led to the container by the kernel.
+    pub relays: bool,
     /// What the settings say of names to containers that say nothing themselves.
     pub usual_names: UsualNames,
 }
@@ -160,7 +162,7 @@ impl Net {
         self.record.pools.iter().find_map(|pool| pool.auxiliary.get(name).copied()).or(self.gateway(six))
     }
 
-    fn firewall(&self) -> Option<FirewallNetwork> {
+    fn firewall(&self, relays: bool) -> Option<FirewallNetwork> {
         let bridge = self.settings.bridge().filter(|_| self.guarded)?;
         let subnets: Vec<IpNet> = self.record.pools.iter().map(|pool| pool.subnet).collect();
         let mode = |subnet: &IpNet| bridge.gateway_mode(subnet.addr().is_ipv6());
@@ -175,6 +177,7 @@ impl Net {
             },
             internal: self.record.internal,
             direct: bridge.direct,
+            relayed: relays && !bridge.direct,
             open: [bridge.gateway_v4, bridge.gateway_v6].contains(&GatewayMode::NatUnprotected),
             trusted: bridge.trusted.clone(),
             subnets,
@@ -260,7 +263,7 @@ impl State {
 
     /// What the firewall is to say.
     pub fn rules(&self) -> Rules {
-        let networks = self.networks.values().filter_map(Net::firewall).collect();
+        let networks = self.networks.values().filter_map(|net| net.firewall(self.relays)).collect();
         let mut ports = Vec::new();
         for member in self.members.values().filter(|member| !member.ports.is_empty()) {
             let target = super::publish::target(self, member);
@@ -278,7 +281,43 @@ impl State {
                 });
             }
         }
-        Rules { networks, ports }
+        let links = self.links().into_iter().map(|(_, _, link)| link).collect();
+        Rules { networks, ports, links }
+    }
+
+    /// What links open where containers are apart, with the ids of those that ask and answer. Only the default network
+    /// has such links: elsewhere they are names. As with dockerd they count for IPv4.
+    fn links(&self) -> Vec<(&str, &str, FirewallLink)> {
+        let mut links = Vec::new();
+        for asks in self.members.values() {
+            for answers in link_targets(&asks.record).filter_map(|id| self.members.get(id)) {
+                let (Some((bridge, from)), Some((_, to))) = (self.apart(asks), self.apart(answers)) else {
+                    continue;
+                };
+                let exposed = answers.record.config.exposed_ports.iter().flatten();
+                for (protocol, port) in exposed.filter_map(|(port, _)| ports::parse(port).ok()) {
+                    let link = FirewallLink { bridge: bridge.clone(), from, to, protocol, port };
+                    links.push((asks.record.id.as_str(), answers.record.id.as_str(), link));
+                }
+            }
+        }
+        links
+    }
+
+    /// The bridge and the address of a container on the default network, if that keeps its containers apart.
+    fn apart(&self, member: &Member) -> Option<(String, Ipv4Addr)> {
+        let endpoint = member.endpoints.iter().find(|endpoint| endpoint.network == "bridge")?;
+        let net = self.networks.get(&endpoint.network_id)?;
+        net.settings.bridge().filter(|bridge| !bridge.direct)?;
+        match endpoint.ipv4()?.addr() {
+            IpAddr::V4(address) => Some((net.record.interface.clone(), address)),
+            IpAddr::V6(_) => None,
+        }
+    }
+
+    /// Whether the firewall opens something to or for a container because of a link.
+    pub fn is_linked(&self, container: &str) -> bool {
+        self.links().iter().any(|(asks, answers, _)| container == *asks || container == *answers)
     }
 
     /// Every subnet in use.

@@ -49,6 +49,11 @@ fn parse(link: &str) -> Result<(&str, &str), Failure> {
     }
 }
 
+/// The containers that a container has links to, by id.
+pub fn targets(record: &Record) -> impl Iterator<Item = &str> {
+    record.host.links.iter().flatten().filter_map(|link| Some(parse(link).ok()?.0))
+}
+
 /// What inspect shows: names again.
 pub fn shown(index: &Index, record: &Record) -> Option<Vec<String>> {
     let links = record.host.links.as_ref().filter(|links| !links.is_empty())?;
@@ -214,6 +219,7 @@ mod tests {
         assert!(parse(":x").is_err() && parse("a:b:c").is_err());
         let mut record = record();
         record.host.links = Some(vec!["db:mine".into()]);
+        assert_eq!(targets(&record).collect::<Vec<_>>(), ["db"]);
         assert_eq!(without(&record, "mine"), Ok(None));
         assert!(without(&record, "other").is_err());
     }

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use guest_api::network::EndpointSettings;
 
 pub use self::files::extra_host;
-pub use self::links::{resolve as resolve_links, shown as shown_links};
+pub use self::links::{resolve as resolve_links, shown as shown_links, targets as link_targets};
 use super::record::Record;
 use super::run::Context;
 use crate::failure::Failure;
