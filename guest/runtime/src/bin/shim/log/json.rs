@@ -3,87 +3,80 @@
 //! Escapes and times are those of moby's `jsonlog` encoder: `<`, `>`, `&` and control characters as `\u00XX` (but `\n`
 //! and `\r`), bytes that are not UTF-8 as `\ufffd`, trailing zeros of the fraction cut.
 
-/// Bytes that cannot stand for themselves.
-const SPECIAL: [bool; 256] = {
-    let mut special = [false; 256];
-    let mut byte = 0;
-    while byte < 256 {
-        special[byte] =
-            byte < 0x20 || byte >= 0x80 || matches!(byte as u8, b'"' | b'\\' | b'<' | b'>' | b'&');
-        byte += 1;
-    }
-    special
-};
+/// What an entry begins with.
+pub const HEAD: &[u8; 8] = br#"{"log":""#;
+
+/// Whether a byte cannot stand for itself. Without a branch, so that the compiler compares many at once.
+const fn is_special(byte: u8) -> bool {
+    // As signed numbers, those above ASCII are below it. One bit apart: `<` and `>`, `"` and `&`.
+    ((byte as i8) < 0x20) | (byte | 2 == b'>') | (byte | 4 == b'&') | (byte == b'\\')
+}
 
 /// Bytes looked at together: as many as a register holds.
 const PIECE_LEN: usize = 16;
 
-/// Whether all stand for themselves. Without a branch, so that the compiler compares them at once.
+/// Whether all stand for themselves.
 fn is_plain(piece: &[u8; PIECE_LEN]) -> bool {
-    let special = piece.iter().fold(false, |special, &byte| {
-        special
-            | !(0x20..0x80).contains(&byte)
-            | (byte == b'"')
-            | (byte == b'\\')
-            | (byte == b'<')
-            | (byte == b'>')
-            | (byte == b'&')
-    });
-    !special
+    !piece.iter().fold(false, |special, &byte| special | is_special(byte))
+}
+
+/// Where the next byte is that cannot stand for itself, from a position on.
+fn next_special(bytes: &[u8], mut position: usize) -> Option<usize> {
+    while let Some(piece) = bytes[position..].first_chunk::<PIECE_LEN>() {
+        if !is_plain(piece) {
+            break;
+        }
+        position += PIECE_LEN;
+    }
+    // Fewer are left at the end: once more with some before them.
+    let rest = &bytes[position..];
+    if rest.len() < PIECE_LEN && bytes.last_chunk().is_some_and(is_plain) {
+        return None;
+    }
+    rest.iter().position(|byte| is_special(*byte)).map(|len| position + len)
 }
 
 /// Appends bytes as the inside of a JSON string.
 pub fn escape(bytes: &[u8], output: &mut Vec<u8>) {
-    const HEX: &[u8; 16] = b"0123456789abcdef";
-    let mut plain = 0;
     let mut position = 0;
-    while position < bytes.len() {
-        if let Some(piece) = bytes[position..].first_chunk::<PIECE_LEN>()
-            && is_plain(piece)
-        {
-            position += PIECE_LEN;
-            continue;
-        }
-        let byte = bytes[position];
-        if !SPECIAL[usize::from(byte)] {
-            position += 1;
-            continue;
-        }
-        let len = if byte < 0x80 { 1 } else { character_len(&bytes[position..]) };
-        if len > 1 && !matches!(&bytes[position..position + len], [0xe2, 0x80, 0xa8 | 0xa9]) {
-            position += len;
-            continue;
-        }
-        output.extend_from_slice(&bytes[plain..position]);
-        match byte {
-            b'"' | b'\\' => output.extend_from_slice(&[b'\\', byte]),
-            b'\n' => output.extend_from_slice(br"\n"),
-            b'\r' => output.extend_from_slice(br"\r"),
-            0..0x80 => {
-                output.extend_from_slice(br"\u00");
-                output.extend_from_slice(&[HEX[usize::from(byte >> 4)], HEX[usize::from(byte & 15)]]);
-            }
-            _ if len > 1 => {
-                output.extend_from_slice(br"\u202");
-                output.push(HEX[usize::from(bytes[position + 2] & 15)]);
-            }
-            _ => output.extend_from_slice(br"\ufffd"),
-        }
-        position += len.max(1);
-        plain = position;
+    while let Some(special) = next_special(bytes, position) {
+        output.extend_from_slice(&bytes[position..special]);
+        position = special + escape_special(&bytes[special..], output);
     }
-    output.extend_from_slice(&bytes[plain..]);
+    output.extend_from_slice(&bytes[position..]);
 }
 
-/// The length of the character at the start, or 0 when there is none.
-fn character_len(bytes: &[u8]) -> usize {
-    let len = match bytes[0] {
-        0xc2..=0xdf => 2,
-        0xe0..=0xef => 3,
-        0xf0..=0xf4 => 4,
-        _ => return 0,
-    };
-    if bytes.get(..len).is_some_and(|character| std::str::from_utf8(character).is_ok()) { len } else { 0 }
+/// Appends the special bytes at the start, one of ASCII or all above it, and answers how many there were.
+fn escape_special(bytes: &[u8], output: &mut Vec<u8>) -> usize {
+    const HEX: &[u8; 16] = b"0123456789abcdef";
+    let byte = bytes[0];
+    match byte {
+        b'"' | b'\\' => output.extend_from_slice(&[b'\\', byte]),
+        b'\n' => output.extend_from_slice(br"\n"),
+        b'\r' => output.extend_from_slice(br"\r"),
+        0..0x80 => {
+            output.extend_from_slice(br"\u00");
+            output.extend_from_slice(&[HEX[usize::from(byte >> 4)], HEX[usize::from(byte & 15)]]);
+        }
+        _ => {
+            let len = bytes.iter().position(u8::is_ascii).unwrap_or(bytes.len());
+            for chunk in bytes[..len].utf8_chunks() {
+                for text in chunk.valid().split_inclusive(['\u{2028}', '\u{2029}']) {
+                    match text.strip_suffix(['\u{2028}', '\u{2029}']) {
+                        None => output.extend_from_slice(text.as_bytes()),
+                        Some(before) => {
+                            output.extend_from_slice(before.as_bytes());
+                            let last = if text.ends_with('\u{2028}') { br"\u2028" } else { br"\u2029" };
+                            output.extend_from_slice(last);
+                        }
+                    }
+                }
+                chunk.invalid().iter().for_each(|_| output.extend_from_slice(br"\ufffd"));
+            }
+            return len;
+        }
+    }
+    1
 }
 
 #[cfg(test)]
@@ -102,11 +95,20 @@ mod tests {
         }
 
         #[test]
-        fn whole_pieces_are_plain_when_each_byte_is(bytes: [u8; PIECE_LEN]) {
-            prop_assert_eq!(is_plain(&bytes), bytes.iter().all(|byte| !SPECIAL[usize::from(*byte)]));
-            let plain = bytes.map(|byte| if SPECIAL[usize::from(byte)] { b'x' } else { byte });
-            prop_assert!(is_plain(&plain));
+        fn the_next_special_byte_is_found(bytes in prop::collection::vec(any::<u8>(), 0..70), dense: bool, from in 0_usize..70) {
+            let plain = |(index, byte): (usize, u8)| if dense || index % 23 == 0 { byte } else { b'x' };
+            let bytes: Vec<u8> = bytes.into_iter().enumerate().map(plain).collect();
+            let from = from.min(bytes.len());
+            let found = (from..bytes.len()).find(|index| is_special(bytes[*index]));
+            prop_assert_eq!(next_special(&bytes, from), found);
         }
+    }
+
+    #[test]
+    fn special_bytes_are_those_of_docker() {
+        let special: Vec<u8> = (0x20..0x80).filter(|byte| is_special(*byte)).collect();
+        assert_eq!(special, b"\"&<>\\");
+        assert!((0..0x20).chain(0x80..=0xff).all(is_special));
     }
 
     #[test]

@@ -28,6 +28,9 @@ const ENTRY_LEN_MAX: usize = 16 * 1024;
 /// Formatted bytes are written when there are this many: bounds memory when one-byte lines grow seventyfold.
 const WRITE_LEN: usize = 256 * 1024;
 
+/// The most that is read of an output at once; a piece of this length is part of a burst.
+pub const READ_LEN: usize = 64 * 1024;
+
 /// The two output streams of a process. A terminal has only the first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stream {
@@ -130,6 +133,7 @@ impl LogFile {
 
     /// Logs a piece of output.
     pub fn write(&mut self, stream: Stream, mut bytes: &[u8], now: Timestamp) -> io::Result<()> {
+        let is_burst = bytes.len() >= READ_LEN;
         let time = self.stamp(stream, now);
         let mut pending = std::mem::take(&mut self.pending[stream.index()]);
         let result = (|| {
@@ -155,6 +159,10 @@ impl LogFile {
             self.flush()
         })();
         self.pending[stream.index()] = pending;
+        // The memory of a burst is kept for its next piece, and given back when it is over.
+        if !is_burst && self.output.capacity() > WRITE_LEN / 4 {
+            self.output.shrink_to(0);
+        }
         result
     }
 
@@ -184,7 +192,7 @@ impl LogFile {
         if self.format == LogDriver::Local {
             local::encode(stream, &[head, rest], end, at.time, &mut self.output);
         } else {
-            self.output.extend_from_slice(br#"{"log":""#);
+            self.output.extend_from_slice(json::HEAD);
             // A character may be cut between the two; put them together unless the cut is clean.
             if head.is_empty() {
                 json::escape(rest, &mut self.output);
@@ -193,10 +201,7 @@ impl LogFile {
             } else {
                 json::escape(&[head, rest].concat(), &mut self.output);
             }
-            if end == End::Line {
-                self.output.extend_from_slice(br"\n");
-            }
-            self.output.extend_from_slice(&at.tail);
+            self.output.extend_from_slice(if end == End::Line { &at.line_tail } else { at.tail() });
         }
         if self.output.len() >= WRITE_LEN { self.flush() } else { Ok(()) }
     }
@@ -204,9 +209,17 @@ impl LogFile {
     /// A time for entries of a stream.
     fn stamp(&self, stream: Stream, time: Timestamp) -> Stamp {
         let (name, text) = (stream.name().as_bytes(), time.to_string());
-        let parts: [&[u8]; 6] =
-            [br#"","stream":""#, name, b"\"", &self.attributes, br#","time":""#, text.as_bytes()];
-        Stamp { time, tail: [&parts.concat(), b"\"}\n".as_slice()].concat() }
+        let parts: [&[u8]; 8] = [
+            Stamp::NEWLINE,
+            br#"","stream":""#,
+            name,
+            b"\"",
+            &self.attributes,
+            br#","time":""#,
+            text.as_bytes(),
+            b"\"}\n",
+        ];
+        Stamp { time, line_tail: parts.concat() }
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -214,10 +227,6 @@ impl LogFile {
         // On a full disk entries are lost; the container goes on.
         self.size_bytes += self.output.len() as u64;
         self.output.clear();
-        // Give a burst's memory back.
-        if self.output.capacity() > WRITE_LEN / 4 {
-            self.output.shrink_to(0);
-        }
         result
     }
 
@@ -245,7 +254,18 @@ impl LogFile {
 /// A time, and what ends a JSON entry of that time: made once for the many lines of one piece of output.
 struct Stamp {
     time: Timestamp,
-    tail: Vec<u8>,
+    /// Of one that is a whole line.
+    line_tail: Vec<u8>,
+}
+
+impl Stamp {
+    /// The newline of a line, escaped.
+    const NEWLINE: &[u8] = br"\n";
+
+    /// What ends any other entry.
+    fn tail(&self) -> &[u8] {
+        &self.line_tail[Self::NEWLINE.len()..]
+    }
 }
 
 fn compress(from: &Path, to: &Path) -> io::Result<()> {

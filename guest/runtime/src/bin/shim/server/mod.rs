@@ -24,7 +24,7 @@ use thiserror::Error;
 use self::refusal::{Refusal, name_of};
 use crate::client::{Client, Mode};
 use crate::container::{Runtime, RuntimeError};
-use crate::log::Stream;
+use crate::log::{READ_LEN, Stream};
 use crate::process::Process;
 use crate::trace::Events;
 
@@ -34,8 +34,6 @@ const CLIENTS_MAX: usize = 256;
 const QUEUE_LEN_MAX: usize = 256 * 1024;
 /// The same while the rest of an ended process's output drains: more than both its pipes can hold.
 const DRAIN_QUEUE_LEN_MAX: usize = 4 * 1024 * 1024;
-/// One read of output.
-const READ_LEN: usize = 64 * 1024;
 /// The header of a multiplexed frame.
 const HEADER_LEN: usize = 8;
 
