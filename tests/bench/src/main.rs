@@ -3,7 +3,8 @@
 //! `bench` measures the machine, `bench NAME …` only what is named. Where there is a peer it runs in the same run.
 //! `bench engine [NAME …]` holds our engine, run natively, against a private dockerd, `bench net [NAME …]` its networks;
 //! `bench net linear` tells whether many networks stay as fast as few, `bench net vm` holds ports and the NAT of the machine
-//! against QEMU's user network and passt; `bench soak [CYCLES]` tells whether its memory grows.
+//! against QEMU's user network and passt; `bench soak [CYCLES]` tells whether its memory grows; `bench client` tells what of a
+//! figure is the stock client's own time.
 #![forbid(unsafe_code)]
 #![expect(clippy::print_stdout, reason = "a benchmark prints")]
 
@@ -38,6 +39,7 @@ fn main() -> Result<()> {
         Some((group, port)) if group == peer::SERVE => {
             return peer::serve(port.first().map_or("", String::as_str));
         }
+        Some((group, _)) if group == "client" => return peer::client(),
         Some((group, count)) if group == "soak" => return peer::soak(count.first().map(String::as_str)),
         _ => {}
     }

@@ -2,7 +2,7 @@
 
 use super::side::Side;
 use anyhow::Result;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 use tests_harness::{Engine, Layer, TestImage};
 
@@ -28,7 +28,12 @@ impl Large {
 
     /// The one that was made.
     pub(super) fn made(engine: &Engine) -> Self {
-        Self { archive: engine.path("large.tar") }
+        Self::at(&engine.path(""))
+    }
+
+    /// The one in a folder.
+    pub(super) fn at(folder: &Path) -> Self {
+        Self { archive: folder.join("large.tar") }
     }
 }
 

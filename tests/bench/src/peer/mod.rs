@@ -5,6 +5,7 @@
 //! namespaces of this program's own and in temporary folders.
 
 mod api;
+mod client;
 mod dockerd;
 mod images;
 mod memory;
@@ -20,6 +21,7 @@ use dockerd::Dockerd;
 use side::Side;
 use tests_harness::{Engine, Stage, enter_private_namespaces};
 
+pub(crate) use client::client;
 pub(crate) use net::{SERVE, serve};
 pub(crate) use soak::soak;
 

@@ -11,10 +11,10 @@ use tests_harness::{IMAGE, Layer, Timed};
 /// Containers at once.
 pub(super) const MANY: usize = 50;
 /// Containers in the list.
-const LISTED: usize = 1000;
+pub(super) const LISTED: usize = 1000;
 const FLOOR_ROUNDS: usize = 15;
 
-fn milliseconds(work: impl FnOnce() -> Result<()>) -> Result<f64> {
+pub(super) fn milliseconds(work: impl FnOnce() -> Result<()>) -> Result<f64> {
     let start = Instant::now();
     work()?;
     Ok(start.elapsed().as_secs_f64() * 1e3)
@@ -22,6 +22,11 @@ fn milliseconds(work: impl FnOnce() -> Result<()>) -> Result<f64> {
 
 pub(super) fn run(side: &Side) -> Result<f64> {
     milliseconds(|| side.run(["run", "--rm", IMAGE, "true"])?.ok().map(drop))
+}
+
+/// The least that the client can be asked for.
+pub(super) fn version(side: &Side) -> Result<f64> {
+    milliseconds(|| side.run(["version", "--format", "x"])?.ok().map(drop))
 }
 
 pub(super) fn api(side: &Side) -> Result<f64> {

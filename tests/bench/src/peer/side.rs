@@ -3,7 +3,7 @@
 use super::api::Api;
 use super::dockerd::Dockerd;
 use anyhow::{Context, Result, ensure};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use tests_harness::{Engine, Finished, Processes, TestImage, Timed};
 
@@ -39,6 +39,18 @@ impl Side {
             programs: &["dockerd", "containerd", "containerd-shim", "docker-proxy"],
             registry: engine.registry_name(),
             large: super::images::Large::made(engine),
+        }
+    }
+
+    /// What listens at a socket and is no engine.
+    pub(super) fn of_socket(socket: PathBuf, folder: &Path) -> Self {
+        Self {
+            socket,
+            config: folder.join("docker"),
+            processes: Processes::of(folder),
+            programs: &[],
+            registry: String::new(),
+            large: super::images::Large::at(folder),
         }
     }
 

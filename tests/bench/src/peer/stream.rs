@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 use std::time::Instant;
 use tests_harness::{Layer, TestImage};
 
-const BYTES: u64 = 64 << 20;
+pub(super) const BYTES: u64 = 64 << 20;
 const LINE: &str = "0123456789012345678901234567890123456789\n";
 const IMAGE: &str = "lines:1";
 /// Of each frame.
@@ -14,10 +14,18 @@ const FRAME_HEADER: u64 = 8;
 
 /// A file of lines, printed four times.
 pub(super) fn prepare(side: &Side) -> Result<()> {
-    let mut text = LINE.repeat((BYTES as usize / 4).div_ceil(LINE.len())).into_bytes();
-    text.truncate(BYTES as usize / 4 - 1);
+    side.load(
+        &TestImage::new(vec![Layer::busybox()?, Layer::files([("lines", lines_of(BYTES / 4))])?]),
+        IMAGE,
+    )
+}
+
+/// So many bytes of lines.
+pub(super) fn lines_of(bytes: u64) -> Vec<u8> {
+    let mut text = LINE.repeat((bytes as usize).div_ceil(LINE.len())).into_bytes();
+    text.truncate(bytes as usize - 1);
     text.push(b'\n');
-    side.load(&TestImage::new(vec![Layer::busybox()?, Layer::files([("lines", text)])?]), IMAGE)
+    text
 }
 
 fn rate(side: &Side, arguments: &[&str]) -> Result<f64> {
