@@ -386,9 +386,10 @@ impl Running {
         self.killer.kill();
     }
 
-    /// The name of a device whose thread has ended, which is a fault as long as the machine runs.
-    pub fn lost_device(&self) -> Option<&'static str> {
-        self.parts.attached.iter().find(|device| device.has_ended()).map(|device| device.name())
+    /// The name of a device that does its work no more, which is a fault as long as the machine runs, and what the
+    /// fault is, as a clause.
+    pub fn lost_device(&self) -> Option<(&'static str, String)> {
+        self.parts.attached.iter().find_map(|device| device.fault().map(|fault| (device.name(), fault)))
     }
 
     /// After [`Signal::Ended`]: takes everything down and reads the console's last lines.

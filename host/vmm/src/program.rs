@@ -213,7 +213,7 @@ enum Cause {
     Kill,
     Panic(String),
     BootTimeout(Duration),
-    LostDevice(&'static str),
+    LostDevice(&'static str, String),
 }
 
 /// Sees a running machine through to its end.
@@ -380,9 +380,9 @@ impl<'a> Driver<'a> {
         }
         if self.check_at <= now {
             self.check_at = now + CHECK_INTERVAL;
-            if let Some(device) = self.running.lost_device() {
-                tracing::error!(device, "a device's thread has ended");
-                self.end(Cause::LostDevice(device), LOST_DEVICE_GRACE);
+            if let Some((device, fault)) = self.running.lost_device() {
+                tracing::error!(device, fault, "a device has failed");
+                self.end(Cause::LostDevice(device, fault), LOST_DEVICE_GRACE);
             }
         }
     }
@@ -431,7 +431,9 @@ fn stop_reason(
             "the guest did not come up within {} s: it was killed while {phrase}",
             limit.as_secs()
         )),
-        (Some(Cause::LostDevice(device)), _) => failed(format!("the {device} device failed while {phrase}")),
+        (Some(Cause::LostDevice(device, fault)), _) => {
+            failed(format!("the {device} device failed while {phrase}: {fault}"))
+        }
         (None, Some(MonitorEvent::Reset)) => failed(format!("the guest restarted itself while {phrase}")),
         (None, _) => {
             let words = if ended.words.is_empty() { String::new() } else { format!(": {}", ended.words) };
@@ -490,8 +492,12 @@ mod tests {
             "the guest did not come up within 60 s: it was killed while the guest was booting"
         );
         assert_eq!(
-            message(reason(Some(Cause::LostDevice("vsock")), None, Stage::Up)),
-            "the vsock device failed while the machine was running"
+            message(reason(
+                Some(Cause::LostDevice("vsock", "its thread panicked: x".into())),
+                None,
+                Stage::Up
+            )),
+            "the vsock device failed while the machine was running: its thread panicked: x"
         );
         assert_eq!(
             message(reason(None, Some(MonitorEvent::Reset), Stage::Booting)),

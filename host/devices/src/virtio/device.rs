@@ -24,6 +24,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 pub use virtio_queue::QueueState;
 
+use crate::virtio::life::Life;
+
 /// Guest memory as models see it: a snapshot is taken per unit of work, so the transport may swap the map at any time.
 pub type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
 
@@ -191,6 +193,11 @@ pub trait VirtioDevice: Send {
 
     /// Stops every queue and forgets everything the driver did: negotiated features, connections.
     fn reset(&mut self);
+
+    /// The device's thread, for who must know when it fails. A device without one never does.
+    fn life(&self) -> Life {
+        Life::default()
+    }
 
     /// What a machine that is saved keeps of the device, beside features and queues. Called while no queue runs.
     fn save(&self) -> DeviceState {

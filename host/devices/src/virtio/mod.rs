@@ -15,6 +15,7 @@ pub mod vsock;
 mod config;
 #[cfg(test)]
 mod driver;
+mod life;
 pub(crate) mod ring;
 mod threaded;
 pub(crate) mod worker;
@@ -22,3 +23,4 @@ pub(crate) mod worker;
 pub use device::{
     DeviceError, DeviceKind, DeviceState, Interrupt, Memory, QueueResources, QueueState, VirtioDevice,
 };
+pub use life::Life;

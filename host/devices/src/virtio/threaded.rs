@@ -11,6 +11,7 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 
 use crate::virtio::config::ConfigSpace;
 use crate::virtio::device::{DeviceError, DeviceKind, DeviceState, QueueResources, QueueState, VirtioDevice};
+use crate::virtio::life::Life;
 use crate::virtio::worker::{Mailbox, Model, Worker};
 
 /// What all devices offer: the current standard, and what `virtio-queue` does for every ring.
@@ -106,6 +107,10 @@ impl<T: Threaded> VirtioDevice for T {
     fn reset(&mut self) {
         self.front().worker.reset();
         self.front().config.reset();
+    }
+
+    fn life(&self) -> Life {
+        self.front().worker.life()
     }
 
     fn save(&self) -> DeviceState {

@@ -17,6 +17,7 @@ use mio::{Events, Interest, Poll, Registry, Token, Waker};
 use tracing::error;
 
 use crate::virtio::device::{DeviceError, DeviceKind, QueueResources, QueueState};
+use crate::virtio::life::Life;
 use crate::virtio::ring::Ring;
 
 /// Tokens from here up belong to the worker: the waker, then one per queue. Those below belong to the model.
@@ -105,6 +106,7 @@ pub(crate) struct Worker<M> {
     kind: DeviceKind,
     queues: usize,
     mailbox: Mailbox<M>,
+    life: Life,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -123,12 +125,19 @@ impl<M: Send + 'static> Worker<M> {
         let model = build(poll.registry().try_clone()?)?;
         let rings = (0..queues).map(|_| None).collect();
         let looper = Loop { kind, poll, commands, model, rings };
-        let thread = thread::Builder::new().name(name.to_owned()).spawn(move || looper.run())?;
-        Ok(Self { kind, queues, mailbox: Mailbox { commands: sender, waker }, thread: Some(thread) })
+        let life = Life::default();
+        let inside = life.clone();
+        let thread =
+            thread::Builder::new().name(name.to_owned()).spawn(move || inside.live(|| looper.run()))?;
+        Ok(Self { kind, queues, mailbox: Mailbox { commands: sender, waker }, life, thread: Some(thread) })
     }
 
     pub fn mailbox(&self) -> Mailbox<M> {
         self.mailbox.clone()
+    }
+
+    pub fn life(&self) -> Life {
+        self.life.clone()
     }
 
     pub fn ack_features(&self, features: u64) {
@@ -183,7 +192,7 @@ struct Loop<T: Model> {
 }
 
 impl<T: Model> Loop<T> {
-    fn run(mut self) {
+    fn run(mut self) -> io::Result<()> {
         let mut events = Events::with_capacity(EVENTS);
         let mut more = false;
         loop {
@@ -194,7 +203,7 @@ impl<T: Model> Loop<T> {
             match self.poll.poll(&mut events, timeout) {
                 Err(error) if error.kind() != io::ErrorKind::Interrupted => {
                     error!(device = %self.kind, %error, "cannot wait for events; the device's thread ends");
-                    return;
+                    return Err(error);
                 }
                 _ => {}
             }
@@ -202,7 +211,7 @@ impl<T: Model> Loop<T> {
                 match event.token() {
                     WAKE => {
                         if self.obey().is_break() {
-                            return;
+                            return Ok(());
                         }
                     }
                     Token(token) if token >= FIRST_OWN_TOKEN => self.kicked(token - FIRST_OWN_TOKEN),

@@ -94,8 +94,8 @@ impl Attached for Console {
         "console"
     }
 
-    fn has_ended(&self) -> bool {
-        self.thread.is_finished()
+    fn fault(&self) -> Option<String> {
+        self.thread.is_finished().then(|| "its thread has ended".into())
     }
 
     fn detach(self: Box<Self>) {

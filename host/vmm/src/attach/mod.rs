@@ -56,8 +56,9 @@ pub(crate) trait Attached: Send {
     /// The device's name in messages.
     fn name(&self) -> &'static str;
 
-    /// Whether its thread has ended. Normal once the machine has, a fault before.
-    fn has_ended(&self) -> bool;
+    /// Why it does its work no more, as a clause; `None` while it does. What is normal once the machine has ended is a
+    /// fault before.
+    fn fault(&self) -> Option<String>;
 
     /// Ends the device and waits for its thread.
     fn detach(self: Box<Self>);

@@ -72,8 +72,9 @@ impl Attached for Net {
         "net"
     }
 
-    fn has_ended(&self) -> bool {
-        self.nat.is_finished()
+    fn fault(&self) -> Option<String> {
+        let nat = || self.nat.is_finished().then(|| "the thread of its NAT has ended".into());
+        self.card.as_ref().and_then(|card| card.fault()).or_else(nat)
     }
 
     fn detach(self: Box<Self>) {

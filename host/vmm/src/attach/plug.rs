@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use host_devices::virtio::mmio::MmioDevice;
-use host_devices::virtio::{Memory, VirtioDevice, vhost_user};
+use host_devices::virtio::{Life, Memory, VirtioDevice, vhost_user};
 use host_hypervisor::arch::x86_64::board::Registers;
 use host_hypervisor::kvm::{Console, Slot};
 use host_hypervisor::qemu::{Device, PassedFds};
@@ -76,10 +76,11 @@ impl Qemu {
         describe: impl FnOnce(RawFd) -> Device,
     ) -> Result<Box<dyn Attached>, Box<dyn Error + Send + Sync>> {
         let (ours, theirs) = UnixStream::pair()?;
+        let life = device.life();
         let server = vhost_user::serve(device, ours)?;
         let fd = self.fds.pass(theirs);
         self.devices.push(describe(fd));
-        Ok(Box::new(Served { name, server }))
+        Ok(Box::new(Served { name, life, server }))
     }
 }
 
@@ -90,12 +91,13 @@ impl InProcess {
         name: &'static str,
         device: Box<dyn VirtioDevice>,
     ) -> Result<Box<dyn Attached>, Box<dyn Error + Send + Sync>> {
+        let life = device.life();
         let interrupt = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         let device = MmioDevice::new(device, Memory::new(self.memory.clone()), interrupt.try_clone()?)?;
         let kicks = device.kicks().iter().map(EventFd::try_clone).collect::<io::Result<_>>()?;
         let device = Arc::new(device);
         self.slots.push(Slot { registers: Arc::new(Window(device.clone())), kicks, interrupt });
-        Ok(Box::new(Slotted { name, device }))
+        Ok(Box::new(Slotted { name, life, device }))
     }
 }
 
@@ -109,8 +111,8 @@ impl Attached for Own {
         self.name
     }
 
-    fn has_ended(&self) -> bool {
-        false
+    fn fault(&self) -> Option<String> {
+        None
     }
 
     fn detach(self: Box<Self>) {}
@@ -119,6 +121,7 @@ impl Attached for Own {
 /// A device model of ours that QEMU uses over vhost-user.
 struct Served {
     name: &'static str,
+    life: Life,
     server: vhost_user::Server,
 }
 
@@ -127,8 +130,9 @@ impl Attached for Served {
         self.name
     }
 
-    fn has_ended(&self) -> bool {
-        self.server.is_finished()
+    fn fault(&self) -> Option<String> {
+        let connection = || self.server.is_finished().then(|| "its connection to QEMU has ended".into());
+        self.life.failure().map(str::to_owned).or_else(connection)
     }
 
     fn detach(self: Box<Self>) {
@@ -149,10 +153,10 @@ impl Registers for Window {
     }
 }
 
-/// A device model in a slot. It has no connection that could end; should its thread, its transport tells the guest
-/// (`DEVICE_NEEDS_RESET`).
+/// A device model in a slot. It has no connection that could end, but a thread.
 struct Slotted {
     name: &'static str,
+    life: Life,
     device: Arc<MmioDevice>,
 }
 
@@ -161,12 +165,72 @@ impl Attached for Slotted {
         self.name
     }
 
-    fn has_ended(&self) -> bool {
-        false
+    fn fault(&self) -> Option<String> {
+        self.life.failure().map(str::to_owned)
     }
 
     fn detach(self: Box<Self>) {
         // The board's hold on it went with the machine, so this ends the device's thread and waits for it.
         drop(self.device);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use host_devices::virtio::balloon::{self, Balloon};
+    use host_hypervisor::memory;
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+
+    /// Registers of the driver's way to a running queue (virtio 1.3 §4.2.2).
+    const DRIVER_FEATURES: u64 = 0x20;
+    const DRIVER_FEATURES_SELECT: u64 = 0x24;
+    const QUEUE_SIZE: u64 = 0x38;
+    const QUEUE_READY: u64 = 0x44;
+    const QUEUE_NOTIFY: u64 = 0x50;
+    const STATUS: u64 = 0x70;
+    const QUEUE_ADDRESSES: [(u64, u32); 3] = [(0x80, DESCRIPTORS), (0x90, AVAILABLE), (0xa0, USED)];
+    const DESCRIPTORS: u32 = 0x1_0000;
+    const AVAILABLE: u32 = 0x1_1000;
+    const USED: u32 = 0x1_2000;
+    const PAGES: u32 = 0x1_3000;
+
+    #[test]
+    fn a_device_that_dies_in_its_slot_is_noticed_with_the_reason() {
+        let ram = memory::allocate(16).unwrap();
+        let discard = Box::new(|start: GuestAddress, _| panic!("no place for {:#x}", start.0));
+        let device = Balloon::new(balloon::Backend { discard }).unwrap();
+        let mut machine = InProcess::new(ram.clone());
+        let attached = machine.serve("balloon", Box::new(device)).unwrap();
+        let slot = machine.slots.remove(0);
+        let write = |offset, value: u32| slot.registers.write(offset, &value.to_le_bytes());
+        // One page goes into the balloon.
+        ram.write_obj(5_u32, GuestAddress(PAGES.into())).unwrap();
+        ram.write_slice(&[PAGES, 0, 4, 0].map(u32::to_le_bytes).concat(), GuestAddress(DESCRIPTORS.into()))
+            .unwrap();
+        ram.write_obj(1_u16, GuestAddress(u64::from(AVAILABLE) + 2)).unwrap();
+        write(STATUS, 3);
+        write(DRIVER_FEATURES_SELECT, 1);
+        write(DRIVER_FEATURES, 1);
+        write(STATUS, 11);
+        write(QUEUE_SIZE, 16);
+        for (register, address) in QUEUE_ADDRESSES {
+            write(register, address);
+        }
+        write(QUEUE_READY, 1);
+        assert_eq!(attached.fault(), None);
+        write(STATUS, 15);
+        write(QUEUE_NOTIFY, 0);
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while attached.fault().is_none() && Instant::now() < deadline {
+            std::thread::yield_now();
+        }
+        assert_eq!(attached.fault().as_deref(), Some("its thread panicked: no place for 0x5000"));
+        // What the guest does next neither hangs nor dies.
+        write(STATUS, 0);
+        attached.detach();
     }
 }
