@@ -24,6 +24,8 @@ use libtest_mimic::{Arguments, Failed, Trial};
 const LIMIT: Duration = Duration::from_secs(240);
 /// The folder of a VM image.
 const IMAGE: &str = "ENGINE_IMAGE";
+/// How many boots in a row `boots_in_a_row` shall make; without it there is no such test.
+const BOOTS: &str = "ENGINE_TEST_BOOTS";
 
 type Test = fn() -> Result<(), Failed>;
 
@@ -43,8 +45,12 @@ fn main() -> ExitCode {
     if let Some(reason) = &missing {
         println!("{reason}. `tests/run nested-kvm` runs these {} tests.", TESTS.len());
     }
+    let mut tests = TESTS.to_vec();
+    if std::env::var_os(BOOTS).is_some() {
+        tests.push(("boots_in_a_row", boots_in_a_row));
+    }
     let trials =
-        TESTS.into_iter().map(|(name, test)| Trial::test(name, test).with_ignored_flag(missing.is_some()));
+        tests.into_iter().map(|(name, test)| Trial::test(name, test).with_ignored_flag(missing.is_some()));
     libtest_mimic::run(&arguments, trials.collect()).exit_code()
 }
 
@@ -187,6 +193,31 @@ fn kill_while_booting() -> Result<(), Failed> {
     assert_eq!(vmm.stopped()?, StopReason::Killed);
     assert!(vmm.process.wait()?.success());
     Ok(())
+}
+
+/// Every boot comes to the guest's session and ends as it is told to: by power-off and by force, in turn.
+fn boots_in_a_row() -> Result<(), Failed> {
+    let count: u32 = std::env::var(BOOTS)?.parse()?;
+    for boot in 1..=count {
+        let (command, reason) = match boot % 2 {
+            0 => (control::Command::Stop, StopReason::PoweredOff),
+            _ => (control::Command::Kill, StopReason::Killed),
+        };
+        let told = |error: Failed| Failed::from(format!("boot {boot} of {count}: {}", words(&error)));
+        let mut vmm = Vmm::start("quiet cgroup_no_v1=all").map_err(told)?;
+        vmm.until("the guest's session", is_session).map_err(told)?;
+        vmm.control.send(&command, &[])?;
+        assert_eq!(vmm.stopped().map_err(told)?, reason, "boot {boot} of {count}: {}", vmm.console());
+        assert!(vmm.process.wait()?.success());
+        if boot % 10 == 0 {
+            println!("{boot} boots of {count}");
+        }
+    }
+    Ok(())
+}
+
+fn words(failed: &Failed) -> &str {
+    failed.message().unwrap_or("failed")
 }
 
 fn dying_kernel() -> Result<(), Failed> {
