@@ -1,13 +1,17 @@
 //! Registries, by the stock docker CLI: push, every tag, login, and refusals in dockerd's words.
 
+use std::time::Duration;
+
 use anyhow::{Context, Result, ensure};
-use tests_harness::{Engine, Finished, IMAGE};
+use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+use tests_harness::{Engine, Finished, IMAGE, Registry, Stage, wait_until};
 
 crate::scenarios![
     a_pushed_image_comes_back,
     every_tag_is_pushed_and_pulled_at_once,
     a_registry_refuses_in_dockerds_words,
     a_login_is_checked,
+    a_registry_is_shown_the_certificate_it_asks_for,
 ];
 
 fn docker(engine: &Engine, arguments: &[&str]) -> Result<Finished> {
@@ -104,4 +108,46 @@ fn a_login_is_checked(engine: &Engine) -> Result<()> {
     ensure!(!engine.logs().contains("secret-of-ana"), "the password is in a log");
     std::fs::remove_dir_all(config)?;
     Ok(())
+}
+
+/// Through the machine; natively the folder is the same, and what is in it has tests of its own.
+fn a_registry_is_shown_the_certificate_it_asks_for(engine: &Engine) -> Result<()> {
+    if engine.stage == Stage::Native {
+        return Ok(());
+    }
+    let mut authority = CertificateParams::new(Vec::new())?;
+    authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let authority_key = KeyPair::generate()?;
+    let root = authority.self_signed(&authority_key)?.pem();
+    let issuer = Issuer::new(authority, authority_key);
+    let signed = |name: &str| -> Result<(String, String)> {
+        let key = KeyPair::generate()?;
+        let certificate = CertificateParams::new(vec![name.to_owned()])?.signed_by(&key, &issuer)?;
+        Ok((certificate.pem(), key.serialize_pem()))
+    };
+    let host = engine.outside_address();
+    let (certificate, key) = signed(host)?;
+    let files = ["registry.crt", "registry.key", "clients.crt"].map(|name| engine.path(name));
+    for (file, text) in files.iter().zip([&certificate, &key, &root]) {
+        std::fs::write(file, text)?;
+    }
+    let registry = Registry::start_secure(&files[0], &files[1], &files[2])?;
+    let domain = format!("{host}:{}", registry.port());
+    let name = format!("{domain}/secure:1");
+    docker(engine, &["tag", IMAGE, &name])?.ok()?;
+    let refused = docker(engine, &["push", &name])?;
+    ensure!(refused.code == 1 && refused.stderr.contains("cannot be reached"), "{refused:?}");
+    // The machine runs, and sees them all the same; what it knows not to be there it looks for again after a second.
+    let folder = engine.path("certs.d").join(&domain);
+    std::fs::create_dir(&folder)?;
+    let (certificate, key) = signed("client")?;
+    for (file, text) in [("ca.crt", root), ("client.cert", certificate), ("client.key", key)] {
+        std::fs::write(folder.join(file), text)?;
+    }
+    wait_until("the certificate is shown", Duration::from_secs(60), || {
+        Ok((docker(engine, &["push", "-q", &name])?.code == 0).then_some(()))
+    })?;
+    docker(engine, &["rmi", &name])?.ok()?;
+    docker(engine, &["pull", "-q", &name])?.ok()?;
+    docker(engine, &["rmi", &name])?.ok().map(drop)
 }

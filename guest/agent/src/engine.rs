@@ -44,6 +44,9 @@ const SETTINGS: &str = "/run/engine-settings";
 /// The pipe on which the engine says that it answers.
 const READY_FD: i32 = 3;
 
+/// [`share::CERTIFICATES`] in [`share::MOUNT`].
+const REGISTRY_CERTIFICATES: &str = "/run/host/certs.d";
+
 #[rustfmt::skip]
 const ARGUMENTS: &[&str] = &[
     "--vsock", "2375",
@@ -58,6 +61,7 @@ const ARGUMENTS: &[&str] = &[
     "--host-registry", "host.docker.internal",
     "--host-registry", "198.18.0.254",
     "--host-name", "host.docker.internal",
+    "--registry-certificates", REGISTRY_CERTIFICATES,
 ];
 
 /// An engine that lived this long was well: if it ends, the next one is started without much delay.
@@ -259,6 +263,15 @@ mod tests {
     use crate::status::Status;
     use tokio::sync::watch;
     use tokio::task::LocalSet;
+
+    #[test]
+    fn the_engine_looks_for_certificates_where_the_host_shares_them() {
+        use guest_protocol::share::{CERTIFICATES, MOUNT};
+        assert_eq!(
+            std::path::Path::new(MOUNT).join(CERTIFICATES),
+            std::path::Path::new(REGISTRY_CERTIFICATES)
+        );
+    }
 
     #[test]
     fn an_engine_that_keeps_dying_is_started_ever_less_often() {

@@ -12,6 +12,10 @@ pub const TAG: &str = "host";
 /// Where the guest mounts it. Each folder that is offered is a folder in there.
 pub const MOUNT: &str = "/run/host";
 
+/// The folder in [`MOUNT`] that has a folder for each registry with certificates of its own (`certs.d`, read-only). No
+/// container can bind it.
+pub const CERTIFICATES: &str = "certs.d";
+
 /// The source of a bind, as the user named it on the host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BindSource {

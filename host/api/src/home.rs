@@ -121,6 +121,11 @@ impl Home {
         ["engine.toml", "daemon.json"].map(|name| self.root.join(name))
     }
 
+    /// A folder for each registry that has certificates of its own, as dockerd's `certs.d`.
+    pub fn certificates(&self) -> PathBuf {
+        self.root.join("certs.d")
+    }
+
     /// Everything that belongs to the machine called `name`.
     pub fn machine_dir(&self, name: &str) -> PathBuf {
         self.root.join("machines").join(name)

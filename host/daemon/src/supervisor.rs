@@ -13,10 +13,10 @@ use crate::shares::Shares;
 use crate::state_dir::StateDir;
 use crate::vmm_process::{Report, VmmProcess};
 use anyhow::{Context, Result};
-use guest_protocol::{EngineSettings, EngineState, Failure, GuestInfo, Notice, port};
+use guest_protocol::{EngineSettings, EngineState, Failure, GuestInfo, Notice, port, share};
 use host_api::{BackendChoice, MachineState, MachineStatus};
 use host_vmm::control::{Command, Event, StopReason};
-use host_vmm::{DiskSpec, MachineSpec, NetworkSpec, Usage};
+use host_vmm::{DiskSpec, MachineSpec, NetworkSpec, ShareSpec, Usage};
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::Write;
@@ -330,6 +330,11 @@ impl Supervisor {
     fn spec(&self, settings: &Settings, shares: &Shares) -> Result<MachineSpec> {
         let image = VmImage::open(&self.image_dir)?;
         let dir = self.state_dir.machine_dir(MACHINE)?;
+        let certificates = self.state_dir.home().certificates();
+        std::fs::create_dir_all(&certificates)
+            .with_context(|| format!("cannot make the folder `{}`", certificates.display()))?;
+        let certificates =
+            ShareSpec { name: share::CERTIFICATES.to_owned(), path: certificates, read_only: true };
         Ok(MachineSpec {
             cpus: settings.cpus,
             memory_mib: settings.memory_mib,
@@ -341,7 +346,7 @@ impl Supervisor {
             console_log: dir.join("console.log"),
             backend: settings.backend,
             network: NetworkSpec::Nat,
-            shares: shares.specs(),
+            shares: shares.specs().into_iter().chain([certificates]).collect(),
             boot_timeout_seconds: u32::try_from(crate::lifecycle::BOOT_TIME_MAX.as_secs())?,
         })
     }

@@ -6,6 +6,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::json;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 use tempfile::TempDir;
@@ -24,16 +25,27 @@ impl Registry {
         Self::start_at(Ipv4Addr::LOCALHOST, |program| Command::new(program))
     }
 
+    /// The same, with TLS: files with its certificate and key, and with the authority that its clients' are of.
+    pub fn start_secure(certificate: &Path, key: &Path, clients: &Path) -> Result<Self> {
+        let tls = json!({ "certificate": certificate, "key": key, "clientcas": [clients] });
+        Self::start_with(&format!("  tls: {tls}\n"), Ipv4Addr::LOCALHOST, |program| Command::new(program))
+    }
+
     /// Starts one on `ip`; `program` makes the command, in whatever namespace that address is. The port is free a moment
     /// before; the next try takes another.
     pub(crate) fn start_at(ip: Ipv4Addr, program: impl Fn(&str) -> Command) -> Result<Self> {
+        Self::start_with("", ip, program)
+    }
+
+    /// `http`: more lines of that section of its settings.
+    fn start_with(http: &str, ip: Ipv4Addr, program: impl Fn(&str) -> Command) -> Result<Self> {
         let folder = tempfile::Builder::new().prefix("engine-registry-").tempdir()?;
         let config = folder.path().join("config.yml");
         for _ in 0..5 {
             let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port();
             let address = SocketAddr::from((ip, port));
             let text = format!(
-                "version: 0.1\nlog:\n  level: error\nstorage:\n  filesystem:\n    rootdirectory: {}\nhttp:\n  addr: {address}\n",
+                "version: 0.1\nlog:\n  level: error\nstorage:\n  filesystem:\n    rootdirectory: {}\nhttp:\n  addr: {address}\n{http}",
                 folder.path().join("data").display()
             );
             std::fs::write(&config, text)?;

@@ -74,6 +74,9 @@ pub struct Flags {
     /// Mirror of the public registry; may be repeated
     #[arg(long, value_name = "URL")]
     pub registry_mirror: Vec<String>,
+    /// Folder with a folder for each registry that has certificates of its own [default: `certs.d` beside the settings file]
+    #[arg(long, value_name = "FOLDER")]
+    pub registry_certificates: Option<PathBuf>,
     /// Name of the default bridge
     #[arg(long, value_name = "NAME")]
     pub bridge: Option<String>,
@@ -99,7 +102,8 @@ pub struct Settings {
     pub shim: PathBuf,
     pub insecure_registries: Vec<String>,
     pub registry_mirrors: Vec<String>,
-    /// A folder for each registry that has certificates of its own: `certs.d` beside the settings file, else below the data root.
+    /// A folder for each registry that has certificates of its own: that of the flag, else `certs.d` beside the settings file, else
+    /// below the data root.
     pub registry_certificates: PathBuf,
     pub transfers: Transfers,
     /// Labels of this engine, shown by `info`.
@@ -150,8 +154,8 @@ impl Settings {
         };
         let data_root = std::path::absolute(data_root).context("cannot tell the current folder")?;
         let beside =
-            flags.config.as_ref().and_then(|config| config.parent()).map(|folder| folder.join("certs.d"));
-        let registry_certificates = match beside.filter(|folder| folder.is_dir()) {
+            || Some(flags.config.as_ref()?.parent()?.join("certs.d")).filter(|folder| folder.is_dir());
+        let registry_certificates = match flags.registry_certificates.or_else(beside) {
             Some(folder) => std::path::absolute(folder).context("cannot tell the current folder")?,
             None => data_root.join("certs.d"),
         };

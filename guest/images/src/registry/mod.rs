@@ -28,7 +28,7 @@ use std::{
     time::Duration,
 };
 
-use reqwest::{Client, Url};
+use reqwest::{Client, StatusCode, Url};
 
 pub use client::Proxies;
 pub(crate) use refusal::Failure;
@@ -176,6 +176,8 @@ impl Registries {
         let mut failure = None;
         for scheme in order {
             match client.get(format!("{scheme}://{domain}/v2/")).timeout(CONNECT_TIMEOUT).send().await {
+                // So a server of TLS answers who does without.
+                Ok(answer) if scheme == "http" && answer.status() == StatusCode::BAD_REQUEST => {}
                 Ok(_) => {
                     self.schemes
                         .lock()
