@@ -122,6 +122,7 @@ fn test(arguments: &Arguments) -> Result<ExitCode> {
     scenarios.extend(borrowed::scenarios());
     if stage == Stage::Native {
         scenarios.extend(nat::native_scenarios());
+        scenarios.extend(ports::native_scenarios());
     }
     // Last: these kill what the others stand on.
     scenarios.extend(match stage {
