@@ -19,6 +19,9 @@ const SETTINGS: &[(&str, &str)] = &[
     ("kernel/panic_on_oops", "1"),
     // Databases fork to write snapshots; with strict accounting that fails although the copy is never touched.
     ("vm/overcommit_memory", "1"),
+    // Each processor may keep an eighth of all memory as single free pages, which an idle processor never hands back: they
+    // are not reported to the host, and blocks they belong to are not either. A thousandth serves as well.
+    ("vm/percpu_pagelist_high_fraction", "1000"),
     // Elasticsearch and others refuse to start below this.
     ("vm/max_map_count", "262144"),
     // File watchers of many containers share the root user's budget.
