@@ -24,5 +24,8 @@ pub const API: u32 = 2375;
 /// Guest to host: the engine's session, on which it leases what its containers need on the host ([`crate::lease`]).
 pub const LEASES: u32 = 1026;
 
+/// Guest to host: changes of shared folders, for the engine to repeat ([`crate::changes`]). Served by the VM process itself.
+pub const CHANGES: u32 = 1028;
+
 /// Host to guest: connections to published ports, served by the engine. Each begins with a [`crate::forward::Header`].
 pub const FORWARD: u32 = 2376;
