@@ -17,6 +17,9 @@ pub enum Open {
     Folder(Mutex<OwnedFd>),
     /// The made-up root.
     Root,
+    /// What the repeating thread opens, and nothing is done with. A folder is watched meanwhile, on behalf of this
+    /// generation of that thread.
+    Repeated { watched: Option<u64> },
 }
 
 /// One open file or folder.
@@ -32,7 +35,7 @@ impl Handle {
     pub fn file(&self) -> Result<&OwnedFd, Errno> {
         match &self.open {
             Open::File(file) => Ok(file),
-            Open::Folder(_) | Open::Root => Err(Errno::BADF),
+            Open::Folder(_) | Open::Root | Open::Repeated { .. } => Err(Errno::BADF),
         }
     }
 
@@ -82,10 +85,9 @@ impl Handles {
         self.table().open.get(&number).cloned().ok_or(Errno::BADF)
     }
 
-    pub fn remove(&self, number: u64) -> Result<(), Errno> {
-        // Closed without the lock: closing may take long.
-        let gone = self.table().open.remove(&number);
-        gone.map(drop).ok_or(Errno::BADF)
+    /// Takes it out. It is closed when the last who works with it is done, without the lock: closing may take long.
+    pub fn remove(&self, number: u64) -> Result<Arc<Handle>, Errno> {
+        self.table().open.remove(&number).ok_or(Errno::BADF)
     }
 
     /// Closes whatever `which` says.

@@ -6,7 +6,7 @@
 //! back to one, it is found again by the name it was last known by, in the folder that was known, and only if it is still
 //! that very file. A file that is open or has lost its name keeps its descriptor.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::ffi::{CStr, CString};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,6 +16,7 @@ use rustix::fs::{FileType, Mode, OFlags, ResolveFlags, Stat};
 use rustix::io::Errno;
 
 use crate::export::Export;
+use crate::watch::{Folders, Notifier, Token};
 
 /// Looks at so many files at most to find one whose descriptor can be closed.
 const LOOKS_MAX: usize = 64;
@@ -117,9 +118,86 @@ struct Table {
     /// How many have a descriptor, and in which order they are looked at.
     live: usize,
     turns: VecDeque<u64>,
+    folders: Folders,
 }
 
 impl Table {
+    /// A number that was never given.
+    fn fresh(&mut self) -> u64 {
+        self.last = self.last.max(ROOT) + 1;
+        self.last
+    }
+
+    /// Takes note of the name that a file is found by.
+    fn set_place(&mut self, number: u64, place: Option<Place>) {
+        let Some(known) = self.known.get_mut(&number) else { return };
+        if !self.folders.is_idle() {
+            if let Some(before) = &known.place {
+                self.folders.unnamed(before.folder, &before.name, number);
+            }
+            if let Some(place) = &place {
+                self.folders.named(place.folder, &place.name, number);
+            }
+        }
+        known.place = place;
+        self.watch(number);
+    }
+
+    /// Watches a folder if the one it is in is watched.
+    fn watch(&mut self, number: u64) {
+        if self.folders.is_idle() {
+            return;
+        }
+        if let Some(Known { kind: FileType::Directory, place: Some(place), node: Some(node), .. }) =
+            self.known.get(&number)
+            && self.folders.is_watched(place.folder)
+        {
+            self.folders.watch(number, &node.file);
+        }
+    }
+
+    /// Whether a folder is one of those that are to be watched with all below, or below one.
+    fn is_below_a_root(&self, number: u64, found: &mut HashMap<u64, bool>) -> bool {
+        let (mut way, mut here) = (Vec::new(), number);
+        let below = loop {
+            if self.folders.is_root(here) {
+                break true;
+            }
+            if let Some(found) = found.get(&here) {
+                break *found;
+            }
+            way.push(here);
+            match self.known.get(&here).and_then(|known| known.place.as_ref()) {
+                Some(place) if place.folder != ROOT && way.len() < DEPTH_MAX => here = place.folder,
+                _ => break false,
+            }
+        };
+        found.extend(way.into_iter().map(|number| (number, below)));
+        below
+    }
+
+    /// After the roots have changed: watches what is below them, and nothing else.
+    fn watch_below_roots(&mut self) {
+        let mut found = HashMap::new();
+        let folders = self.known.iter().filter(|(_, known)| known.kind == FileType::Directory);
+        let wanted: HashSet<u64> = folders
+            .map(|(number, _)| *number)
+            .filter(|number| self.is_below_a_root(*number, &mut found))
+            .collect();
+        self.folders.keep_only(&wanted);
+        let Self { known, folders, .. } = self;
+        for number in &wanted {
+            if let Some(Known { node: Some(node), .. }) = known.get(number) {
+                folders.watch(*number, &node.file);
+            }
+        }
+        for (number, known) in known {
+            if let Some(place) = &known.place {
+                folders.named(place.folder, &place.name, *number);
+            }
+        }
+    }
+
     /// Gives a known file its descriptor. Returns others that are to be closed without the lock.
     fn enliven(
         &mut self,
@@ -171,6 +249,12 @@ impl Table {
     fn forget(&mut self, number: u64) -> Option<Known> {
         let known = self.known.remove(&number)?;
         self.numbers.remove(&known.identity);
+        if !self.folders.is_idle() {
+            self.folders.unwatch(number);
+            if let Some(place) = &known.place {
+                self.folders.unnamed(place.folder, &place.name, number);
+            }
+        }
         self.live -= usize::from(known.node.is_some());
         if self.turns.len() > 2 * self.known.len() + LOOKS_MAX {
             let Self { turns, known, .. } = self;
@@ -239,8 +323,9 @@ impl Nodes {
         let node = known.node.clone()?;
         node.used.store(true, Ordering::Relaxed);
         known.lookups = known.lookups.saturating_add(1);
-        if !known.place.as_ref().is_some_and(|place| place.is(folder, name)) {
-            known.place = Some(Place::new(folder, name));
+        match known.place.as_ref().is_some_and(|place| place.is(folder, name)) {
+            true => table.watch(number),
+            false => table.set_place(number, Some(Place::new(folder, name))),
         }
         Some(node)
     }
@@ -258,8 +343,7 @@ impl Nodes {
         let number = match table.numbers.get(&identity) {
             Some(number) => *number,
             None => {
-                table.last = table.last.max(ROOT) + 1;
-                let number = table.last;
+                let number = table.fresh();
                 let kind = FileType::from_raw_mode(stat.st_mode);
                 let (export, seen) = (Arc::clone(export), Seen::default());
                 table.numbers.insert(identity, number);
@@ -273,7 +357,10 @@ impl Nodes {
         match enlivened {
             Ok((node, gone)) => {
                 known.lookups = known.lookups.saturating_add(1);
-                known.place = place.or(known.place.take());
+                match place {
+                    Some(place) => table.set_place(number, Some(place)),
+                    None => table.watch(number),
+                }
                 drop((table, gone));
                 Ok(node)
             }
@@ -294,15 +381,19 @@ impl Nodes {
 
     /// A file has another name now.
     pub fn moved(&self, node: &Node, folder: u64, name: &CStr) {
-        if let Some(known) = self.table().known.get_mut(&node.number) {
-            known.place = Some(Place::new(folder, name));
-        }
+        self.table().set_place(node.number, Some(Place::new(folder, name)));
     }
 
     /// A file has lost this name: if it was found by it, it keeps its descriptor until it is found by another.
     pub fn unnamed(&self, node: &Node, folder: u64, name: &CStr) {
-        if let Some(known) = self.table().known.get_mut(&node.number) {
-            known.place.take_if(|place| place.is(folder, name));
+        self.lost_name(node.number, folder, name);
+    }
+
+    fn lost_name(&self, number: u64, folder: u64, name: &CStr) {
+        let mut table = self.table();
+        let place = table.known.get(&number).and_then(|known| known.place.as_ref());
+        if place.is_some_and(|place| place.is(folder, name)) {
+            table.set_place(number, None);
         }
     }
 
@@ -325,6 +416,109 @@ impl Nodes {
             table.known.iter().filter(|(_, known)| which(&known.export)).map(|(number, _)| *number).collect();
         let gone: Vec<Known> = numbers.into_iter().filter_map(|number| table.forget(number)).collect();
         drop((table, gone));
+    }
+
+    /// Begins to watch folders, or ends it. None is watched at first.
+    pub fn watch_with(&self, notifier: Option<Arc<dyn Notifier>>) {
+        self.table().folders.watch_with(notifier);
+    }
+
+    /// Watches a folder from now on, and what the guest knows or will know below it.
+    pub fn watch_below(&self, number: u64) {
+        let mut table = self.table();
+        table.folders.add_root(number);
+        table.watch_below_roots();
+    }
+
+    /// Watches it no longer, unless somebody else wants it to be.
+    pub fn watch_below_no_longer(&self, number: u64) {
+        let mut table = self.table();
+        table.folders.remove_root(number);
+        table.watch_below_roots();
+    }
+
+    /// The folders that are watched as this; the host's kernel does it no longer if it is `gone`.
+    pub fn watched_as(&self, token: Token, gone: bool) -> Vec<u64> {
+        let mut table = self.table();
+        let numbers = table.folders.of(token).to_vec();
+        if gone {
+            table.folders.gone(token);
+        }
+        numbers
+    }
+
+    /// All folders that are watched.
+    pub fn watched(&self) -> Vec<u64> {
+        self.table().folders.all().collect()
+    }
+
+    /// Whether changes in this folder are told.
+    pub fn is_watched(&self, folder: u64) -> bool {
+        self.table().folders.is_watched(folder)
+    }
+
+    /// Whether changes of this file are told.
+    pub fn is_in_watched(&self, number: u64) -> bool {
+        let table = self.table();
+        let place = table.known.get(&number).and_then(|known| known.place.as_ref());
+        place.is_some_and(|place| table.folders.is_watched(place.folder))
+    }
+
+    /// The file that the guest knows by this name in a watched folder.
+    pub fn named(&self, folder: u64, name: &CStr) -> Option<u64> {
+        self.table().folders.known(folder, name)
+    }
+
+    /// Counts one more lookup of a known file; its kind and device and inode number.
+    pub fn count_lookup(&self, number: u64) -> Option<(FileType, Identity)> {
+        let mut table = self.table();
+        let known = table.known.get_mut(&number)?;
+        known.lookups = known.lookups.saturating_add(1);
+        Some((known.kind, known.identity))
+    }
+
+    /// Which file on the disk this is.
+    pub fn identity(&self, number: u64) -> Option<Identity> {
+        Some(self.table().known.get(&number)?.identity)
+    }
+
+    /// The guest believes that a file has this name now, which may have been another's, and no more that one.
+    pub fn believed_moved(&self, from: (u64, &CStr), to: (u64, &CStr)) {
+        let mut table = self.table();
+        if let Some(replaced) = table.folders.known(to.0, to.1) {
+            table.set_place(replaced, None);
+        }
+        if let Some(moved) = table.folders.known(from.0, from.1) {
+            table.set_place(moved, Some(Place::new(to.0, to.1)));
+        }
+    }
+
+    /// The guest believes that this name has gone.
+    pub fn believed_gone(&self, folder: u64, name: &CStr) {
+        if let Some(number) = self.named(folder, name) {
+            self.lost_name(number, folder, name);
+        }
+    }
+
+    /// A number for a file that is not there, but was.
+    pub fn fresh(&self) -> u64 {
+        self.table().fresh()
+    }
+
+    /// The names that lead to a known folder, from the made-up root down, with a slash between.
+    pub fn path(&self, number: u64) -> Option<Vec<u8>> {
+        let table = self.table();
+        let (mut names, mut here) = (Vec::new(), number);
+        while here != ROOT {
+            let place = table.known.get(&here)?.place.as_ref()?;
+            names.push(place.name.as_bytes());
+            if names.len() > DEPTH_MAX {
+                return None;
+            }
+            here = place.folder;
+        }
+        names.reverse();
+        Some(names.join(&b'/'))
     }
 
     /// How many files are known, and how many of them have a descriptor.

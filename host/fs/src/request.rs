@@ -49,6 +49,8 @@ pub struct Header {
     /// Who asks, in the guest.
     pub uid: u32,
     pub gid: u32,
+    /// The thread, as the namespace numbers it in which the share is mounted; 0 for the kernel's own.
+    pub process: u32,
 }
 
 /// One component of a path: not empty, no slash, neither `.` nor `..`.
@@ -223,8 +225,9 @@ pub fn header(bytes: &[u8]) -> Option<Header> {
         node: reader.u64().ok()?,
         uid: reader.u32().ok()?,
         gid: reader.u32().ok()?,
+        process: reader.u32().ok()?,
     };
-    reader.skip(8).ok()?;
+    reader.skip(4).ok()?;
     Some(header)
 }
 

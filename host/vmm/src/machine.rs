@@ -219,6 +219,7 @@ pub fn build(
         },
         signals: signals.clone(),
         called_off: &has_stopped,
+        followers: None,
         connector: None,
         memory: None,
         resolvers: None,

@@ -132,7 +132,7 @@ impl Server {
                 )?;
                 rustix::fs::fsync(folder)?;
             }
-            Open::Root => {}
+            Open::Root | Open::Repeated { .. } => {}
         }
         Ok(Reply::Bytes(Vec::new()))
     }

@@ -5,13 +5,14 @@ mod change;
 mod data;
 mod folder;
 mod lookup;
+mod repeat;
 #[cfg(test)]
 mod tests;
 
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use rustix::io::Errno;
@@ -21,6 +22,7 @@ use crate::handle::Handles;
 use crate::node::{Node, Nodes, ROOT};
 use crate::reply::{Reply, Writer};
 use crate::request::{self, Header, Operation};
+use crate::watch::Ledger;
 
 /// The version of the protocol spoken (major 7).
 const MINOR: u32 = 38;
@@ -72,10 +74,17 @@ pub trait Room {
 /// Serves all exports of one machine.
 pub struct Server {
     exports: RwLock<Exports>,
-    nodes: Nodes,
+    pub(crate) nodes: Nodes,
     handles: Handles,
     /// Devices of the host by the order in which they were met: their position makes inode numbers unique.
     devices: Mutex<Vec<u64>>,
+    /// What the guest changes itself, while somebody is told of changes.
+    pub(crate) ledger: Ledger,
+    /// The guest's thread that repeats changes made on the host; 0 is none.
+    pub(crate) repeater: AtomicU32,
+    /// Counts the beginnings and ends of repeating.
+    pub(crate) generation: AtomicU64,
+    repeating: Mutex<repeat::Repeating>,
 }
 
 #[derive(Default)]
@@ -93,6 +102,10 @@ impl Server {
             nodes: Nodes::new(descriptors_max / 4),
             handles: Handles::new(descriptors_max / 2),
             devices: Mutex::default(),
+            ledger: Ledger::default(),
+            repeater: AtomicU32::default(),
+            generation: AtomicU64::default(),
+            repeating: Mutex::default(),
         }
     }
 
@@ -150,7 +163,13 @@ impl Server {
             Err(_) if matches!(header.opcode, 2 | 36 | 42) => return Reply::None,
             Err(error) => return Reply::Error(error),
         };
-        match self.carry_out(&header, operation, payload, room) {
+        let repeated = self.is_repeated(&header).then(|| self.repeat(&header, &operation)).flatten();
+        let result = repeated.unwrap_or_else(|| {
+            // Written down until it is made.
+            let _making = self.ledger.is_kept().then(|| self.ledger.make(self.own(&header, &operation)));
+            self.carry_out(&header, operation, payload, room)
+        });
+        match result {
             Ok(Reply::Bytes(bytes)) if bytes.len() > room.remaining() => Reply::Error(Errno::INVAL),
             Ok(reply) => reply,
             Err(error) => Reply::Error(error),
@@ -199,10 +218,7 @@ impl Server {
             Operation::Write { handle, offset, size, drop_privileges } => {
                 self.write(handle, offset, size, drop_privileges, payload)
             }
-            Operation::Release { handle } => {
-                self.handles.remove(handle)?;
-                Ok(Reply::Bytes(Vec::new()))
-            }
+            Operation::Release { handle } => self.release(handle),
             // Nothing is kept back here, and the kernel keeps the locks: it need not ask again.
             Operation::Flush { .. } => Err(Errno::NOSYS),
             Operation::Sync { handle, data_only } => self.sync(handle, data_only),

@@ -2,8 +2,9 @@
 
 use std::error::Error;
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::mpsc::Receiver;
 
 use guest_protocol::share;
 use host_devices::virtio::VirtioDevice;
@@ -69,9 +70,25 @@ impl super::Attachment for Attachment {
                 tracing::warn!(%error, source, "a folder is not shared");
             }
         }
+        let server = Arc::new(server);
+        if let Some(streams) = context.followers.take() {
+            let server = Arc::clone(&server);
+            // It ends with the vsock device, which has the other end.
+            std::thread::Builder::new().name("fs-changes".into()).spawn(move || follow(&server, &streams))?;
+        }
         let device = Fs::new(share::TAG, Arc::new(Requests(server)))?;
         let queue_size = device.queue_sizes().iter().copied().min().unwrap_or(1);
         context.plug.serve("fs", device, |fd| Device::VhostUserFs { fd, tag: share::TAG, queue_size })
+    }
+}
+
+/// Tells the guest what changes on the host, whenever it wants to hear of it.
+fn follow(server: &Server, streams: &Receiver<OwnedFd>) {
+    while let Ok(stream) = streams.recv() {
+        if let Err(error) = server.follow(&stream) {
+            let source = error.source().map(tracing::field::display);
+            tracing::warn!(%error, source, "containers are not told what changes in shared folders");
+        }
     }
 }
 
@@ -82,7 +99,7 @@ fn descriptors_max() -> usize {
 }
 
 /// Gives requests to the server and its answers to the guest.
-struct Requests(Server);
+struct Requests(Arc<Server>);
 
 impl Backend for Requests {
     fn is_slow(&self, readable: &Buffers<'_>) -> bool {

@@ -14,7 +14,8 @@ mod rng;
 mod vsock;
 
 use std::error::Error;
-use std::sync::mpsc::Sender;
+use std::os::fd::OwnedFd;
+use std::sync::mpsc::{Receiver, Sender};
 
 pub(crate) use balloon::MemoryMeter;
 pub(crate) use console::ConsoleTail;
@@ -72,6 +73,8 @@ pub(crate) struct Context<'a> {
     pub signals: Sender<Signal>,
     /// True when the start is called off meanwhile.
     pub called_off: &'a (dyn Fn() -> bool + Sync),
+    /// Streams on which the guest wants to hear of changes in shared folders, once there is a vsock device.
+    pub followers: Option<Receiver<OwnedFd>>,
     /// The way into the guest, once there is a vsock device.
     pub connector: Option<Connector>,
     /// What a machine in this process holds of the host's memory, once it has a balloon.

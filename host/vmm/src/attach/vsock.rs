@@ -1,4 +1,5 @@
-//! The socket device: the guest's ports for the daemon's sockets, and the daemon's ports for the guest.
+//! The socket device: the guest's ports for the daemon's sockets, and the daemon's ports for the guest. One port is
+//! the shared folders'.
 
 use std::error::Error;
 use std::os::fd::OwnedFd;
@@ -54,11 +55,17 @@ impl super::Attachment for Attachment {
         context: &mut Context<'_>,
     ) -> Result<Box<dyn Attached>, Box<dyn Error + Send + Sync>> {
         let signals = context.signals.clone();
+        let (followers, following) = std::sync::mpsc::channel();
+        context.followers = Some(following);
         let accepted = move |port, stream| {
+            if port == port::CHANGES {
+                // Nobody who shares folders is left: dropping it closes it.
+                return drop(followers.send(stream));
+            }
             // Without a driver the connection has nobody to serve it: dropping it closes it.
             drop(signals.send(Signal::Accepted { port, stream }));
         };
-        let ports = [port::SESSION, port::LOG, port::LEASES].into();
+        let ports = [port::SESSION, port::LOG, port::LEASES, port::CHANGES].into();
         let device =
             Vsock::new(Cid(u64::from(port::GUEST_CID)), Backend { ports, accepted: Box::new(accepted) })?;
         context.connector = Some(Connector { handle: device.handle(), counters: device.counters() });

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 
 use rustix::io::Errno;
 
@@ -31,10 +32,12 @@ pub struct Shown {
 }
 
 pub struct Guest {
-    pub server: Server,
+    pub server: Arc<Server>,
     /// Who asks.
     pub uid: u32,
     pub gid: u32,
+    /// The thread that asks.
+    pub process: u32,
 }
 
 pub struct Space(pub Vec<u8>);
@@ -98,7 +101,7 @@ impl Guest {
 
     /// Of a server that may have few files open.
     pub fn with_descriptors(descriptors_max: usize) -> Self {
-        Self { server: Server::new(descriptors_max), uid: 0, gid: 0 }
+        Self { server: Arc::new(Server::new(descriptors_max)), uid: 0, gid: 0, process: 1 }
     }
 
     fn request(&self, opcode: u32, node: u64, body: &[u8]) -> Vec<u8> {
@@ -106,7 +109,7 @@ impl Guest {
         request.extend(opcode.to_le_bytes());
         request.extend(1u64.to_le_bytes());
         request.extend(node.to_le_bytes());
-        for word in [self.uid, self.gid, 1, 0] {
+        for word in [self.uid, self.gid, self.process, 0] {
             request.extend(word.to_le_bytes());
         }
         request.extend(body);

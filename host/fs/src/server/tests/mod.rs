@@ -1,6 +1,7 @@
 //! The server as the guest's kernel speaks to it.
 
 mod attacks;
+mod changes;
 mod descriptors;
 mod files;
 mod guest;
