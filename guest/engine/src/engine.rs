@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::config::Settings;
-use crate::host::{self, HostLeases, Shares};
+use crate::host::{self, Changes, HostLeases, Shares};
 use crate::http::{Listeners, Services, bind_unix};
 use crate::services::containers::{Capacity, Containers, Context};
 use crate::services::events::Events;
@@ -119,7 +119,15 @@ async fn open(
         images: images.clone(),
         networks: networks.clone(),
         events: events.clone(),
-        shares: Shares { outside, socket: settings.socket.clone(), data_root: settings.data_root.clone() },
+        shares: Shares {
+            changes: match &outside {
+                Some(_) => Changes::start().context("cannot start a thread")?,
+                None => Changes::default(),
+            },
+            outside,
+            socket: settings.socket.clone(),
+            data_root: settings.data_root.clone(),
+        },
         shim: settings.shim.clone(),
         native: settings.native,
         defaults: settings.containers.clone(),

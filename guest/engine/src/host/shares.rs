@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use guest_protocol::{BindPlace, BindSource};
 
-use super::HostLeases;
+use super::{Changes, HostLeases};
 use crate::failure::Failure;
 
 /// These, and what is below them, are the machine's own.
@@ -47,6 +47,8 @@ impl Place {
 pub struct Shares {
     /// The computer around the machine; nothing natively.
     pub outside: Option<HostLeases>,
+    /// Who has our kernel tell what changes there.
+    pub changes: Changes,
     /// Where the engine's API is served.
     pub socket: Option<PathBuf>,
     /// Where the engine keeps its state.
@@ -113,6 +115,7 @@ mod tests {
     fn shares(machine: bool) -> Shares {
         Shares {
             outside: machine.then(|| HostLeases::new().0),
+            changes: Changes::default(),
             socket: Some("/run/engine.sock".into()),
             data_root: "/var/lib/engine".into(),
         }

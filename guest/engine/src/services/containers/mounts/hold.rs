@@ -154,7 +154,7 @@ pub async fn release(context: &Arc<Context>, record: &Record, volumes: bool) {
     }
 }
 
-/// When the engine starts: who has which volume, and for whom it is mounted. What nobody has any more goes.
+/// When the engine starts: who has which volume, for whom it is mounted, and who hears what changes in binds. What nobody has any more goes.
 pub async fn restore(context: &Arc<Context>, views: &[View]) {
     for view in views {
         for point in view.record.mounts.iter().filter(|point| point.is_volume()) {
@@ -162,6 +162,10 @@ pub async fn restore(context: &Arc<Context>, views: &[View]) {
             if view.live.is_some() {
                 context.volumes.note_mounted(&point.name, &view.record.id);
             }
+        }
+        if view.live.is_some() {
+            let places = view.record.mounts.iter().filter_map(|point| point.place.as_ref());
+            places.for_each(|place| context.shares.changes.bind(&view.record.id, place));
         }
     }
     let known = views.iter().map(|view| view.record.id.clone()).collect();

@@ -53,6 +53,13 @@ pub async fn make_ready(context: &Arc<Context>, record: &Record, undo: &mut Undo
     let tmpfs = record.host.tmpfs.clone().unwrap_or_default();
     let record = Arc::new(record.clone());
     let (run_folder, rootfs) = (context.run_folder(&record.id), context.rootfs(&record.id));
+    undo.push("follow changes of the container's binds no longer", {
+        let (changes, record) = (context.shares.changes.clone(), record.clone());
+        move || async move {
+            changes.end(&record.id);
+            Ok(())
+        }
+    });
     let mut sources = Vec::new();
     let mut temporary = false;
     for (number, point) in record.mounts.iter().enumerate() {
@@ -83,6 +90,7 @@ pub async fn make_ready(context: &Arc<Context>, record: &Record, undo: &mut Undo
         }
         if point.kind == MountKind::Bind {
             source = bind_source(&context.shares, point).await?;
+            context.shares.changes.bind(&record.id, &source);
         }
         sources.push((number, source));
     }
@@ -110,8 +118,9 @@ async fn unmount(context: &Context, record: &Record, point: &MountPoint) -> Resu
     Ok(())
 }
 
-/// The container has ended: its volumes are mounted for it no more. Goes on past failures and logs them.
+/// The container has ended: its volumes are mounted for it no more, and nobody hears what changes in its binds. Goes on past failures and logs them.
 pub async fn end(context: &Context, record: &Record) {
+    context.shares.changes.end(&record.id);
     for point in record.mounts.iter().filter(|point| point.is_volume()) {
         if let Err(error) = unmount(context, record, point).await {
             tracing::warn!(container = record.short_id(), volume = point.name, %error, "stays mounted");
@@ -303,6 +312,7 @@ fn tmpfs_mount(place: &Path, words: &str, existing: Option<&fs::Metadata>) -> Re
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::host::Changes;
     use crate::store::tests::folder;
 
     fn bind(source: &str, destination: &str) -> MountPoint {
@@ -385,7 +395,12 @@ mod tests {
     #[tokio::test]
     async fn a_missing_source_is_made_for_the_short_form_only() {
         let folder = tempfile::tempdir().unwrap();
-        let shares = Shares { outside: None, socket: None, data_root: "/var/lib/engine".into() };
+        let shares = Shares {
+            outside: None,
+            changes: Changes::default(),
+            socket: None,
+            data_root: "/var/lib/engine".into(),
+        };
         let source = folder.path().join("a/b");
         let mut point = bind(source.to_str().unwrap(), "/x");
         point.must_exist = true;

@@ -1,0 +1,231 @@
+//! Changes that programs outside the machine make in folders that containers bind: repeated here, so that our kernel tells
+//! who watches. How and why: `guest_protocol::changes`, and the decision on shared folders.
+//!
+//! One thread repeats; the host knows it by its number, and answers it without doing anything. It has the bound folders open,
+//! which is what the host watches. Another thread reads what the host sends. Without a bound folder there is no stream and no
+//! second thread. Files: `repeat` makes the events, `watchers` finds out who would hear them.
+
+mod repeat;
+mod watchers;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::thread;
+
+use guest_protocol::changes::{self, BATCH_BYTES_MAX, Change, DONE};
+use guest_protocol::{port, share};
+use rustix::fs::{OFlags, ResolveFlags};
+use socket2::{Domain, SockAddr, Socket, Type};
+
+use repeat::Repeater;
+use watchers::Watchers;
+
+/// What the repeating thread is told.
+enum Order {
+    Bind { container: String, source: PathBuf },
+    End { container: String },
+    Batch { stream: Arc<Socket>, changes: Vec<Change> },
+    Ended { stream: Arc<Socket> },
+}
+
+/// Tells the repeating thread what containers bind. Cheap to clone; the default one tells nobody.
+#[derive(Clone, Debug, Default)]
+pub struct Changes {
+    orders: Option<Sender<Order>>,
+}
+
+impl Changes {
+    /// Starts the thread.
+    pub fn start() -> io::Result<Self> {
+        let (orders, queue) = mpsc::channel();
+        let thread = Thread {
+            orders: orders.clone(),
+            bound: BTreeMap::new(),
+            open: HashMap::new(),
+            stream: None,
+            host: None,
+        };
+        thread::Builder::new().name("changes".into()).spawn(move || thread.run(&queue))?;
+        Ok(Self { orders: Some(orders) })
+    }
+
+    /// A container that starts has this bound, a path of the machine.
+    pub fn bind(&self, container: &str, source: &Path) {
+        if source.starts_with(share::MOUNT) {
+            self.order(Order::Bind { container: container.to_owned(), source: source.to_owned() });
+        }
+    }
+
+    /// A container has ended.
+    pub fn end(&self, container: &str) {
+        self.order(Order::End { container: container.to_owned() });
+    }
+
+    fn order(&self, order: Order) {
+        if let Some(orders) = &self.orders {
+            // The thread ends with the process.
+            let _told = orders.send(order);
+        }
+    }
+}
+
+/// The repeating thread.
+struct Thread {
+    orders: Sender<Order>,
+    /// By container.
+    bound: BTreeMap<String, BTreeSet<PathBuf>>,
+    open: HashMap<PathBuf, File>,
+    stream: Option<Arc<Socket>>,
+    host: Option<Repeater>,
+}
+
+impl Thread {
+    fn run(mut self, queue: &Receiver<Order>) {
+        while let Ok(order) = queue.recv() {
+            match order {
+                Order::Bind { container, source } => {
+                    self.bound.entry(container).or_default().insert(source);
+                    self.follow();
+                }
+                Order::End { container } => {
+                    if self.bound.remove(&container).is_some() {
+                        self.follow();
+                    }
+                }
+                Order::Batch { stream, changes } => self.repeat(&stream, &changes),
+                Order::Ended { stream } => {
+                    if self.stream.as_ref().is_some_and(|current| Arc::ptr_eq(current, &stream)) {
+                        tracing::info!("the host tells no more what changes in shared folders");
+                        self.forget();
+                    }
+                }
+            }
+        }
+    }
+
+    fn forget(&mut self) {
+        self.open.clear();
+        if let Some(stream) = self.stream.take() {
+            // The reader ends by it, if it has not ended already.
+            let _ended = stream.shutdown(std::net::Shutdown::Both);
+        }
+    }
+
+    /// Has open what is bound, and nothing else.
+    fn follow(&mut self) {
+        let wanted: BTreeSet<&PathBuf> = self.bound.values().flatten().collect();
+        self.open.retain(|path, _| wanted.contains(path));
+        if wanted.is_empty() {
+            return self.forget();
+        }
+        let missing: Vec<PathBuf> =
+            wanted.into_iter().filter(|path| !self.open.contains_key(*path)).cloned().collect();
+        if self.stream.is_none()
+            && let Err(error) = self.connect()
+        {
+            tracing::warn!(%error, "the host does not tell what changes in shared folders");
+            return;
+        }
+        let Some(host) = &self.host else { return };
+        for path in missing {
+            match open(host.base(), &path) {
+                Ok(folder) => drop(self.open.insert(path, folder)),
+                Err(error) => {
+                    tracing::debug!(path = %path.display(), %error, "changes in a bound folder are not told");
+                }
+            }
+        }
+    }
+
+    fn connect(&mut self) -> io::Result<()> {
+        let host = Repeater::new(Path::new(share::MOUNT))?;
+        let stream = Socket::new(Domain::VSOCK, Type::STREAM, None)?;
+        stream.connect(&SockAddr::vsock(port::HOST_CID, port::CHANGES))?;
+        let thread = u32::try_from(rustix::thread::gettid().as_raw_nonzero().get()).unwrap_or_default();
+        (&stream).write_all(&changes::hello(thread))?;
+        // The empty batch: from now on the host knows this thread.
+        let first = receive(&stream)?;
+        if first.is_none_or(|changes| !changes.is_empty()) {
+            return Err(io::Error::other("the host does not begin as it should"));
+        }
+        (&stream).write_all(&[DONE])?;
+        let (stream, orders) = (Arc::new(stream), self.orders.clone());
+        let reader = Arc::clone(&stream);
+        thread::Builder::new().name("changes-in".into()).spawn(move || read(reader, &orders))?;
+        (self.stream, self.host) = (Some(stream), Some(host));
+        Ok(())
+    }
+
+    fn repeat(&mut self, stream: &Arc<Socket>, changes: &[Change]) {
+        let Some(host) = &self.host else { return };
+        if !self.stream.as_ref().is_some_and(|current| Arc::ptr_eq(current, stream)) {
+            return;
+        }
+        let watchers = Watchers::find(Path::new("/proc"), host.device());
+        for (index, change) in changes.iter().enumerate().filter(|(_, change)| watchers.hear(change)) {
+            if let Err(error) = host.repeat(index, change) {
+                // It changed again since, and that is told next.
+                tracing::debug!(?change, %error, "a change on the host is not repeated");
+            }
+        }
+        if let Err(error) = (&**stream).write_all(&[DONE]) {
+            tracing::debug!(%error, "the host does not hear that changes were repeated");
+        }
+    }
+}
+
+/// Opens a bound folder, or the one that a bound file is in. Links are not followed.
+fn open(base: &OwnedFd, path: &Path) -> io::Result<File> {
+    let below = path.strip_prefix(share::MOUNT).map_err(io::Error::other)?;
+    let folder = |path: &Path| repeat::open_below(base, path, OFlags::RDONLY | OFlags::DIRECTORY);
+    match folder(below) {
+        Err(rustix::io::Errno::NOTDIR) => {
+            let around = below.parent().filter(|around| *around != Path::new(""));
+            Ok(folder(around.ok_or(rustix::io::Errno::NOTDIR)?)?.into())
+        }
+        result => Ok(result?.into()),
+    }
+}
+
+/// Nothing outside the share, whatever is made of the path meanwhile.
+const WITHIN: ResolveFlags =
+    ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS).union(ResolveFlags::NO_XDEV);
+
+/// Reads batches until the host hangs up.
+fn read(stream: Arc<Socket>, orders: &Sender<Order>) {
+    loop {
+        let order = match receive(&stream) {
+            Ok(Some(changes)) => Order::Batch { stream: Arc::clone(&stream), changes },
+            Ok(None) => break,
+            Err(error) => {
+                tracing::debug!(%error, "the stream of changes in shared folders ends");
+                break;
+            }
+        };
+        if orders.send(order).is_err() {
+            return;
+        }
+    }
+    let _told = orders.send(Order::Ended { stream });
+}
+
+/// One batch; `None` when the host has hung up.
+fn receive(mut stream: &Socket) -> io::Result<Option<Vec<Change>>> {
+    let mut length = [0; 4];
+    match stream.read_exact(&mut length) {
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
+        result => result?,
+    }
+    let length = u32::from_le_bytes(length) as usize;
+    if length > BATCH_BYTES_MAX {
+        return Err(io::Error::other(format!("a batch of {length} bytes")));
+    }
+    let mut batch = vec![0; length];
+    stream.read_exact(&mut batch)?;
+    changes::decode(&batch).map(Some).map_err(io::Error::other)
+}
