@@ -14,6 +14,7 @@ mod files;
 mod health;
 mod host_network;
 mod images;
+mod inside;
 mod life;
 mod names;
 mod nat;
@@ -26,6 +27,7 @@ mod settings;
 mod shares;
 mod streams;
 mod volumes;
+mod watching;
 
 use anyhow::Result;
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -75,6 +77,9 @@ fn main() -> ExitCode {
         Some(names::SERVE) => Some(names::serve()),
         Some(ports::SERVE) => Some(ports::serve()),
         Some(names::ASK) => Some(names::ask(&words[1..])),
+        Some(inside::WATCH) => Some(inside::watch(&words[1..])),
+        Some(inside::ATTACK) => Some(inside::attack(&words[1..])),
+        Some(inside::WORK) => Some(inside::work(&words[1..])),
         _ => None,
     };
     if let Some(result) = played {
@@ -115,6 +120,7 @@ fn test(arguments: &Arguments) -> Result<ExitCode> {
     scenarios.extend(files::scenarios());
     scenarios.extend(volumes::scenarios());
     scenarios.extend(shares::scenarios());
+    scenarios.extend(watching::scenarios());
     scenarios.extend(bad_input::scenarios());
     scenarios.extend(life::scenarios());
     scenarios.extend(settings::scenarios());
