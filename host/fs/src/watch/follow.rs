@@ -22,6 +22,9 @@ const SETTLE_BUSY: Duration = Duration::from_millis(50);
 /// A batch ends when it is this long; one more change fits.
 const BATCH_BYTES: usize = BATCH_BYTES_MAX / 4;
 
+/// So long after its end the guest's thread is still known by its number: it may have asked for something just before.
+const LINGER: Duration = Duration::from_millis(500);
+
 /// Changes are not told any more.
 #[derive(Debug, thiserror::Error)]
 pub enum FollowError {
@@ -59,6 +62,7 @@ impl Server {
         self.generation.fetch_add(1, Ordering::AcqRel);
         self.repeater.store(changes::thread(hello), Ordering::Release);
         let result = self.tell(stream.as_fd(), &*notifier);
+        outlast(stream.as_fd());
         self.repeater.store(0, Ordering::Release);
         self.generation.fetch_add(1, Ordering::AcqRel);
         self.set_repeating(Vec::new());
@@ -224,6 +228,15 @@ fn wait_for(stream: BorrowedFd<'_>, flags: PollFlags) -> Result<(), Errno> {
         Ok(_) | Err(Errno::INTR) => Ok(()),
         Err(error) => Err(error),
     }
+}
+
+/// Waits for the end of the guest's thread. What it asks for until then, in the middle of a batch perhaps, must not be done
+/// in earnest: a name that it removes may be there again.
+fn outlast(stream: BorrowedFd<'_>) {
+    // It hears that no more comes, and hangs up; or has done so.
+    let _gone = rustix::net::shutdown(stream, rustix::net::Shutdown::Write);
+    while let Ok(true) = receive(stream, &mut [0]) {}
+    std::thread::sleep(LINGER);
 }
 
 /// Fills `bytes`; `false` when the other end has hung up.

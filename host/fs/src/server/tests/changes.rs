@@ -76,7 +76,7 @@ impl Repeating {
 impl Drop for Repeating {
     fn drop(&mut self) {
         self.stream.shutdown(std::net::Shutdown::Both).unwrap();
-        let follower = self.follower.take().unwrap().join();
+        let follower = self.follower.take().map_or(Ok(()), std::thread::JoinHandle::join);
         assert!(std::thread::panicking() || follower.is_ok());
     }
 }
@@ -84,6 +84,29 @@ impl Drop for Repeating {
 fn state(path: &Path) -> (u64, i64, i64, i64, i64, u32) {
     let found = fs::symlink_metadata(path).unwrap();
     (found.ino(), found.mtime(), found.mtime_nsec(), found.ctime(), found.ctime_nsec(), found.mode())
+}
+
+#[test]
+fn a_batch_that_is_cut_off_changes_nothing() {
+    let (one, guest, _) = shared();
+    let (file, again) = (one.path().join("file"), one.path().join("again"));
+    fs::write(&file, "x").unwrap();
+    let (mut repeating, root) = Repeating::of(&guest);
+    fs::remove_file(&file).unwrap();
+    assert_eq!(repeating.batch().len(), 1);
+    // It is there again before the guest has removed it, and the stream breaks off for what the guest says.
+    fs::write(&file, "new").unwrap();
+    fs::write(&again, "new").unwrap();
+    repeating.stream.write_all(&[DONE + 1]).unwrap();
+    assert_eq!(repeating.stream.read(&mut [0; 1 << 12]).unwrap(), 0);
+    repeating.guest.unlink(root, "file").unwrap();
+    repeating.stream.shutdown(std::net::Shutdown::Both).unwrap();
+    repeating.guest.unlink(root, "again").unwrap();
+    assert!(file.exists() && again.exists());
+    let follower = repeating.follower.take().unwrap();
+    follower.join().unwrap_err();
+    guest.unlink(root, "again").unwrap();
+    assert!(!again.exists());
 }
 
 #[test]
