@@ -130,6 +130,11 @@ impl Home {
     pub fn machine_dir(&self, name: &str) -> PathBuf {
         self.root.join("machines").join(name)
     }
+
+    /// The data disk of the machine called `name`.
+    pub fn machine_disk(&self, name: &str) -> PathBuf {
+        self.machine_dir(name).join("disk.raw")
+    }
 }
 
 #[cfg(test)]

@@ -167,7 +167,8 @@ impl Control {
     }
 
     fn set(&self, changes: &MachineSettings) -> Result<Reply, Refusal> {
-        let disk_bytes = std::fs::metadata(self.disk()).map_or(0, |disk| disk.len());
+        let disk_bytes =
+            std::fs::metadata(self.state_dir.home().machine_disk(MACHINE)).map_or(0, |disk| disk.len());
         Settings::change(&self.state_dir.home().settings(), changes, HostSize::read(), disk_bytes)?;
         let set = [
             changes.cpus.is_some(),
@@ -183,10 +184,6 @@ impl Control {
         })
     }
 
-    fn disk(&self) -> PathBuf {
-        self.state_dir.home().machine_dir(MACHINE).join("disk.raw")
-    }
-
     async fn info(&self) -> Result<MachineInfo, Refusal> {
         let settings = Settings::load(
             &self.state_dir.home().settings(),
@@ -197,7 +194,7 @@ impl Control {
             Some(backend) => backend,
             None => would_choose(settings.backend).await?,
         };
-        let disk = self.disk();
+        let disk = self.state_dir.home().machine_disk(MACHINE);
         let file = std::fs::metadata(&disk).ok();
         let guest = self.supervisor.guest_info().await.map(|guest| GuestStatus {
             kernel: guest.kernel,

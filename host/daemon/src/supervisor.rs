@@ -342,7 +342,10 @@ impl Supervisor {
             vmlinux: image.vmlinux(),
             initramfs: image.initramfs(),
             cmdline: image.cmdline,
-            disk: DiskSpec { path: dir.join("disk.raw"), size_bytes: settings.disk_gib << 30 },
+            disk: DiskSpec {
+                path: self.state_dir.home().machine_disk(MACHINE),
+                size_bytes: settings.disk_gib << 30,
+            },
             console_log: dir.join("console.log"),
             backend: settings.backend,
             network: NetworkSpec::Nat,
