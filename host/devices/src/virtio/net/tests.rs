@@ -27,7 +27,7 @@ struct Machine {
 
 fn machine(offloads: bool, without: u64) -> Machine {
     let (host, stream) = UnixStream::pair().unwrap();
-    host.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    host.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
     let mut device = Net::new(Backend { stream, offloads, mac: MAC, mtu: 1500 }).unwrap();
     let memory = driver::memory(4 << 20);
     let receive = DriverQueue::new(&memory, 0x1000, 64, true);

@@ -257,7 +257,7 @@ impl Guest {
     }
 
     fn until(&mut self, what: &str, mut done: impl FnMut(&mut Self) -> bool) {
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + Duration::from_secs(120);
         while !done(self) {
             assert!(
                 Instant::now() < deadline,
@@ -286,7 +286,7 @@ impl Guest {
         let name = (port, SERVED);
         self.control(name, Operation::Request, 0);
         self.until("the host accepts a stream", |guest| guest.streams[&name].accepted);
-        let (served, socket) = self.accepted.recv_timeout(Duration::from_secs(10)).unwrap();
+        let (served, socket) = self.accepted.recv_timeout(Duration::from_secs(60)).unwrap();
         assert_eq!(served, SERVED);
         (socket.into(), name)
     }
@@ -330,7 +330,7 @@ impl Text {
 }
 
 fn read_exactly(socket: &mut UnixStream, length: usize) -> Vec<u8> {
-    socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
     let mut data = vec![0; length];
     socket.read_exact(&mut data).unwrap();
     data
@@ -545,19 +545,24 @@ fn what_the_guest_sent_before_closing_arrives_however_slowly() {
     guest.until_closed();
 }
 
-#[test]
-fn a_reset_of_the_guest_reaches_a_tcp_client_as_a_reset() {
+/// Connects a TCP client to the guest, and hands it the beginning of an answer.
+fn half_an_answer(guest: &mut Guest) -> (TcpStream, Name) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     let (server, _) = listener.accept().unwrap();
-    let mut guest = Guest::new();
     let name = guest.connect(server.into());
     guest.send(name, b"half an ans");
-    let mut start = [0; 11];
-    client.read_exact(&mut start).unwrap();
+    client.read_exact(&mut [0; 11]).unwrap();
+    (client, name)
+}
+
+#[test]
+fn a_reset_of_the_guest_reaches_a_tcp_client_as_a_reset() {
+    let mut guest = Guest::new();
+    let (mut client, name) = half_an_answer(&mut guest);
     guest.control(name, Operation::Reset, 0);
     guest.until_closed();
-    let error = client.read(&mut start).unwrap_err();
+    let error = client.read(&mut [0; 11]).unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
 }
 
@@ -568,13 +573,8 @@ fn a_close_in_the_middle_reaches_a_tcp_client_as_a_reset() {
         (&[SHUTDOWN_SEND | SHUTDOWN_RECEIVE][..], true),
         (&[SHUTDOWN_SEND, SHUTDOWN_SEND | SHUTDOWN_RECEIVE], false),
     ] {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        let (server, _) = listener.accept().unwrap();
         let mut guest = Guest::new();
-        let name = guest.connect(server.into());
-        guest.send(name, b"half an ans");
-        client.read_exact(&mut [0; 11]).unwrap();
+        let (mut client, name) = half_an_answer(&mut guest);
         for flags in flags {
             guest.control(name, Operation::Shutdown, *flags);
         }
