@@ -23,7 +23,7 @@ use crate::client::{Answer, Client};
 use crate::normal;
 
 /// How long a step may be said again.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// One step.
 #[derive(Debug, Default, PartialEq, Eq)]

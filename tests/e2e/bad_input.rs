@@ -5,7 +5,7 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::process::Command;
 use std::time::Duration;
-use tests_harness::{Engine, Finished, IMAGE, Layer, Processes, Stage, TestImage, Timed, run};
+use tests_harness::{Engine, Finished, IMAGE, Layer, PATIENCE, Processes, Stage, TestImage, Timed, run};
 
 crate::scenarios![
     mistakes_on_the_command_line_are_named,
@@ -109,7 +109,7 @@ fn a_refused_client_may_finish_what_it_sends(engine: &Engine) -> Result<()> {
     const BODY: &[u8] = &[b'x'; 200_000];
     for path in ["/containers/nobody/archive?path=/", "/build", "/nowhere"] {
         let mut stream = UnixStream::connect(engine.docker_socket())?;
-        stream.set_read_timeout(Some(Duration::from_secs(60)))?;
+        stream.set_read_timeout(Some(PATIENCE))?;
         let method = if path.contains("archive") { "PUT" } else { "POST" };
         write!(stream, "{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n", BODY.len())?;
         let (first, rest) = BODY.split_at(BODY.len() / 2);
@@ -148,7 +148,7 @@ fn elsewhere(engine: &Engine, name: &str, change: impl FnOnce(&mut Command)) -> 
     let mut end = engine.command(["machine", "shutdown"]);
     end.env_remove("ENGINE_HOST").env("ENGINE_HOME", &home);
     run(end)?.ok()?;
-    Processes::of(&home).expect_none(Duration::from_secs(30))?;
+    Processes::of(&home).expect_none()?;
     Ok(finished)
 }
 
@@ -190,7 +190,7 @@ fn a_busy_socket_is_left_alone(engine: &Engine) -> Result<()> {
     command.env("ENGINE_HOME", &home);
     run(command)?.fails_with(1, "another program already answers")?;
     UnixStream::connect(&socket).context("the other program's socket was taken")?;
-    Processes::of(&home).expect_none(Duration::from_secs(30))
+    Processes::of(&home).expect_none()
 }
 
 /// Natively a full data root, with the machine a full host.
@@ -237,5 +237,5 @@ fn a_full_disk_is_an_error_and_no_more(engine: &Engine) -> Result<()> {
     if engine.stage == Stage::Native {
         ensure!(finished.stdout.contains("alive 0") && finished.stderr.contains("space"), "{finished:?}");
     }
-    Processes::of(&home).expect_none(Duration::from_secs(60))
+    Processes::of(&home).expect_none()
 }

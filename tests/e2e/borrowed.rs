@@ -1,15 +1,12 @@
 //! What the machine borrows from the host, memory and disk, it gives back when the guest has no use for it.
 
 use anyhow::{Context, Result, ensure};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 use tests_harness::{Engine, IMAGE, Layer, Stage, TestImage, wait_until};
 
 crate::scenarios![freed_memory_is_the_hosts_again, a_removed_image_is_no_longer_on_the_hosts_disk];
 
 const MIB: u64 = 1 << 20;
-/// The guest reports free memory after two seconds, and discards with the file system's next commit, which is due after
-/// five; a software processor takes its time for both.
-const PATIENCE: Duration = Duration::from_secs(240);
 
 fn figure(engine: &Engine, name: &str) -> Result<u64> {
     let figure = engine.engine(["machine", "info", "--format", &format!("{{{{.{name}}}}}")])?.ok()?;
@@ -20,7 +17,7 @@ fn figure(engine: &Engine, name: &str) -> Result<u64> {
 fn comes_back(before: u64, peak: u64, now: impl Fn() -> Result<u64>) -> Result<()> {
     let begun = Instant::now();
     let mut last = peak;
-    wait_until("nine tenths of it are the host's again", PATIENCE, || {
+    wait_until("nine tenths of it are the host's again", || {
         last = now()?;
         Ok((last <= before + peak.saturating_sub(before) / 10).then_some(()))
     })
@@ -56,9 +53,8 @@ fn freed_memory_is_the_hosts_again(engine: &Engine) -> Result<()> {
     engine.engine(["rm", "-f", "hungry"])?.ok()?;
     let (before, resident_before) = (held()?, resident()?);
     hold("192M")?;
-    let peak = wait_until("the memory is held", PATIENCE, || {
-        Ok(Some(held()?).filter(|held| *held >= before + 160 * MIB))
-    })?;
+    let peak =
+        wait_until("the memory is held", || Ok(Some(held()?).filter(|held| *held >= before + 160 * MIB)))?;
     let resident_peak = resident()?;
     engine.engine(["rm", "-f", "hungry"])?.ok()?;
     comes_back(before, peak, held)?;
@@ -82,7 +78,7 @@ fn a_removed_image_is_no_longer_on_the_hosts_disk(engine: &Engine) -> Result<()>
     let allocated = || figure(engine, "disk_allocated_bytes");
     let before = allocated()?;
     engine.load(&TestImage::new(vec![Layer::noise("noise", 48 << 20, 77)?]), "bulky:1")?;
-    let peak = wait_until("the image is on the disk", PATIENCE, || {
+    let peak = wait_until("the image is on the disk", || {
         Ok(Some(allocated()?).filter(|allocated| *allocated >= before + 40 * MIB))
     })?;
     engine.engine(["rmi", "bulky:1"])?.ok()?;

@@ -1,7 +1,7 @@
 //! `kill -9` of each process at bad moments: no orphan, no lost image or container, and the next command works.
 
 use crate::Scenario;
-use crate::networks::{PATIENCE, says};
+use crate::networks::says;
 use anyhow::{Context, Result, bail, ensure};
 use std::collections::BTreeSet;
 use std::net::TcpListener;
@@ -64,7 +64,7 @@ fn containers_survive_the_engine(engine: &Engine) -> Result<()> {
     std::thread::sleep(Duration::from_secs(2));
     engine.boot()?;
     ensure!(state(engine, "survivor")? == "running 0", "{}", state(engine, "survivor")?);
-    wait_until("the other is seen to have ended", Duration::from_secs(30), || {
+    wait_until("the other is seen to have ended", || {
         Ok((state(engine, "ends-meanwhile")? == "exited 8").then_some(()))
     })?;
     // So it is with what was run in it: one exec goes on, of the other is known how it ended.
@@ -74,9 +74,7 @@ fn containers_survive_the_engine(engine: &Engine) -> Result<()> {
     let running = exec(&execs[1])?;
     ensure!(running["Running"] == true && running["ExitCode"].is_null(), "{running}");
     engine.engine(["exec", "survivor", "touch", "/end-exec"])?.ok()?;
-    wait_until("the exec is seen to have ended", Duration::from_secs(30), || {
-        Ok((exec(&execs[1])?["ExitCode"] == 7).then_some(()))
-    })?;
+    wait_until("the exec is seen to have ended", || Ok((exec(&execs[1])?["ExitCode"] == 7).then_some(())))?;
     // Its output was kept while nobody served it, and exec works again.
     engine.engine(["exec", "survivor", "touch", "/end"])?.ok()?;
     let code = engine.engine(["wait", "survivor"])?.ok()?;
@@ -102,7 +100,7 @@ fn api(engine: &Engine, path: &str) -> Result<serde_json::Value> {
 fn a_killed_shim_ends_its_container(engine: &Engine) -> Result<()> {
     engine.engine(["run", "-d", "--name", "orphan", IMAGE, "sleep", "1000"])?.ok()?;
     engine.processes().kill("shim")?;
-    wait_until("the container is seen to have ended", Duration::from_secs(30), || {
+    wait_until("the container is seen to have ended", || {
         Ok(state(engine, "orphan")?.starts_with("exited").then_some(()))
     })?;
     engine.engine(["start", "orphan"])?.ok()?;
@@ -113,7 +111,7 @@ fn a_killed_shim_ends_its_container(engine: &Engine) -> Result<()> {
 fn a_killed_daemon_takes_the_machine_with_it(engine: &Engine) -> Result<()> {
     engine.engine(["run", "--name", "kept", IMAGE, "sh", "-c", "echo x > /x"])?.ok()?;
     engine.processes().kill("engined")?;
-    engine.processes().expect_none(Duration::from_secs(60)).context("after kill -9 of engined")?;
+    engine.processes().expect_none().context("after kill -9 of engined")?;
     // The next command starts everything again.
     let names = engine.engine(["ps", "-a", "--format", "{{.Names}}"])?.ok()?;
     ensure!(names.contains("kept"), "{names}");
@@ -126,7 +124,7 @@ fn a_killed_vm_process_is_replaced(engine: &Engine) -> Result<()> {
         engine.engine(["run", "--rm", IMAGE, "true"])?.ok()?;
         let before = engine.processes().find(machine)?;
         engine.processes().kill(name)?;
-        wait_until("the machine is seen to have ended", Duration::from_secs(60), || {
+        wait_until("the machine is seen to have ended", || {
             let gone = !engine.processes().list().iter().any(|process| process.pid == before.pid);
             Ok((gone && engine.engine(["machine", "status"])?.stdout.trim() == "stopped").then_some(()))
         })
@@ -146,7 +144,7 @@ fn machine_process(engine: &Engine) -> Result<&'static str> {
 fn published_ports_come_back(engine: &Engine) -> Result<()> {
     let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string();
     let free = || {
-        wait_until("the port is free", PATIENCE, || Ok(TcpListener::bind(&address).ok().map(drop)))
+        wait_until("the port is free", || Ok(TcpListener::bind(&address).ok().map(drop)))
             .with_context(|| address.clone())
     };
     let (publish, serve) = (format!("{address}:80"), "while :; do echo served | nc -l -p 80; done");
@@ -273,11 +271,7 @@ fn machine_rounds(engine: &Engine) -> Result<()> {
         let victim = ["engine-vmm", machine_process(engine)?, "engined"][usize::try_from(round % 3)?];
         engine.processes().kill(victim)?;
         // A killed daemon gives the guest a moment to power off; all must be gone before anything is promised again.
-        if victim == "engined" {
-            engine.processes().expect_none_but(&["engine"], Duration::from_secs(60))
-        } else {
-            Ok(())
-        }
+        if victim == "engined" { engine.processes().expect_none_but(&["engine"]) } else { Ok(()) }
     })?;
     engine.engine(["machine", "stop"])?.ok()?;
     let mut check = Command::new("/usr/sbin/e2fsck");

@@ -1,7 +1,6 @@
 //! The stock docker CLI on the same socket.
 
 use anyhow::{Result, bail, ensure};
-use std::time::Duration;
 use tests_harness::{Engine, Finished, IMAGE, Timed, wait_until};
 
 crate::scenarios![
@@ -54,7 +53,7 @@ fn the_stock_client_follows_logs_and_stops(engine: &Engine) -> Result<()> {
     docker(engine, &["run", "-d", "--name", "web", IMAGE, "sh", "-c", script])?.ok()?;
     let Some(command) = engine.docker(["logs", "-f", "web"]) else { bail!("no docker CLI") };
     let following = Timed::new(command).spawn()?;
-    wait_until("the container has started", Duration::from_secs(60), || {
+    wait_until("the container has started", || {
         Ok(docker(engine, &["logs", "web"])?.stdout.contains("started").then_some(()))
     })?;
     let said = docker(engine, &["exec", "web", "cat", "/proc/1/comm"])?.ok()?;
@@ -163,7 +162,7 @@ fn our_attach_and_stats_read_like_the_stock_clients(engine: &Engine) -> Result<(
         };
         let Some(command) = command else { bail!("no docker CLI") };
         let attached = Timed::new(command).input(format!("{word}\n")).spawn()?;
-        wait_until("the word has arrived", Duration::from_secs(60), || {
+        wait_until("the word has arrived", || {
             Ok(engine.engine(["logs", "attached"])?.stdout.contains(word).then_some(()))
         })?;
         drop(attached);

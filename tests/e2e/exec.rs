@@ -45,7 +45,7 @@ fn commands_run_in_a_running_container(engine: &Engine) -> Result<()> {
         .ok()?;
     ensure!(said == "sleep 1000 CapEff:\t00000000a80425fb", "{said}");
     engine.engine(["exec", "-d", "host", "touch", "/made"])?.ok()?;
-    tests_harness::wait_until("the detached command has run", std::time::Duration::from_secs(30), || {
+    tests_harness::wait_until("the detached command has run", || {
         Ok((engine.engine(["exec", "host", "test", "-e", "/made"])?.code == 0).then_some(()))
     })?;
     in_a_terminal(engine)?;

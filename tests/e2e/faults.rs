@@ -240,7 +240,7 @@ fn every_point(engine: &Engine, verbs: &[Verb]) -> Result<()> {
     engine.end_native(false)?;
     engine.boot()?;
     docker(engine, &["run", "--rm", IMAGE, "true"])?.ok()?;
-    let before = wait_until("the engine is at rest", Duration::from_secs(30), || {
+    let before = wait_until("the engine is at rest", || {
         let now = belongings(engine)?;
         std::thread::sleep(Duration::from_millis(300));
         Ok((belongings(engine)? == now).then_some(now))
@@ -279,7 +279,7 @@ fn at_point(engine: &Engine, verb: &Verb, point: &str, before: &BTreeSet<String>
         run(command)?;
     }
     let mut now = BTreeSet::new();
-    wait_until("nothing is left", Duration::from_secs(20), || {
+    wait_until("nothing is left", || {
         now = belongings(engine)?;
         Ok((now == *before).then_some(()))
     })

@@ -132,7 +132,7 @@ fn a_copy_sees_what_the_engine_and_the_user_have_mounted(engine: &Engine) -> Res
         ],
     )?
     .ok()?;
-    tests_harness::wait_until("the container has written", std::time::Duration::from_secs(60), || {
+    tests_harness::wait_until("the container has written", || {
         Ok((docker(engine, &["exec", "seen", "ls", "/done"])?.code == 0).then_some(()))
     })?;
     let text = |path: &str| -> Result<String> {

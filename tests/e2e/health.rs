@@ -2,7 +2,6 @@
 
 use crate::docker::docker;
 use anyhow::{Result, ensure};
-use std::time::Duration;
 use tests_harness::{Engine, IMAGE, wait_until};
 
 crate::scenarios![
@@ -16,14 +15,12 @@ crate::scenarios![
     stopped_containers_are_pruned_by_label,
 ];
 
-const PATIENCE: Duration = Duration::from_secs(60);
-
 fn inspect(engine: &Engine, format: &str, container: &str) -> Result<String> {
     docker(engine, &["inspect", "-f", format, container])?.ok()
 }
 
 fn until(engine: &Engine, format: &str, container: &str, wanted: &str) -> Result<()> {
-    wait_until(&format!("{format} of {container} is {wanted}"), PATIENCE, || {
+    wait_until(&format!("{format} of {container} is {wanted}"), || {
         Ok((inspect(engine, format, container)? == wanted).then_some(()))
     })
 }

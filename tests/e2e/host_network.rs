@@ -1,6 +1,6 @@
 //! Containers on the host's own network: through the machine as if it were not there.
 
-use crate::networks::{ECHO, ECHO_IMAGE, PATIENCE, docker, echoes, load_echo, ok, says};
+use crate::networks::{ECHO, ECHO_IMAGE, docker, echoes, load_echo, ok, says};
 use anyhow::{Result, ensure};
 use std::io::Write;
 use std::net::{TcpListener, UdpSocket};
@@ -27,7 +27,7 @@ fn what_a_host_container_listens_at_is_on_localhost(engine: &Engine) -> Result<(
         echoes("127.0.0.1:81")?;
     }
     ok(engine, "rm -f hosted hosted-udp")?;
-    wait_until("the port is free again", PATIENCE, || Ok(TcpListener::bind(&address).ok().map(drop)))?;
+    wait_until("the port is free again", || Ok(TcpListener::bind(&address).ok().map(drop)))?;
     ok(engine, &format!("rmi {ECHO_IMAGE}")).map(drop)
 }
 
@@ -89,7 +89,7 @@ fn a_program_of_the_host_is_reached_in_ipv6(engine: &Engine) -> Result<()> {
         }
     });
     ok(engine, "network create --ipv6 --subnet fd00:6::/64 --gateway fd00:6::1 six")?;
-    wait_until("the host answers in IPv6", PATIENCE, || {
+    wait_until("the host answers in IPv6", || {
         let to = port.to_string();
         let said =
             docker(engine, &["run", "--rm", "--network", "six", IMAGE, "nc", "-w", "20", address, &to])?;
@@ -114,7 +114,7 @@ fn the_way_to_a_port_is_walked_to_its_first_broken_link(engine: &Engine) -> Resu
     tells("way:80", &["ok      address", "ok      rule", "broken  listener", "nothing in way listens"])?;
     tells("way:81/udp", &["broken  listener"])?;
     docker(engine, &["exec", "-d", "way", "sh", "-c", "while :; do nc -l -p 82 -e cat; done"])?.ok()?;
-    wait_until("the unpublished port is told of", PATIENCE, || {
+    wait_until("the unpublished port is told of", || {
         Ok(why("way:82")?.stdout.contains("82/tcp of way is not published").then_some(()))
     })?;
     ok(engine, "rm -f way")?;
@@ -126,7 +126,7 @@ fn the_way_to_a_port_is_walked_to_its_first_broken_link(engine: &Engine) -> Resu
     .ok()?;
     let address = ok(engine, "port way 80/tcp")?;
     for target in ["way:80", &address] {
-        wait_until("all links hold", PATIENCE, || {
+        wait_until("all links hold", || {
             let said = why(target)?;
             Ok((said.code == 0 && said.stdout.contains("takes connections on this computer")).then_some(()))
         })?;

@@ -98,7 +98,7 @@ fn two_first_calls_boot_one_machine(engine: &Engine) -> Result<()> {
         return Ok(());
     }
     engine.engine(["machine", "shutdown"])?.ok()?;
-    engine.processes().expect_none(std::time::Duration::from_secs(30))?;
+    engine.processes().expect_none()?;
     let calls =
         [engine.spawn(["ps"])?, engine.spawn(["images"])?, engine.spawn(["run", "--rm", IMAGE, "true"])?];
     for call in calls {
@@ -136,5 +136,5 @@ fn a_larger_disk_is_grown_and_a_smaller_one_refused(engine: &Engine) -> Result<(
     grown(&["machine", "set", "disk=2g"])?.fails_with(1, "never shrinks")?;
     grown(&["machine", "set", "cpus=none"])?.fails_with(1, "`none` is not a number of CPUs")?;
     grown(&["machine", "shutdown"])?.ok()?;
-    Processes::of(&engine.path("grown")).expect_none(std::time::Duration::from_secs(30))
+    Processes::of(&engine.path("grown")).expect_none()
 }

@@ -1,12 +1,11 @@
 //! Names as a resolver asks for them: by a client and a server that this program plays in containers, and by `dig`.
 
-use crate::networks::{PATIENCE, clear, docker, ok, sleeper};
+use crate::networks::{clear, docker, ok, sleeper};
 use anyhow::{Context, Result, bail, ensure};
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::process::Command;
-use std::time::Duration;
-use tests_harness::{Engine, IMAGE as BUSYBOX, Layer, Stage, TestImage, wait_until};
+use tests_harness::{Engine, IMAGE as BUSYBOX, Layer, PATIENCE, Stage, TestImage, wait_until};
 
 crate::scenarios![
     names_are_answered_to_a_thousand_askers,
@@ -130,7 +129,7 @@ pub(crate) fn ask(arguments: &[String]) -> Result<()> {
         for round in 0..count.div_ceil(100) {
             for (at, socket) in sockets.iter().enumerate() {
                 socket.connect(SERVER)?;
-                socket.set_read_timeout(Some(Duration::from_secs(30)))?;
+                socket.set_read_timeout(Some(PATIENCE))?;
                 socket.send(&query(round * 100 + at as u16, name, kind))?;
             }
         }
@@ -221,7 +220,7 @@ fn a_containers_own_name_server_is_asked_from_inside(engine: &Engine) -> Result<
     asker("sealed", "dns3", "10.97.3.20", "10.97.3.53")?;
     for (container, address) in [("open", "10.97.2.20"), ("sealed", "10.97.3.20")] {
         let tail = hex(address)?;
-        wait_until("the name server answers", PATIENCE, || {
+        wait_until("the name server answers", || {
             let said = asked(engine, container, "who.example", A, "udp", 1)?;
             Ok((said.contains("code=0 records=1") && said.ends_with(&tail)).then_some(()))
         })

@@ -33,7 +33,6 @@ const GATEWAY6: &str = "fdc7:9a1e:5d28::1";
 const FILE_BYTES: u64 = if cfg!(debug_assertions) { 64 << 20 } else { 1 << 30 };
 /// A lossy way loses one frame of so many.
 const LOST: u32 = 97;
-const PATIENCE: Duration = Duration::from_secs(60);
 const LIMIT: Duration = Duration::from_secs(600);
 
 /// A process that ends with this.
@@ -77,10 +76,10 @@ impl Guest {
             far.display()
         ));
         let tap = background(tap)?;
-        wait_until("the TAP device is there", PATIENCE, || Ok(far.exists().then_some(())))?;
+        wait_until("the TAP device is there", || Ok(far.exists().then_some(())))?;
         for arguments in [&["link", "set", "lo", "up"][..], &["route", "add", "default", "via", "198.18.0.1"]]
         {
-            wait_until("the machine's route is there", PATIENCE, || {
+            wait_until("the machine's route is there", || {
                 let mut command = holder.enter("ip");
                 command.args(arguments);
                 Ok((tests_harness::run(command)?.code == 0).then_some(()))
@@ -253,7 +252,7 @@ fn real_peers_talk_through_it(engine: &Engine) -> Result<()> {
 fn the_hosts_resolver_changes(guest: &Guest, resolv_conf: &Path) -> Result<()> {
     for (resolver, answer) in [("203.0.113.2", "SERVFAIL"), (WORLD, "203.0.113.2")] {
         std::fs::write(resolv_conf, format!("# another network\nnameserver {resolver}\n"))?;
-        wait_until("the change is noticed", PATIENCE, || {
+        wait_until("the change is noticed", || {
             let said = guest.sh(&format!("dig @{GATEWAY} +tries=1 +time=20 who.example A; true"))?;
             Ok(said.contains(answer).then_some(()))
         })?;
@@ -263,7 +262,7 @@ fn the_hosts_resolver_changes(guest: &Guest, resolv_conf: &Path) -> Result<()> {
 
 /// What the machine has learnt by the NAT's advertisement carries everything that IPv4 does.
 fn in_ipv6(guest: &Guest, sum: &str) -> Result<()> {
-    wait_until("the machine has an address and a router in IPv6", PATIENCE, || {
+    wait_until("the machine has an address and a router in IPv6", || {
         let route = guest.sh("ip -6 route show default")?;
         let address = guest.sh("ip -6 address show dev tap0 scope global -tentative")?;
         Ok((route.contains("fe80::65:6eff:fe67:1") && address.contains("fdc7:9a1e:5d28:")).then_some(()))

@@ -4,7 +4,7 @@ use anyhow::{Context, Result, bail, ensure};
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream, UdpSocket};
 use std::time::Duration;
-use tests_harness::{Engine, Finished, IMAGE, Layer, Stage, TestImage, wait_until};
+use tests_harness::{Engine, Finished, IMAGE, Layer, PATIENCE, Stage, TestImage, wait_until};
 
 crate::scenarios![
     packets_cross_two_routers,
@@ -28,7 +28,6 @@ crate::scenarios![
 /// The argument that makes this program answer datagrams.
 pub(crate) const ECHO: &str = "answer-datagrams";
 pub(crate) const ECHO_IMAGE: &str = "echo:test";
-pub(crate) const PATIENCE: Duration = Duration::from_secs(90);
 
 pub(crate) fn docker(engine: &Engine, arguments: &[&str]) -> Result<Finished> {
     match engine.docker(arguments) {
@@ -111,10 +110,8 @@ fn packets_cross_two_routers(engine: &Engine) -> Result<()> {
     for (from, to) in [("west", 3), ("east", 1), ("west", 4), ("vault", 1), ("east", 4)] {
         // A router that has just come up has its neighbours to find first.
         for address in [format!("10.91.{to}.10"), format!("fd91:{to}::10")] {
-            wait_until("the packets find their way", PATIENCE, || {
-                Ok(reaches(engine, from, &address)?.then_some(()))
-            })
-            .with_context(|| format!("{from} does not reach {address}"))?;
+            wait_until("the packets find their way", || Ok(reaches(engine, from, &address)?.then_some(())))
+                .with_context(|| format!("{from} does not reach {address}"))?;
         }
     }
     let way = shell(engine, "west", "traceroute -n -q 1 -m 4 -w 5 10.91.3.10")?.ok()?;
@@ -333,9 +330,9 @@ fn published_ports_carry_streams_and_datagrams(engine: &Engine) -> Result<()> {
     docker(engine, &answer)?.ok()?;
     let (stream, datagrams) = (ok(engine, "port echo 80/tcp")?, ok(engine, "port udp 81/udp")?);
     let sent = vec![b'x'; 256 << 10];
-    wait_until("the stream comes back", PATIENCE, || {
+    wait_until("the stream comes back", || {
         let Ok(mut client) = TcpStream::connect(&stream) else { return Ok(None) };
-        client.set_read_timeout(Some(Duration::from_secs(20)))?;
+        client.set_read_timeout(Some(PATIENCE))?;
         let mut writer = client.try_clone()?;
         let heard = std::thread::scope(|scope| {
             // Before the container listens, the connection ends at once.
@@ -366,7 +363,7 @@ pub(crate) fn echoes(address: &str) -> Result<()> {
     let client = UdpSocket::bind("127.0.0.1:0")?;
     client.set_read_timeout(Some(Duration::from_secs(2)))?;
     client.connect(address)?;
-    wait_until("a datagram comes back", PATIENCE, || {
+    wait_until("a datagram comes back", || {
         let mut buffer = [0; 64];
         let heard = client.send(b"ping").and_then(|_| client.recv(&mut buffer));
         Ok(heard.is_ok_and(|count| &buffer[..count] == b"ping").then_some(()))
@@ -375,9 +372,9 @@ pub(crate) fn echoes(address: &str) -> Result<()> {
 
 /// Waits until a connection to `address` says exactly `expected`.
 pub(crate) fn says(address: &str, expected: &str) -> Result<()> {
-    wait_until("the published port answers", PATIENCE, || {
+    wait_until("the published port answers", || {
         let Ok(mut stream) = TcpStream::connect(address) else { return Ok(None) };
-        stream.set_read_timeout(Some(Duration::from_secs(20)))?;
+        stream.set_read_timeout(Some(PATIENCE))?;
         let mut heard = String::new();
         let heard = stream.read_to_string(&mut heard).map(|_| heard);
         Ok(heard.ok().filter(|heard| heard.trim() == expected).map(drop))
@@ -473,7 +470,7 @@ fn networks_and_names_survive_the_engine(engine: &Engine) -> Result<()> {
     engine.boot()?;
     let after = (ok(engine, "inspect -f {{json .NetworkSettings.Networks}} bb"), ok(engine, "port bb")?);
     ensure!(before.1 == after.1 && before.0.ok() == after.0.ok(), "not the same after a restart");
-    wait_until("names are answered again", PATIENCE, || Ok(reaches(engine, "aa", "bb")?.then_some(())))?;
+    wait_until("names are answered again", || Ok(reaches(engine, "aa", "bb")?.then_some(())))?;
     let kept = ok(engine, "network ls -q --filter label=kept")?;
     ensure!(kept.lines().count() == 1, "{kept}");
     clear(engine, "aa bb", "lasting")
@@ -552,7 +549,7 @@ fn refused_requests_leave_nothing(engine: &Engine) -> Result<()> {
         "cannot assign requested address",
     )?;
     refused(&["run", "--rm", "--network", "bridge", IMAGE, "nowhere"], 127, "executable file not found")?;
-    wait_until("what was begun is taken back", PATIENCE, || Ok((leavings(engine)? == before).then_some(())))?;
+    wait_until("what was begun is taken back", || Ok((leavings(engine)? == before).then_some(())))?;
     ensure!(ok(engine, "network ls -q")? == networks, "networks");
     clear(engine, "only", "tight ample")
 }

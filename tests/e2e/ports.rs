@@ -2,7 +2,7 @@
 //! senders. The host's side is played here, the container's by this program too, called with [`SERVE`].
 
 use crate::Scenario;
-use crate::networks::{PATIENCE, docker, ok};
+use crate::networks::{docker, ok};
 use anyhow::{Context, Result, bail, ensure};
 use rustix::net::sockopt::set_socket_linger;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
@@ -10,7 +10,7 @@ use std::net::{Shutdown, TcpListener, TcpStream, UdpSocket};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use tests_harness::{Engine, Layer, TestImage, Usage, wait_until};
+use tests_harness::{Engine, Layer, PATIENCE, TestImage, Usage, wait_until};
 
 crate::scenarios![ends_and_resets_pass_both_ways, a_slow_reader_slows_only_itself];
 
@@ -21,7 +21,6 @@ pub(crate) fn native_scenarios() -> Vec<Scenario> {
 /// The argument that makes this program serve port 80 and answer datagrams at port 81.
 pub(crate) const SERVE: &str = "serve-under-stress";
 const IMAGE: &str = "stress:test";
-const READ_TIME_MAX: Duration = Duration::from_secs(240);
 /// More than all buffers on the way hold.
 const BULK: usize = 20 << 20;
 /// Without a short period, so that lost or doubled bytes show.
@@ -140,7 +139,7 @@ impl Stage {
         .ok()?;
         let stage =
             Self { streams: ok(engine, "port stress 80/tcp")?, datagrams: ok(engine, "port stress 81/udp")? };
-        wait_until("the container serves", PATIENCE, || Ok(stage.ask("poured").is_ok().then_some(())))?;
+        wait_until("the container serves", || Ok(stage.ask("poured").is_ok().then_some(())))?;
         Ok(stage)
     }
 
@@ -151,7 +150,7 @@ impl Stage {
 
     fn open(&self, what: &str) -> Result<TcpStream> {
         let mut stream = TcpStream::connect(&self.streams)?;
-        stream.set_read_timeout(Some(READ_TIME_MAX))?;
+        stream.set_read_timeout(Some(PATIENCE))?;
         stream.write_all(format!("{what}\n").as_bytes())?;
         Ok(stream)
     }
@@ -166,7 +165,7 @@ impl Stage {
 
     fn until_ended(&self, how: &str) -> Result<()> {
         let mut last = String::new();
-        wait_until("the container has seen the end", PATIENCE, || {
+        wait_until("the container has seen the end", || {
             last = self.ask("ended")?;
             Ok((!last.is_empty()).then_some(()))
         })?;
@@ -221,7 +220,7 @@ fn a_slow_reader_slows_only_itself(engine: &Engine) -> Result<()> {
     let mut stalled = stage.open("pour")?;
     let poured = || -> Result<u64> { Ok(stage.ask("poured")?.parse()?) };
     let mut last = 0;
-    wait_until("the container's writer waits for its reader", PATIENCE, || {
+    wait_until("the container's writer waits for its reader", || {
         std::thread::sleep(Duration::from_millis(500));
         let now = poured()?;
         Ok((now > 0 && std::mem::replace(&mut last, now) == now).then_some(()))
@@ -282,7 +281,7 @@ fn crowds_come_and_go(engine: &Engine) -> Result<()> {
     for round in ["first", "second"] {
         let mut waiting: Vec<usize> = (0..SENDERS).collect();
         // Datagrams may be lost, and are sent again.
-        wait_until("every sender has its own answer", PATIENCE, || {
+        wait_until("every sender has its own answer", || {
             for number in &waiting {
                 senders[*number].send(format!("{round} {number}").as_bytes())?;
             }

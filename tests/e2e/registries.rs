@@ -1,7 +1,5 @@
 //! Registries, by the stock docker CLI: push, every tag, login, and refusals in dockerd's words.
 
-use std::time::Duration;
-
 use anyhow::{Context, Result, ensure};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use tests_harness::{Engine, Finished, IMAGE, Registry, Stage, wait_until};
@@ -144,7 +142,7 @@ fn a_registry_is_shown_the_certificate_it_asks_for(engine: &Engine) -> Result<()
     for (file, text) in [("ca.crt", root), ("client.cert", certificate), ("client.key", key)] {
         std::fs::write(folder.join(file), text)?;
     }
-    wait_until("the certificate is shown", Duration::from_secs(60), || {
+    wait_until("the certificate is shown", || {
         Ok((docker(engine, &["push", "-q", &name])?.code == 0).then_some(()))
     })?;
     docker(engine, &["rmi", &name])?.ok()?;

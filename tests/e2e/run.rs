@@ -1,7 +1,6 @@
 //! `engine run` and the life of one container.
 
 use anyhow::{Result, bail, ensure};
-use std::time::Duration;
 use tests_harness::{Engine, IMAGE, Timed, wait_until};
 
 crate::scenarios![
@@ -92,17 +91,16 @@ fn a_terminal_session_knows_its_size_and_follows_it(engine: &Engine) -> Result<(
     let said = |part: &str| -> Result<Option<()>> {
         Ok(std::fs::read_to_string(&log).unwrap_or_default().contains(part).then_some(()))
     };
-    let result =
-        wait_until("the container has the terminal's size", Duration::from_secs(90), || said("40 100"))
-            .and_then(|()| wait_until("the container is ready", Duration::from_secs(30), || said("ready\r")))
-            .and_then(|()| {
-                let device = std::fs::read_to_string(&terminal)?;
-                let mut resize = std::process::Command::new("stty");
-                resize.args(["-F", device.trim(), "rows", "33", "cols", "111"]);
-                tests_harness::run(resize)?.ok()?;
-                wait_until("the container follows the new size", Duration::from_secs(60), || said("33 111"))
-            })
-            .and_then(|()| wait_until("the session ends", Duration::from_secs(60), || Ok(child.try_wait()?)));
+    let result = wait_until("the container has the terminal's size", || said("40 100"))
+        .and_then(|()| wait_until("the container is ready", || said("ready\r")))
+        .and_then(|()| {
+            let device = std::fs::read_to_string(&terminal)?;
+            let mut resize = std::process::Command::new("stty");
+            resize.args(["-F", device.trim(), "rows", "33", "cols", "111"]);
+            tests_harness::run(resize)?.ok()?;
+            wait_until("the container follows the new size", || said("33 111"))
+        })
+        .and_then(|()| wait_until("the session ends", || Ok(child.try_wait()?)));
     let _ = child.kill();
     let status = child.wait()?;
     result.map_err(|error| error.context(std::fs::read_to_string(&log).unwrap_or_default()))?;
@@ -115,7 +113,7 @@ fn a_detached_container_logs_and_stops(engine: &Engine) -> Result<()> {
     let id = engine.engine(["run", "-d", "--name", "talker", IMAGE, "sh", "-c", script])?.ok()?;
     ensure!(id.len() == 64 && id.bytes().all(|byte| byte.is_ascii_hexdigit()), "`{id}` is no id");
     let following = engine.spawn(["logs", "-f", "talker"])?;
-    wait_until("the log grows", Duration::from_secs(60), || {
+    wait_until("the log grows", || {
         Ok(engine.engine(["logs", "talker"])?.ok()?.contains("line 5").then_some(()))
     })?;
     let listed = engine.engine(["ps", "--format", "{{.Names}} {{.State}}"])?.ok()?;
@@ -159,7 +157,7 @@ fn a_name_is_unique_and_free_after_rm(engine: &Engine) -> Result<()> {
 
 fn rm_on_exit_leaves_nothing(engine: &Engine) -> Result<()> {
     let id = engine.engine(["run", "-d", "--rm", IMAGE, "sleep", "0.3"])?.ok()?;
-    wait_until("the container is gone", Duration::from_secs(60), || {
+    wait_until("the container is gone", || {
         Ok((!engine.engine(["ps", "-aq", "--no-trunc"])?.ok()?.contains(&id)).then_some(()))
     })?;
     engine.engine(["inspect", &id])?.fails_with(1, "No such object")
@@ -185,7 +183,7 @@ fn kill_and_restart(engine: &Engine) -> Result<()> {
 fn signals_reach_the_container(engine: &Engine) -> Result<()> {
     let script = "trap 'echo got it; exit 5' TERM; echo ready; while :; do sleep 0.1; done";
     let running = engine.spawn(["run", "--rm", "--name", "trapper", IMAGE, "sh", "-c", script])?;
-    wait_until("the container is ready", Duration::from_secs(60), || {
+    wait_until("the container is ready", || {
         let logs = engine.engine(["logs", "trapper"])?;
         Ok((logs.code == 0 && logs.stdout.contains("ready")).then_some(()))
     })?;

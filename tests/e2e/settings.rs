@@ -4,8 +4,6 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use tests_harness::{Engine, Finished, IMAGE, Timed, wait_until};
 
-use std::time::Duration;
-
 crate::scenarios![
     limits_hold_and_can_be_changed_while_it_runs,
     senseless_settings_are_refused_and_leave_nothing,
@@ -129,7 +127,7 @@ fn namespaces_of_another_container_are_joined(engine: &Engine) -> Result<()> {
     let script = "echo shared > /dev/shm/note; exec sleep 1000";
     docker(engine, &["run", "-d", "--name", "donor", "--ipc", "shareable", IMAGE, "sh", "-c", script])?
         .ok()?;
-    wait_until("the donor has written", Duration::from_secs(60), || {
+    wait_until("the donor has written", || {
         Ok(docker(engine, &["exec", "donor", "cat", "/dev/shm/note"])?
             .stdout
             .contains("shared")
@@ -192,7 +190,7 @@ fn an_init_collects_orphans_and_passes_signals_on(engine: &Engine) -> Result<()>
     ensure!(said == "docker-init\n0", "{said}");
     let script = "trap 'echo told; exit 3' TERM; echo ready; while :; do sleep 0.1; done";
     docker(engine, &["run", "-d", "--name", "waiting", "--init", IMAGE, "sh", "-c", script])?.ok()?;
-    wait_until("the program has set its trap", Duration::from_secs(60), || {
+    wait_until("the program has set its trap", || {
         Ok(docker(engine, &["logs", "waiting"])?.stdout.contains("ready").then_some(()))
     })?;
     docker(engine, &["stop", "-t", "60", "waiting"])?.ok()?;
@@ -265,7 +263,7 @@ fn a_kill_for_want_of_memory_is_an_event_while_it_runs(engine: &Engine) -> Resul
         &[&["run", "-d", "--name", "hungry"], &limits[..], &[IMAGE, "sh", "-c", script]].concat(),
     )?
     .ok()?;
-    wait_until("the kernel has killed", Duration::from_secs(100), || {
+    wait_until("the kernel has killed", || {
         let comm = docker(engine, &["exec", "hungry", "cat", "/proc/1/comm"])?;
         Ok(comm.stdout.contains("sleep").then_some(()))
     })?;

@@ -5,7 +5,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::process::Stdio;
 use std::time::Duration;
-use tests_harness::{Engine, IMAGE, Usage};
+use tests_harness::{Engine, IMAGE, PATIENCE, Usage};
 
 crate::scenarios![
     input_comes_back_after_the_half_close,
@@ -129,7 +129,7 @@ fn a_reset_by_the_client_ends_the_stream(engine: &Engine) -> Result<()> {
     let before = Usage::settled(engine)?;
     for _ in 0..20 {
         let mut stream = UnixStream::connect(engine.docker_socket())?;
-        stream.set_read_timeout(Some(Duration::from_secs(60)))?;
+        stream.set_read_timeout(Some(PATIENCE))?;
         stream
             .write_all(b"GET /containers/gusher/logs?follow=1&stdout=1 HTTP/1.1\r\nHost: docker\r\n\r\n")?;
         let mut start = [0; 4096];
@@ -146,7 +146,7 @@ fn a_reset_by_the_engine_reaches_the_client(engine: &Engine) -> Result<()> {
     let before = Usage::settled(engine)?;
     for _ in 0..20 {
         let mut stream = UnixStream::connect(engine.docker_socket())?;
-        stream.set_write_timeout(Some(Duration::from_secs(60)))?;
+        stream.set_write_timeout(Some(PATIENCE))?;
         stream.write_all(
             b"POST /containers/create HTTP/1.1\r\nHost: docker\r\nContent-Type: application/json\r\n\
               Content-Length: 1099511627776\r\n\r\n",
@@ -161,7 +161,7 @@ fn a_reset_by_the_engine_reaches_the_client(engine: &Engine) -> Result<()> {
 
 fn ping_at(socket: &std::path::Path) -> Result<()> {
     let mut stream = UnixStream::connect(socket)?;
-    stream.set_read_timeout(Some(Duration::from_secs(60)))?;
+    stream.set_read_timeout(Some(PATIENCE))?;
     stream.write_all(b"GET /_ping HTTP/1.1\r\nHost: docker\r\nConnection: close\r\n\r\n")?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;

@@ -4,7 +4,6 @@
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::PathBuf;
-use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use tests_harness::{Engine, wait_until};
@@ -19,8 +18,6 @@ crate::scenarios![
     random_work_on_a_file_leaves_what_it_should,
 ];
 
-const PATIENCE: Duration = Duration::from_secs(180);
-
 fn folder(engine: &Engine, name: &str) -> Result<PathBuf> {
     let folder = engine.path(&format!("share-{name}"));
     fs::create_dir_all(&folder)?;
@@ -29,7 +26,7 @@ fn folder(engine: &Engine, name: &str) -> Result<PathBuf> {
 
 /// Waits until the container has said all these lines.
 fn hears(engine: &Engine, container: &str, lines: &[&str]) -> Result<()> {
-    wait_until(&format!("{container} hears {lines:?}"), PATIENCE, || {
+    wait_until(&format!("{container} hears {lines:?}"), || {
         let said = ok(engine, &["logs", container])?;
         Ok(lines.iter().all(|wanted| said.lines().any(|line| line == *wanted)).then_some(()))
     })

@@ -24,7 +24,6 @@ const ROUNDS: usize = 3;
 /// Connections under way at a time.
 const CLIENTS: usize = 4;
 const CHUNK_BYTES: usize = 256 << 10;
-const PATIENCE: Duration = Duration::from_secs(90);
 const QEMU: &str = "qemu-system-x86_64";
 const GUEST_IMAGE: &str = "through:1";
 /// The port of the container that is published as users do, so that it clashes with no other.
@@ -75,7 +74,7 @@ pub(crate) fn measure() -> Result<()> {
         Way { name: "ours, bridged", forwarded: published.parse()?, host: "198.18.0.254" },
     ];
     for way in &ways {
-        let waited = wait_until("the guest answers", PATIENCE, || Ok(greeted(way.forwarded).then_some(())));
+        let waited = wait_until("the guest answers", || Ok(greeted(way.forwarded).then_some(())));
         waited.with_context(|| format!("by way of {}", way.name))?;
     }
     print!("{:<28} {:<6}", "through the VM", "");
@@ -141,7 +140,7 @@ fn run_again() -> Result<()> {
         .spawn()
         .context("cannot start `passt`: install Debian's package passt")?;
     let mut child = Passt(child);
-    wait_until("passt listens", PATIENCE, || {
+    wait_until("passt listens", || {
         if let Some(status) = child.0.try_wait()? {
             bail!("passt ended at once: {status}");
         }

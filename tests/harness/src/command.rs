@@ -9,8 +9,8 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// How long an ordinary command may take. A software CPU on a busy machine is slow; a hang is much slower.
-const TIME_MAX: Duration = Duration::from_secs(240);
+/// How long an ordinary command may take, and whatever a test waits for. A software CPU on a busy machine is slow; a hang is much slower.
+pub const PATIENCE: Duration = Duration::from_secs(240);
 const PAUSE: Duration = Duration::from_millis(20);
 
 /// What a command did.
@@ -68,7 +68,7 @@ pub struct Timed {
 
 impl Timed {
     pub fn new(command: Command) -> Self {
-        Self { command, input: None, limit: TIME_MAX }
+        Self { command, input: None, limit: PATIENCE }
     }
 
     /// Feeds `input` to it and closes its standard input.
@@ -129,7 +129,7 @@ impl Running {
     }
 
     pub fn finish(self) -> Result<Finished> {
-        self.finish_within(TIME_MAX)
+        self.finish_within(PATIENCE)
     }
 
     pub fn finish_within(mut self, limit: Duration) -> Result<Finished> {
@@ -201,19 +201,15 @@ fn describe(command: &Command) -> String {
     words.map(|word| word.to_string_lossy().into_owned()).collect::<Vec<_>>().join(" ")
 }
 
-/// Waits until `condition` gives a value. The deadline's message names what was waited for.
-pub fn wait_until<T>(
-    what: &str,
-    limit: Duration,
-    mut condition: impl FnMut() -> Result<Option<T>>,
-) -> Result<T> {
-    let until = Instant::now() + limit;
+/// Waits until `condition` gives a value, at most [`PATIENCE`]. The deadline's message names what was waited for.
+pub fn wait_until<T>(what: &str, mut condition: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+    let until = Instant::now() + PATIENCE;
     loop {
         if let Some(value) = condition()? {
             return Ok(value);
         }
         if Instant::now() >= until {
-            bail!("{what}: not so within {} s", limit.as_secs());
+            bail!("{what}: not so within {} s", PATIENCE.as_secs());
         }
         std::thread::sleep(PAUSE);
     }

@@ -9,12 +9,8 @@ use anyhow::{Context, Result, bail};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Mutex;
-use std::time::Duration;
 use tempfile::TempDir;
 
-/// How long an engine may take to answer, in the slowest stage.
-const START_TIME_MAX: Duration = Duration::from_secs(200);
-const END_TIME_MAX: Duration = Duration::from_secs(60);
 /// The image every scenario can count on.
 pub const IMAGE: &str = "busybox:test";
 
@@ -132,7 +128,7 @@ impl Engine {
     /// Waits until the native engine has ended by itself.
     pub fn await_end(&self) -> Result<()> {
         let mut child = self.lock().take().context("the engine does not run")?;
-        wait_until("the engine ends at its fault point", END_TIME_MAX, || Ok(child.try_wait()?)).map(drop)
+        wait_until("the engine ends at its fault point", || Ok(child.try_wait()?)).map(drop)
     }
 
     fn boot_native(&self, more: &[&str], fault: Option<&str>) -> Result<()> {
@@ -153,7 +149,7 @@ impl Engine {
             .stderr(log)
             .spawn()
             .context("cannot start `guest-engine`")?;
-        wait_until("the engine answers", START_TIME_MAX, || {
+        wait_until("the engine answers", || {
             if let Some(status) = child.try_wait()? {
                 bail!("the engine ended at once: {status}\n{}", self.logs());
             }
@@ -313,7 +309,7 @@ impl Engine {
         }
         let pid = rustix::process::Pid::from_child(&child);
         rustix::process::kill_process(pid, rustix::process::Signal::TERM)?;
-        let ended = wait_until("the engine ends after SIGTERM", END_TIME_MAX, || Ok(child.try_wait()?));
+        let ended = wait_until("the engine ends after SIGTERM", || Ok(child.try_wait()?));
         if ended.is_err() {
             let _ = child.kill();
             let _ = child.wait();
@@ -363,7 +359,7 @@ impl Engine {
                 self.engine(["machine", "shutdown"])?.ok()?;
             }
         }
-        self.processes().expect_none(END_TIME_MAX)
+        self.processes().expect_none()
     }
 
     fn expect_no_mounts(&self) -> Result<()> {

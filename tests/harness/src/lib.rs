@@ -15,7 +15,7 @@ mod registry;
 mod usage;
 mod world;
 
-pub use command::{Finished, Running, Timed, run, wait_until};
+pub use command::{Finished, PATIENCE, Running, Timed, run, wait_until};
 pub use engine::{Engine, IMAGE, Stage};
 pub use image::{Layer, TestImage};
 pub use namespace::enter_private_namespaces;

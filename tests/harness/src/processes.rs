@@ -3,7 +3,6 @@
 use anyhow::{Result, bail};
 use rustix::process::{Pid, Signal, kill_process};
 use std::path::Path;
-use std::time::Duration;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Process {
@@ -65,16 +64,16 @@ impl Processes {
     }
 
     /// Waits until none is left, then says which are.
-    pub fn expect_none(&self, limit: Duration) -> Result<()> {
-        let gone = crate::wait_until("every process of the engine has ended", limit, || {
+    pub fn expect_none(&self) -> Result<()> {
+        let gone = crate::wait_until("every process of the engine has ended", || {
             Ok(self.list().is_empty().then_some(()))
         });
         gone.map_err(|error| error.context(format!("left: {:?}", self.list())))
     }
 
     /// The same, for all but those called one of `names`.
-    pub fn expect_none_but(&self, names: &[&str], limit: Duration) -> Result<()> {
-        crate::wait_until("every process but the clients has ended", limit, || {
+    pub fn expect_none_but(&self, names: &[&str]) -> Result<()> {
+        crate::wait_until("every process but the clients has ended", || {
             Ok(self.list().iter().all(|process| names.contains(&process.name.as_str())).then_some(()))
         })
         .map_err(|error| error.context(format!("left: {:?}", self.list())))

@@ -11,8 +11,6 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 use tempfile::TempDir;
 
-const START_TIME_MAX: Duration = Duration::from_secs(30);
-
 pub struct Registry {
     child: Child,
     address: SocketAddr,
@@ -57,7 +55,7 @@ impl Registry {
                 .stderr(Stdio::null())
                 .spawn()
                 .context("cannot start `docker-registry`: run installer/setup --tests")?;
-            let answers = wait_until("the registry answers", START_TIME_MAX, || {
+            let answers = wait_until("the registry answers", || {
                 if child.try_wait()?.is_some() {
                     bail!("the registry ended at once");
                 }

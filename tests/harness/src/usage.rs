@@ -6,8 +6,6 @@ use anyhow::{Context, Result};
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-/// How long counts may take to come back.
-const SETTLE_TIME_MAX: Duration = Duration::from_secs(90);
 /// Idle threads of tokio's blocking pool end after ten seconds, and every question keeps one of them from it.
 const POOL_LINGERS: Duration = Duration::from_secs(11);
 
@@ -44,7 +42,7 @@ impl Usage {
     /// What `engine` holds once nothing has changed for a while.
     pub fn settled(engine: &Engine) -> Result<Self> {
         let mut last = Self::of(engine)?;
-        wait_until("the engine's counts stand still", SETTLE_TIME_MAX, || {
+        wait_until("the engine's counts stand still", || {
             std::thread::sleep(Duration::from_secs(3));
             let now = Self::of(engine)?;
             let settled = now == last;
@@ -56,7 +54,7 @@ impl Usage {
     /// Waits until `engine` holds no more of anything than this.
     pub fn comes_back(&self, engine: &Engine) -> Result<()> {
         let mut more = String::new();
-        wait_until("the engine holds no more than before", SETTLE_TIME_MAX, || {
+        wait_until("the engine holds no more than before", || {
             more = self.exceeded_by(&Self::of(engine)?);
             if !more.is_empty() {
                 std::thread::sleep(POOL_LINGERS);

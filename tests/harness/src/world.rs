@@ -6,7 +6,6 @@ use crate::namespace::ip;
 use anyhow::{Context, Result};
 use std::net::Ipv4Addr;
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
 
 /// TEST-NET-3 (RFC 5737).
 pub(crate) const ADDRESS: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 1);
@@ -27,7 +26,7 @@ impl World {
             .context("cannot run `unshare`")?;
         let world = Self { holder };
         let pid = world.holder.id().to_string();
-        wait_until("the namespace of the test world is there", Duration::from_secs(20), || {
+        wait_until("the namespace of the test world is there", || {
             let namespace = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/net"));
             // `unshare` has moved once the two differ, and has become `sleep`.
             Ok((namespace(&pid)? != namespace("self")?).then_some(()))

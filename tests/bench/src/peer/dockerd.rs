@@ -3,12 +3,9 @@
 use anyhow::{Context, Result, bail};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
 use tempfile::TempDir;
 use tests_harness::{Engine, Processes, wait_until};
 
-const START_TIME_MAX: Duration = Duration::from_secs(60);
-const END_TIME_MAX: Duration = Duration::from_secs(60);
 const MISSING: &str = "the peer is a dockerd in PATH, with containerd, runc and iptables: install Debian's docker.io, or unpack \
                        its packages into a folder (`apt-get download`, `dpkg -x`) and put that folder's programs into PATH";
 
@@ -44,7 +41,7 @@ impl Dockerd {
             .spawn()
             .context(MISSING)?;
         let mut peer = Self { child, home };
-        wait_until("dockerd answers", START_TIME_MAX, || {
+        wait_until("dockerd answers", || {
             if let Some(status) = peer.child.try_wait()? {
                 let log = std::fs::read_to_string(peer.home.path().join("dockerd.log")).unwrap_or_default();
                 bail!("dockerd ended at once ({status}): {log}\n{MISSING}");
@@ -68,7 +65,7 @@ impl Dockerd {
     pub(super) fn end(mut self) -> Result<()> {
         let pid = rustix::process::Pid::from_child(&self.child);
         rustix::process::kill_process(pid, rustix::process::Signal::TERM)?;
-        let ended = wait_until("dockerd ends after SIGTERM", END_TIME_MAX, || Ok(self.child.try_wait()?));
+        let ended = wait_until("dockerd ends after SIGTERM", || Ok(self.child.try_wait()?));
         self.processes().kill_all();
         ended.map(drop)
     }

@@ -23,7 +23,6 @@ const CONNECTIONS: &str = "5202";
 const SECONDS: u64 = 3;
 /// Connections under way at a time.
 const CLIENTS: usize = 4;
-const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Networks, and containers on each.
 const NETWORKS: usize = 100;
@@ -99,7 +98,7 @@ fn transfer(side: &Side, mut client: Command, address: &str, port: u16) -> Resul
     let _server = Server::start(server)?;
     let (port, seconds) = (port.to_string(), SECONDS.to_string());
     client.args(["-c", address, "-p", &port, "-t", &seconds, "-J", "--connect-timeout", "5000"]);
-    let bits = wait_until("the server answers", PATIENCE, || {
+    let bits = wait_until("the server answers", || {
         let mut again = Command::new(client.get_program());
         again.args(client.get_args());
         // It tells of its failures as of its figures, and a server that is not there yet is one.
@@ -128,7 +127,7 @@ pub(super) fn connect(side: &Side) -> Result<f64> {
     server.args([SERVE, CONNECTIONS]);
     let _server = Server::start(server)?;
     let to = published(side, CONNECTIONS)?;
-    wait_until("the server answers", PATIENCE, || Ok(greeted(to).then_some(())))?;
+    wait_until("the server answers", || Ok(greeted(to).then_some(())))?;
     let (stop, count) = (AtomicBool::new(false), AtomicU64::new(0));
     let failed = AtomicU64::new(0);
     let begin = Instant::now();
