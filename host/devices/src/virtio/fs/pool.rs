@@ -1,6 +1,11 @@
 //! The threads that serve slow requests.
+//!
+//! A panic while one is served is the device's: it goes on in the device's own thread, whose end is noticed and has a
+//! reason ([`Life`](crate::virtio::Life)).
 
+use std::any::Any;
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -24,10 +29,13 @@ pub(super) struct Done {
     pub length: u32,
 }
 
+/// A request that was served, or the panic that came of it.
+type Outcome = Result<Done, Box<dyn Any + Send>>;
+
 /// The threads, and the way there and back. Dropping it ends them.
 pub(super) struct Pool {
     jobs: Option<Sender<Job>>,
-    done: Receiver<Done>,
+    done: Receiver<Outcome>,
     wake: EventFd,
     threads: Vec<JoinHandle<()>>,
 }
@@ -47,10 +55,12 @@ impl Pool {
                     // The lock is held by the one that waits; it is let go before the work begins.
                     let job = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
                     let Ok(Job { queue, chain }) = job else { return };
-                    let (head, length) = (chain.head(), serve(&*backend, &chain));
+                    let head = chain.head();
+                    // After a panic nothing is asked of the back end any more: the device ends.
+                    let served = catch_unwind(AssertUnwindSafe(|| serve(&*backend, &chain)));
                     // Guest memory is let go before anybody learns that the work is done.
                     drop(chain);
-                    if finished.send(Done { queue, head, length }).is_err() {
+                    if finished.send(served.map(|length| Done { queue, head, length })).is_err() {
                         return;
                     }
                     // Full means that it is signalled already.
@@ -75,15 +85,19 @@ impl Pool {
         }
     }
 
-    /// What is done by now.
+    /// What is done by now. Panics with the panic of a request.
     pub fn finished(&self) -> impl Iterator<Item = Done> {
-        self.done.try_iter()
+        self.done.try_iter().map(done)
     }
 
-    /// Waits for one; `None` when the threads have ended.
+    /// Waits for one; `None` when the threads have ended. Panics with the panic of a request.
     pub fn wait(&self) -> Option<Done> {
-        self.done.recv().ok()
+        self.done.recv().ok().map(done)
     }
+}
+
+fn done(outcome: Outcome) -> Done {
+    outcome.unwrap_or_else(|panic| resume_unwind(panic))
 }
 
 impl Drop for Pool {

@@ -1,7 +1,8 @@
 //! The device against the driver's side of its queues.
 
 use std::sync::mpsc::{self, Receiver, Sender};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -14,10 +15,17 @@ const REQUESTS: u64 = 0x8_0000;
 const ASKED: u64 = 0x10_0000;
 const ANSWER: u64 = 0x11_0000;
 
-/// Answers each request with its bytes the other way round; those that begin with `s` are slow and wait for a word.
+/// Answers each request with its bytes the other way round; those that begin with `s` are slow and wait for a word, which
+/// may be to panic.
 struct Mirror {
-    go: Mutex<Receiver<()>>,
+    go: Mutex<Receiver<Word>>,
     resets: Counter,
+}
+
+#[derive(PartialEq)]
+enum Word {
+    Go,
+    Panic,
 }
 
 impl Backend for Mirror {
@@ -28,7 +36,8 @@ impl Backend for Mirror {
 
     fn serve(&self, mut readable: Buffers<'_>, mut writable: Buffers<'_>) -> u32 {
         if self.is_slow(&readable) {
-            self.go.lock().unwrap().recv().unwrap();
+            let word = self.go.lock().unwrap_or_else(PoisonError::into_inner).recv();
+            assert!(word == Ok(Word::Go), "no way to go on");
         }
         let mut bytes = vec![0; readable.len()];
         readable.copy_out(&mut bytes);
@@ -44,7 +53,7 @@ impl Backend for Mirror {
 struct Guest {
     device: Fs,
     backend: Arc<Mirror>,
-    go: Sender<()>,
+    go: Sender<Word>,
     memory: Arc<GuestMemoryMmap>,
     high_priority: DriverQueue,
     requests: DriverQueue,
@@ -70,6 +79,17 @@ impl Guest {
         self.memory.write_slice(text, GuestAddress(asked)).unwrap();
         let length = text.len() as u32;
         [Piece { address: asked, length, writable: false }, Piece { address: answer, length, writable: true }]
+    }
+
+    /// Waits until the device has ended; why.
+    fn failure(&self) -> String {
+        let life = self.device.life();
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while life.failure().is_none() {
+            assert!(Instant::now() < deadline, "nobody noticed");
+            std::thread::yield_now();
+        }
+        life.failure().unwrap().to_owned()
     }
 
     fn answer(&self, number: u64, length: usize) -> Vec<u8> {
@@ -113,7 +133,7 @@ fn a_slow_request_is_passed_by_others() {
     let quick = guest.request(1, b"quick");
     assert_eq!(guest.requests.run(&quick), 5);
     assert_eq!(guest.requests.take_used(), None);
-    guest.go.send(()).unwrap();
+    guest.go.send(Word::Go).unwrap();
     assert_eq!(guest.requests.wait_used(), (slow, 4));
     assert_eq!(guest.answer(0, 4), b"wols");
     assert_eq!(guest.device.counters().slow.get(), 1);
@@ -131,7 +151,7 @@ fn stopping_a_queue_waits_for_what_is_under_way() {
     let quick = guest.request(7, b"quick");
     assert_eq!(guest.requests.run(&quick), 5);
     let go = guest.go.clone();
-    let freeing = std::thread::spawn(move || (0..6).for_each(|_| go.send(()).unwrap()));
+    let freeing = std::thread::spawn(move || (0..6).for_each(|_| go.send(Word::Go).unwrap()));
     let state = guest.device.stop_queue(1).unwrap();
     freeing.join().unwrap();
     let mut used = 0;
@@ -143,6 +163,37 @@ fn stopping_a_queue_waits_for_what_is_under_way() {
     guest.device.start_queue(1, guest.requests.resume(state)).unwrap();
     let pieces = guest.request(0, b"more");
     assert_eq!(guest.requests.run(&pieces), 4);
+}
+
+#[test]
+fn a_panic_in_a_slow_request_is_the_end_of_the_device_and_has_a_reason() {
+    let mut guest = Guest::new(true);
+    let slow = [0, 1].map(|number| guest.request(number, b"slow"));
+    for pieces in &slow {
+        guest.requests.add(pieces);
+    }
+    guest.requests.notify();
+    guest.go.send(Word::Panic).unwrap();
+    guest.go.send(Word::Go).unwrap();
+    assert_eq!(guest.failure(), "its thread panicked: no way to go on");
+    // Who takes the machine down does not wait for the lost request.
+    assert!(guest.device.stop_queue(1).is_none());
+    guest.device.reset();
+}
+
+#[test]
+fn a_queue_that_is_stopped_does_not_wait_for_a_lost_request() {
+    let mut guest = Guest::new(true);
+    let pieces = guest.request(0, b"slow");
+    guest.requests.add(&pieces);
+    guest.requests.notify();
+    let quick = guest.request(7, b"quick");
+    assert_eq!(guest.requests.run(&quick), 5);
+    let go = guest.go.clone();
+    let panicking = std::thread::spawn(move || go.send(Word::Panic).unwrap());
+    assert!(guest.device.stop_queue(1).is_none());
+    panicking.join().unwrap();
+    assert_eq!(guest.failure(), "its thread panicked: no way to go on");
 }
 
 #[test]
