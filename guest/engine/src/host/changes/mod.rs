@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread;
+use std::time::Duration;
 
 use guest_protocol::changes::{self, BATCH_BYTES_MAX, Change, DONE};
 use guest_protocol::{port, share};
@@ -24,6 +25,9 @@ use socket2::{Domain, SockAddr, Socket, Type};
 
 use repeat::Repeater;
 use watchers::Watchers;
+
+/// How long the host may take to begin, and to take a byte of ours.
+const HOST_TIME_MAX: Duration = Duration::from_secs(15);
 
 /// What the repeating thread is told.
 enum Order {
@@ -147,13 +151,7 @@ impl Thread {
         let stream = Socket::new(Domain::VSOCK, Type::STREAM, None)?;
         stream.connect(&SockAddr::vsock(port::HOST_CID, port::CHANGES))?;
         let thread = u32::try_from(rustix::thread::gettid().as_raw_nonzero().get()).unwrap_or_default();
-        (&stream).write_all(&changes::hello(thread))?;
-        // The empty batch: from now on the host knows this thread.
-        let first = receive(&stream)?;
-        if first.is_none_or(|changes| !changes.is_empty()) {
-            return Err(io::Error::other("the host does not begin as it should"));
-        }
-        (&stream).write_all(&[DONE])?;
+        begin(&stream, thread, HOST_TIME_MAX)?;
         let (stream, orders) = (Arc::new(stream), self.orders.clone());
         let reader = Arc::clone(&stream);
         thread::Builder::new().name("changes-in".into()).spawn(move || read(reader, &orders))?;
@@ -177,6 +175,26 @@ impl Thread {
             tracing::debug!(%error, "the host does not hear that changes were repeated");
         }
     }
+}
+
+/// Says hello to the host, which may take so long for each step, and hears that it knows `thread` from now on.
+fn begin(mut stream: &Socket, thread: u32, limit: Duration) -> io::Result<()> {
+    stream.set_read_timeout(Some(limit))?;
+    stream.set_write_timeout(Some(limit))?;
+    stream.write_all(&changes::hello(thread))?;
+    let first = receive(stream).map_err(|error| match error.kind() {
+        io::ErrorKind::WouldBlock => {
+            io::Error::new(io::ErrorKind::TimedOut, format!("the host said nothing for {limit:?}"))
+        }
+        _ => error,
+    })?;
+    // The empty batch.
+    if first.is_none_or(|changes| !changes.is_empty()) {
+        return Err(io::Error::other("the host does not begin as it should"));
+    }
+    stream.write_all(&[DONE])?;
+    // Between two changes there may be any time.
+    stream.set_read_timeout(None)
 }
 
 /// Opens a bound folder, or the one that a bound file is in. Links are not followed.
@@ -228,4 +246,46 @@ fn receive(mut stream: &Socket) -> io::Result<Option<Vec<Change>>> {
     let mut batch = vec![0; length];
     stream.read_exact(&mut batch)?;
     changes::decode(&batch).map(Some).map_err(io::Error::other)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pair() -> (Socket, Socket) {
+        Socket::pair(Domain::UNIX, Type::STREAM, None).unwrap()
+    }
+
+    #[test]
+    fn a_host_that_never_answers_is_given_up() {
+        let (ours, host) = pair();
+        let error = begin(&ours, 7, Duration::from_millis(50)).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut, "{error}");
+        assert_eq!(error.to_string(), "the host said nothing for 50ms");
+        let mut hello = [0; 4];
+        (&host).read_exact(&mut hello).unwrap();
+        assert_eq!(hello, changes::hello(7));
+    }
+
+    #[test]
+    fn a_host_that_begins_may_then_be_silent_for_ever() {
+        let (ours, host) = pair();
+        (&host).write_all(&[0; 4]).unwrap();
+        begin(&ours, 7, Duration::from_secs(60)).unwrap();
+        assert_eq!(ours.read_timeout().unwrap(), None);
+        assert_eq!(ours.write_timeout().unwrap(), Some(Duration::from_secs(60)));
+        let mut heard = [0; 5];
+        (&host).read_exact(&mut heard).unwrap();
+        assert_eq!(heard.last(), Some(&DONE));
+    }
+
+    #[test]
+    fn a_host_that_hangs_up_or_begins_with_changes_is_refused() {
+        let (ours, host) = pair();
+        drop(host);
+        assert!(begin(&ours, 7, Duration::from_secs(60)).is_err());
+        let (ours, host) = pair();
+        (&host).write_all(&(BATCH_BYTES_MAX as u32 + 1).to_le_bytes()).unwrap();
+        assert!(begin(&ours, 7, Duration::from_secs(60)).unwrap_err().to_string().contains("a batch of"));
+    }
 }
