@@ -6,6 +6,7 @@ use std::os::fd::AsFd;
 
 use rustix::fs::{FallocateFlags, fallocate};
 
+use super::GrowError;
 use super::request::SECTOR_BYTES;
 use crate::virtio::buffers::Buffers;
 
@@ -47,6 +48,20 @@ impl Backend {
     /// Whether the disk cannot be written.
     pub fn read_only(&self) -> bool {
         self.read_only
+    }
+
+    /// Makes the file, and the disk, this large: the new part is a hole. Returns the disk's size in bytes. A disk that is as
+    /// large already stays as it is, and so does one that cannot grow.
+    pub(super) fn grow(&mut self, size_bytes: u64) -> Result<u64, GrowError> {
+        let (sectors, disk_bytes) = (size_bytes / SECTOR_BYTES, self.sectors * SECTOR_BYTES);
+        if sectors < self.sectors {
+            return Err(GrowError::Shrink { disk_bytes, size_bytes });
+        }
+        if sectors > self.sectors {
+            self.file.set_len(size_bytes).map_err(|source| GrowError::File { size_bytes, source })?;
+            self.sectors = sectors;
+        }
+        Ok(sectors * SECTOR_BYTES)
     }
 
     /// Puts another file behind the same capacity, to see how its errors come through.

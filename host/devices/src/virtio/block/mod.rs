@@ -1,7 +1,8 @@
 //! The disk (virtio 1.3 §5.2) over a raw sparse file.
 //!
-//! Owns: requests, and the file's blocks. Does not own: the file's name, size or lock; the caller opens it, sizes it
-//! and keeps others away. The file's length when the device is made is the disk's capacity, in whole sectors.
+//! Owns: requests, and the file's blocks. Does not own: the file's name or lock; the caller opens it, sizes it
+//! and keeps others away. The file's length when the device is made is the disk's capacity, in whole sectors; a
+//! [`Handle`] makes both larger while it is used.
 //!
 //! Data moves between the file and guest memory without a copy. What the guest discards becomes a hole in the file, so
 //! the host gets its space back. A flush is `fdatasync`; writes before it are in the page cache of the host only.
@@ -32,6 +33,7 @@ use crate::counter::Counter;
 use crate::virtio::config::ConfigSpace;
 use crate::virtio::device::DeviceKind;
 use crate::virtio::threaded::{Front, Threaded};
+use crate::virtio::worker::Mailbox;
 
 /// Size of every queue. QEMU's own default, so that the segment limit below fits there too.
 const QUEUE_SIZE: u16 = 128;
@@ -65,10 +67,67 @@ pub struct Counters {
     pub malformed: Counter,
 }
 
+/// Why a disk is as large as it was.
+#[derive(Debug, thiserror::Error)]
+pub enum GrowError {
+    /// It never shrinks.
+    #[error("the disk has {disk_bytes} bytes and never shrinks to {size_bytes}")]
+    Shrink {
+        /// What it has.
+        disk_bytes: u64,
+        /// What was wanted.
+        size_bytes: u64,
+    },
+    /// Its file cannot have the size: the host's file system, or a limit of the user's, does not allow it.
+    #[error("the disk's file cannot be made {size_bytes} bytes large")]
+    File {
+        /// What was wanted.
+        size_bytes: u64,
+        /// What the operating system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The device's thread has ended.
+    #[error("the disk's thread has ended")]
+    Gone,
+}
+
+/// Who is told what became of a disk that was to grow: its size in bytes.
+type Told = Box<dyn FnOnce(Result<u64, GrowError>) + Send>;
+
+/// What the thread is asked for.
+pub enum Message {
+    /// The disk is to be this large.
+    Grow {
+        /// In whole sectors; a rest is not used.
+        size_bytes: u64,
+        /// Who is told.
+        told: Told,
+    },
+}
+
+/// Makes the disk larger, from any thread.
+#[derive(Clone)]
+pub struct Handle {
+    mailbox: Mailbox<Message>,
+}
+
+impl Handle {
+    /// Makes the disk and its file `size_bytes` large, sparsely, and tells the driver. `told` is called on the device's
+    /// thread, or on this one when that has ended; when the thread ends meanwhile it is dropped.
+    pub fn grow(&self, size_bytes: u64, told: impl FnOnce(Result<u64, GrowError>) + Send + 'static) {
+        if let Err(Message::Grow { told, .. }) =
+            self.mailbox.send(Message::Grow { size_bytes, told: Box::new(told) })
+        {
+            told(Err(GrowError::Gone));
+        }
+    }
+}
+
 /// The disk.
 pub struct Block {
     counters: Arc<Counters>,
-    front: Front<()>,
+    front: Front<Message>,
 }
 
 impl Block {
@@ -78,10 +137,10 @@ impl Block {
         let counters = Arc::new(Counters::default());
         let config = ConfigSpace::new(config_space(backend.sectors(), queues as u16));
         let features = features(backend.read_only());
-        let shared = Arc::clone(&counters);
+        let (shared, space) = (Arc::clone(&counters), config.clone());
         let front =
             Front::spawn(DeviceKind::Block, features, vec![QUEUE_SIZE; queues], config, move |_registry| {
-                Queues::new(backend, queues, shared)
+                Queues::new(backend, space, queues, shared)
             })?;
         Ok(Self { counters, front })
     }
@@ -89,6 +148,11 @@ impl Block {
     /// Makes a disk of an open file; see [`Backend::new`].
     pub fn from_file(file: File, serial: &str, read_only: bool, queues: usize) -> io::Result<Self> {
         Self::new(Backend::new(file, serial, read_only)?, queues)
+    }
+
+    /// A handle to make the disk larger with.
+    pub fn handle(&self) -> Handle {
+        Handle { mailbox: self.front.mailbox() }
     }
 
     /// What the device has done.
@@ -99,7 +163,8 @@ impl Block {
 
 /// The model without a thread, for fuzz targets.
 pub(crate) fn model(backend: Backend, queues: usize) -> Queues {
-    Queues::new(backend, queues, Arc::default())
+    let config = ConfigSpace::new(config_space(backend.sectors(), queues as u16));
+    Queues::new(backend, config, queues, Arc::default())
 }
 
 fn features(read_only: bool) -> u64 {
@@ -119,7 +184,7 @@ fn features(read_only: bool) -> u64 {
 /// offered.
 fn config_space(sectors: u64, queues: u16) -> Vec<u8> {
     let mut config = Vec::with_capacity(60);
-    config.extend(sectors.to_le_bytes()); // capacity
+    config.extend(sectors.to_le_bytes()); // capacity, which `Queues` changes
     config.extend(0u32.to_le_bytes()); // size_max, not offered
     config.extend(MAX_SEGMENTS.to_le_bytes()); // seg_max
     config.extend([0; 4]); // geometry, not offered
@@ -139,9 +204,9 @@ fn config_space(sectors: u64, queues: u16) -> Vec<u8> {
 }
 
 impl Threaded for Block {
-    type Message = ();
+    type Message = Message;
 
-    fn front(&self) -> &Front<()> {
+    fn front(&self) -> &Front<Message> {
         &self.front
     }
 }

@@ -6,27 +6,34 @@ use std::time::Instant;
 use mio::event::Event;
 use tracing::{debug, warn};
 
-use super::Counters;
 use super::file::Backend;
 use super::request::{RequestError, serve};
+use super::{Counters, Message};
 use crate::throttle::Throttle;
+use crate::virtio::config::ConfigSpace;
 use crate::virtio::ring::{Ring, Round};
 use crate::virtio::worker::{Model, Rings};
 
+/// Where the disk's capacity is in configuration space (virtio 1.3 §5.2.4).
+const CAPACITY: usize = 0;
 /// Requests taken from one queue before the next has its turn.
 const BUDGET: usize = 32;
 
 /// The model, on the device's thread.
 pub(crate) struct Queues {
     backend: Backend,
+    config: ConfigSpace,
     counters: Arc<Counters>,
     kicked: Vec<bool>,
+    /// The driver does not know yet that the disk has grown.
+    untold: bool,
     throttle: Throttle,
 }
 
 impl Queues {
-    pub fn new(backend: Backend, queues: usize, counters: Arc<Counters>) -> Self {
-        Self { backend, counters, kicked: vec![false; queues], throttle: Throttle::default() }
+    pub fn new(backend: Backend, config: ConfigSpace, queues: usize, counters: Arc<Counters>) -> Self {
+        let (kicked, throttle) = (vec![false; queues], Throttle::default());
+        Self { backend, config, counters, kicked, untold: false, throttle }
     }
 
     /// Serves requests of one queue; `true` when there may be more.
@@ -72,7 +79,7 @@ impl Queues {
 }
 
 impl Model for Queues {
-    type Message = ();
+    type Message = Message;
 
     fn ack_features(&mut self, _features: u64) {
         // What the driver did not take it does not ask for; asking anyway does no harm.
@@ -88,9 +95,23 @@ impl Model for Queues {
         // Nothing is registered: files are always ready.
     }
 
-    fn message(&mut self, (): ()) {}
+    fn message(&mut self, message: Message) {
+        let Message::Grow { size_bytes, told } = message;
+        let grown = self.backend.grow(size_bytes);
+        if grown.is_ok() {
+            self.config.set(CAPACITY, &self.backend.sectors().to_le_bytes());
+            self.untold = true;
+        }
+        told(grown);
+    }
 
     fn run(&mut self, rings: &mut Rings) -> bool {
+        if self.untold
+            && let Some(ring) = rings.iter_mut().flatten().next()
+        {
+            self.untold = false;
+            ring.signal_config();
+        }
         let mut more = false;
         for (index, ring) in rings.iter_mut().enumerate() {
             if !std::mem::take(&mut self.kicked[index]) {

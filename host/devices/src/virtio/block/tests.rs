@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{Read, Seek, Write};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::Arc;
+use std::sync::mpsc;
 
 use proptest::prelude::*;
 use virtio_bindings::virtio_blk::{
@@ -120,6 +121,69 @@ fn what_is_written_is_read_again() {
     let counters = disk.device.counters();
     assert_eq!((counters.writes.get(), counters.reads.get(), counters.flushes.get()), (1, 1, 1));
     assert_eq!((counters.written_bytes.get(), counters.read_bytes.get()), (1 << 20, 1 << 20));
+}
+
+/// What became of a disk that was to be `size_bytes` large.
+fn grow(disk: &Disk, size_bytes: u64) -> Result<u64, GrowError> {
+    let (told, answer) = mpsc::channel();
+    disk.device.handle().grow(size_bytes, move |result| told.send(result).unwrap());
+    answer.recv().unwrap()
+}
+
+fn capacity(disk: &Disk) -> (u64, u32) {
+    let mut bytes = [0; 8];
+    disk.device.read_config(0, &mut bytes);
+    (u64::from_le_bytes(bytes), disk.device.config_generation())
+}
+
+#[test]
+fn a_disk_grows_while_it_is_used_and_the_driver_is_told() {
+    let mut disk = Disk::new(false);
+    let end = DISK_BYTES / 512;
+    disk.fill(0xa5, 512);
+    assert_eq!(disk.request(VIRTIO_BLK_T_OUT, end - 1, 512), (OK, 1));
+    assert_eq!(disk.request(VIRTIO_BLK_T_OUT, end, 512), (IOERR, 1));
+    assert_eq!(capacity(&disk), (end, 0));
+    assert_eq!(grow(&disk, 8 << 30).unwrap(), 8 << 30);
+    driver::wait(&[&disk.queue.config], std::time::Duration::from_secs(60));
+    assert_eq!(capacity(&disk), ((8 << 30) / 512, 1));
+    assert_eq!(disk.request(VIRTIO_BLK_T_OUT, end, 512), (OK, 1));
+    assert_eq!(disk.request(VIRTIO_BLK_T_IN, end - 1, 1024), (OK, 1025));
+    assert!(disk.data(1024).iter().all(|byte| *byte == 0xa5));
+    let metadata = disk.file.metadata().unwrap();
+    assert!(metadata.len() == 8 << 30 && metadata.blocks() < 2048, "{metadata:?}");
+}
+
+#[test]
+fn a_disk_that_cannot_grow_stays_as_it_was() {
+    let disk = Disk::new(false);
+    let before = capacity(&disk);
+    // More than any file may have.
+    for size_bytes in [u64::MAX, 1 << 63] {
+        let error = grow(&disk, size_bytes).unwrap_err();
+        assert!(matches!(error, GrowError::File { .. }), "{error}");
+        assert_eq!(error.to_string(), format!("the disk's file cannot be made {size_bytes} bytes large"));
+    }
+    let error = grow(&disk, DISK_BYTES - 512).unwrap_err().to_string();
+    assert!(error.ends_with("never shrinks to 16776704"), "{error}");
+    assert_eq!((capacity(&disk), disk.file.metadata().unwrap().len()), (before, DISK_BYTES));
+    assert_eq!(disk.queue.config.read().ok(), None, "nobody was told anything");
+    let handle = disk.device.handle();
+    drop(disk.device);
+    let (told, answer) = mpsc::channel();
+    handle.grow(1 << 30, move |result| told.send(result).unwrap());
+    assert!(matches!(answer.recv().unwrap(), Err(GrowError::Gone)));
+}
+
+#[test]
+fn a_driver_that_comes_later_sees_the_new_size() {
+    let mut disk = Disk::new(false);
+    disk.device.reset();
+    assert_eq!(grow(&disk, 1 << 30).unwrap(), 1 << 30);
+    assert_eq!(capacity(&disk).0, (1 << 30) / 512);
+    disk.queue = DriverQueue::new(&disk.memory, QUEUE, 64, false);
+    disk.device.start_queue(0, disk.queue.resources()).unwrap();
+    assert_eq!(disk.request(VIRTIO_BLK_T_IN, (1 << 21) - 1, 512), (OK, 513));
 }
 
 #[test]

@@ -176,9 +176,13 @@ fn running() -> (Recorder, Machine) {
 }
 
 fn disk(byte: u8) -> Box<dyn VirtioDevice> {
+    Box::new(small_disk(byte))
+}
+
+fn small_disk(byte: u8) -> Block {
     let file = tempfile::tempfile().unwrap();
     std::os::unix::fs::FileExt::write_all_at(&file, &[byte; 4096], 0).unwrap();
-    Box::new(Block::from_file(file, "disk", false, 2).unwrap())
+    Block::from_file(file, "disk", false, 2).unwrap()
 }
 
 /// Reads the first sector through `queue`; whoever kicks, kicks by register.
@@ -363,6 +367,25 @@ fn configuration_changes_are_told_and_counted() {
     recorder.interrupt().signal_used().unwrap();
     machine.set(0x64, 2);
     assert_eq!(machine.get(0x60), 1);
+}
+
+#[test]
+fn a_disk_that_grows_raises_the_configuration_interrupt() {
+    let disk = small_disk(0);
+    let handle = disk.handle();
+    let machine = Machine::new(Box::new(disk));
+    machine.negotiate(1 << 32);
+    let queue = queue_on(&machine, false);
+    machine.set_up_queue(0, &queue);
+    machine.go();
+    let capacity = || u64::from(machine.get(0x100)) | u64::from(machine.get(0x104)) << 32;
+    let (before, generation) = (capacity(), machine.get(0xfc));
+    let (told, answer) = std::sync::mpsc::channel();
+    handle.grow(before * 512 + (4 << 40), move |result| told.send(result.unwrap()).unwrap());
+    assert_eq!(answer.recv().unwrap(), before * 512 + (4 << 40));
+    driver::wait(&[&machine.irq], std::time::Duration::from_secs(60));
+    assert_eq!((machine.get(0x60), machine.get(0xfc)), (2, generation + 1));
+    assert_eq!(capacity(), before + (1 << 33));
 }
 
 #[test]

@@ -2,7 +2,8 @@
 //!
 //! The front end (QEMU) owns the guest's memory and configuration; it sends the memory as file descriptors, the queues'
 //! addresses, and one event descriptor per queue and direction. This file turns that into the verbs of
-//! [`VirtioDevice`]. The protocol itself is the `vhost` crate's. Offered: `CONFIG`, `MQ`, `REPLY_ACK`.
+//! [`VirtioDevice`]. The protocol itself is the `vhost` crate's. Offered: `CONFIG`, `MQ`, `REPLY_ACK`, and for disks
+//! `BACKEND_REQ`: a way back, on which the front end hears that configuration space has changed (`way_back`).
 //!
 //! ```text
 //! ring    Stopped ── SET_VRING_KICK ──▶ Started ── enabled* ──▶ Running
@@ -19,6 +20,10 @@
 //! makes no sense ends the connection.
 
 #![expect(unsafe_code, reason = "received descriptors become event descriptors")]
+
+#[cfg(test)]
+mod tests;
+mod way_back;
 
 use std::fs::File;
 use std::io;
@@ -44,7 +49,8 @@ use vm_memory::{
 };
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::virtio::device::{Interrupt, Memory, QueueResources, VirtioDevice};
+use self::way_back::WayBack;
+use crate::virtio::device::{DeviceKind, Interrupt, Memory, QueueResources, VirtioDevice};
 use crate::virtio::ring::{self, Addresses};
 
 /// A device that is being served. Dropping it closes the connection and waits for the thread.
@@ -90,10 +96,16 @@ impl Drop for Server {
 pub fn serve(device: Box<dyn VirtioDevice>, stream: UnixStream) -> io::Result<Server> {
     let kind = device.kind();
     let connection = stream.try_clone()?;
-    let session = Arc::new(Mutex::new(Session::new(device)));
+    let requests = stream.try_clone()?;
+    let session = Session::new(device);
+    let way_back = Arc::clone(&session.way_back);
+    let session = Arc::new(Mutex::new(session));
     let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(&session));
     let thread = thread::Builder::new().name(format!("vhost-{kind}")).spawn(move || {
         loop {
+            if has_way_back(kind) {
+                way_back.look_at_next(&requests);
+            }
             match handler.handle_request() {
                 Ok(()) => {}
                 Err(VhostError::SocketRetry(_)) => {}
@@ -108,16 +120,23 @@ pub fn serve(device: Box<dyn VirtioDevice>, stream: UnixStream) -> io::Result<Se
             }
         }
         // Closes the socket, so that the front end learns of a failure, before the reset that may take longer.
-        drop(handler);
+        drop((handler, requests));
         session.lock().unwrap_or_else(PoisonError::into_inner).device.reset();
     })?;
     Ok(Server { connection, thread: Some(thread) })
+}
+
+/// Whether the front end wants to hear of changes in configuration space. QEMU does for disks, which may have become
+/// larger.
+fn has_way_back(kind: DeviceKind) -> bool {
+    kind == DeviceKind::Block
 }
 
 /// The call of one queue. QEMU changes it while the queue runs, when the guest masks its interrupt.
 #[derive(Default)]
 struct Call {
     event: Mutex<Option<EventFd>>,
+    way_back: Arc<WayBack>,
 }
 
 impl Interrupt for Call {
@@ -127,6 +146,10 @@ impl Interrupt for Call {
             // The driver polls.
             None => Ok(()),
         }
+    }
+
+    fn signal_config(&self) -> io::Result<()> {
+        self.way_back.config_changed()
     }
 }
 
@@ -155,6 +178,7 @@ struct Session {
     memory: Memory,
     mappings: Vec<Mapping>,
     vrings: Vec<Vring>,
+    way_back: Arc<WayBack>,
     features: u64,
     /// A queue has run since the last reset.
     has_run: bool,
@@ -162,13 +186,19 @@ struct Session {
 
 impl Session {
     fn new(device: Box<dyn VirtioDevice>) -> Self {
-        let vrings =
-            device.queue_sizes().iter().map(|size| Vring { size: *size, ..Vring::default() }).collect();
+        let way_back = Arc::new(WayBack::default());
+        let vring = |size: &u16| Vring {
+            size: *size,
+            call: Arc::new(Call { way_back: Arc::clone(&way_back), ..Call::default() }),
+            ..Vring::default()
+        };
+        let vrings = device.queue_sizes().iter().map(vring).collect();
         Self {
             device,
             memory: GuestMemoryAtomic::new(GuestMemoryMmap::new()),
             mappings: Vec::new(),
             vrings,
+            way_back,
             features: 0,
             has_run: false,
         }
@@ -397,7 +427,12 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn get_protocol_features(&mut self) -> VhostResult<VhostUserProtocolFeatures> {
-        Ok(VhostUserProtocolFeatures::CONFIG
+        let way_back = match has_way_back(self.device.kind()) {
+            true => VhostUserProtocolFeatures::BACKEND_REQ,
+            false => VhostUserProtocolFeatures::empty(),
+        };
+        Ok(way_back
+            | VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::REPLY_ACK)
     }
@@ -485,302 +520,3 @@ impl VhostUserBackendReqHandlerMut for Session {
 }
 
 const NOT_OFFERED: VhostError = VhostError::InvalidOperation("a protocol feature that is not offered");
-
-#[cfg(test)]
-mod tests {
-    use std::os::fd::AsRawFd;
-    use std::sync::atomic::{AtomicUsize, Ordering};
-    use std::time::{Duration, Instant};
-
-    use vhost::vhost_user::message::VhostUserHeaderFlag;
-    use vhost::vhost_user::{Frontend, VhostUserFrontend};
-    use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
-    use virtio_queue::QueueState;
-    use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion};
-
-    use super::*;
-    use crate::virtio::block::Block;
-    use crate::virtio::device::{DeviceError, DeviceKind};
-    use crate::virtio::driver::{DriverQueue, Piece};
-
-    const MEMORY_BYTES: usize = 4 << 20;
-    const HEADER: u64 = 0x10_0000;
-    const STATUS: u64 = 0x10_1000;
-    const DATA: u64 = 0x20_0000;
-
-    /// The front end's view of a guest: memory in a file, and the driver of queue 0.
-    struct Machine {
-        front: Frontend,
-        memory: Arc<GuestMemoryMmap>,
-        queue: DriverQueue,
-        server: Server,
-        protocol: bool,
-    }
-
-    fn memory_file() -> Arc<GuestMemoryMmap> {
-        let file = tempfile::tempfile().unwrap();
-        file.set_len(MEMORY_BYTES as u64).unwrap();
-        let offset = FileOffset::new(file, 0);
-        Arc::new(
-            GuestMemoryMmap::from_ranges_with_files([(GuestAddress(0), MEMORY_BYTES, Some(offset))]).unwrap(),
-        )
-    }
-
-    fn regions(memory: &GuestMemoryMmap) -> Vec<VhostUserMemoryRegionInfo> {
-        memory
-            .iter()
-            .map(|region| VhostUserMemoryRegionInfo {
-                guest_phys_addr: region.start_addr().0,
-                memory_size: region.len(),
-                userspace_addr: region.as_ptr() as u64,
-                mmap_offset: 0,
-                mmap_handle: region.file_offset().unwrap().file().as_raw_fd(),
-            })
-            .collect()
-    }
-
-    impl Machine {
-        fn new(device: Box<dyn VirtioDevice>, protocol: bool) -> Self {
-            let (near, far) = UnixStream::pair().unwrap();
-            let server = serve(device, far).unwrap();
-            let memory = memory_file();
-            let queue = DriverQueue::new(&memory, 0x1000, 64, true);
-            let mut machine =
-                Self { front: Frontend::from_stream(near, 16), memory, queue, server, protocol };
-            machine.negotiate();
-            machine.front.set_mem_table(&regions(&machine.memory)).unwrap();
-            machine
-        }
-
-        fn negotiate(&mut self) {
-            let front = &mut self.front;
-            front.set_owner().unwrap();
-            let features = front.get_features().unwrap();
-            let protocol = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
-            assert_ne!(features & protocol, 0);
-            if !self.protocol {
-                front.set_features(features & !protocol).unwrap();
-                return;
-            }
-            let offered = front.get_protocol_features().unwrap();
-            let wanted = VhostUserProtocolFeatures::CONFIG
-                | VhostUserProtocolFeatures::MQ
-                | VhostUserProtocolFeatures::REPLY_ACK;
-            assert_eq!(offered & wanted, wanted);
-            front.set_protocol_features(wanted).unwrap();
-            front.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
-            // A feature of QEMU's own transport comes along.
-            front.set_features(features | 1 << 40).unwrap();
-        }
-
-        fn start(&mut self, base: u16) {
-            let user = self.memory.iter().next().unwrap().as_ptr() as u64;
-            let front = &mut self.front;
-            front.set_vring_num(0, self.queue.size).unwrap();
-            front.set_vring_base(0, base).unwrap();
-            let addresses = VringConfigData {
-                queue_max_size: self.queue.size,
-                queue_size: self.queue.size,
-                flags: 0,
-                desc_table_addr: user + self.queue.descriptors.0,
-                used_ring_addr: user + self.queue.used.0,
-                avail_ring_addr: user + self.queue.available.0,
-                log_addr: None,
-            };
-            front.set_vring_addr(0, &addresses).unwrap();
-            front.set_vring_kick(0, &self.queue.kick).unwrap();
-            front.set_vring_call(0, &self.queue.call).unwrap();
-            if self.protocol {
-                front.set_vring_enable(0, true).unwrap();
-            }
-        }
-
-        /// Reads one sector of a disk; returns its first byte.
-        fn read(&mut self, sector: u64) -> u8 {
-            let header = [[0; 8], sector.to_le_bytes()].concat();
-            self.memory.write_slice(&header, GuestAddress(HEADER)).unwrap();
-            let length = self.queue.run(&[
-                Piece { address: HEADER, length: 16, writable: false },
-                Piece { address: DATA, length: 512, writable: true },
-                Piece { address: STATUS, length: 1, writable: true },
-            ]);
-            assert_eq!(length, 513);
-            assert_eq!(self.memory.read_obj::<u8>(GuestAddress(STATUS)).unwrap(), 0);
-            self.memory.read_obj(GuestAddress(DATA)).unwrap()
-        }
-    }
-
-    fn disk() -> Box<dyn VirtioDevice> {
-        let bytes: Vec<u8> = (0..16u8).flat_map(|sector| [sector; 512]).collect();
-        let file = tempfile::tempfile().unwrap();
-        std::os::unix::fs::FileExt::write_all_at(&file, &bytes, 0).unwrap();
-        Box::new(Block::from_file(file, "disk", false, 2).unwrap())
-    }
-
-    #[test]
-    fn a_disk_is_read_through_the_socket() {
-        let mut machine = Machine::new(disk(), true);
-        assert_eq!(machine.front.get_queue_num().unwrap(), 2);
-        let (_, config) = machine.front.get_config(0, 60, VhostUserConfigFlags::empty(), &[0; 60]).unwrap();
-        assert_eq!(config[..8], 16u64.to_le_bytes());
-        assert_eq!(config[34..36], 2u16.to_le_bytes());
-        machine.start(0);
-        for sector in 0..16 {
-            assert_eq!(machine.read(sector), sector as u8);
-        }
-        assert_eq!(machine.front.get_vring_base(0).unwrap(), 16);
-        machine.start(16);
-        assert_eq!(machine.read(5), 5);
-        let Machine { front, server, .. } = machine;
-        drop(front);
-        server.join();
-    }
-
-    #[test]
-    fn a_front_end_without_protocol_features_needs_no_enabling() {
-        let mut machine = Machine::new(disk(), false);
-        machine.start(0);
-        assert_eq!(machine.read(3), 3);
-    }
-
-    #[test]
-    fn memory_is_replaced_while_the_queue_runs() {
-        let mut machine = Machine::new(disk(), true);
-        machine.start(0);
-        assert_eq!(machine.read(1), 1);
-        // The same file mapped once more, and then with a second region, as when QEMU maps a device's memory.
-        for _ in 0..50 {
-            machine.front.set_mem_table(&regions(&machine.memory)).unwrap();
-            assert_eq!(machine.read(2), 2);
-        }
-        let more = memory_file();
-        let mut both = regions(&machine.memory);
-        both.extend(
-            regions(&more)
-                .into_iter()
-                .map(|region| VhostUserMemoryRegionInfo { guest_phys_addr: 1 << 32, ..region }),
-        );
-        machine.front.set_mem_table(&both).unwrap();
-        let header = [[0; 8], 9u64.to_le_bytes()].concat();
-        machine.memory.write_slice(&header, GuestAddress(HEADER)).unwrap();
-        let length = machine.queue.run(&[
-            Piece { address: HEADER, length: 16, writable: false },
-            Piece { address: (1 << 32) + DATA, length: 512, writable: true },
-            Piece { address: STATUS, length: 1, writable: true },
-        ]);
-        assert_eq!(length, 513);
-        assert_eq!(more.read_obj::<u8>(GuestAddress(DATA)).unwrap(), 9);
-    }
-
-    #[test]
-    fn the_call_is_changed_while_the_queue_runs() {
-        let mut machine = Machine::new(disk(), true);
-        machine.start(0);
-        assert_eq!(machine.read(1), 1);
-        let other = EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK).unwrap();
-        machine.front.set_vring_call(0, &other).unwrap();
-        let old = std::mem::replace(&mut machine.queue.call, other);
-        // The buffer used before may have been seen before its call came.
-        let _call_of_the_first = old.read();
-        assert_eq!(machine.read(2), 2);
-        assert!(old.read().is_err());
-    }
-
-    #[test]
-    fn nonsense_ends_the_connection() {
-        let check = |nonsense: fn(&mut Machine) -> bool| {
-            let mut machine = Machine::new(disk(), true);
-            assert!(nonsense(&mut machine), "it was accepted");
-            let Machine { server, .. } = machine;
-            server.join();
-        };
-        check(|machine| machine.front.set_vring_num(0, 100).is_err());
-        check(|machine| machine.front.set_vring_num(0, 256).is_err());
-        check(|machine| machine.front.set_vring_num(7, 64).is_err());
-        check(|machine| {
-            machine.front.set_vring_kick(0, &machine.queue.kick).is_ok() && {
-                // Started without addresses.
-                machine.front.set_vring_enable(0, true).is_err()
-            }
-        });
-        check(|machine| {
-            let nowhere =
-                VringConfigData { queue_size: 64, queue_max_size: 64, ..VringConfigData::default() };
-            machine.front.set_vring_addr(0, &nowhere).is_err()
-        });
-        check(|machine| machine.front.set_vring_enable(2, true).is_err());
-    }
-
-    /// Counts what a transport does with a device.
-    #[derive(Default)]
-    struct Calls {
-        started: AtomicUsize,
-        stopped: AtomicUsize,
-        reset: AtomicUsize,
-    }
-
-    struct Recorder(Arc<Calls>);
-
-    impl VirtioDevice for Recorder {
-        fn kind(&self) -> DeviceKind {
-            DeviceKind::Block
-        }
-        fn features(&self) -> u64 {
-            1 << 32
-        }
-        fn queue_sizes(&self) -> &[u16] {
-            &[64]
-        }
-        fn read_config(&self, _offset: u64, _data: &mut [u8]) {}
-        fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
-        fn ack_features(&mut self, _features: u64) {}
-        fn start_queue(&mut self, _index: usize, _resources: QueueResources) -> Result<(), DeviceError> {
-            self.0.started.fetch_add(1, Ordering::SeqCst);
-            Ok(())
-        }
-        fn stop_queue(&mut self, _index: usize) -> Option<QueueState> {
-            self.0.stopped.fetch_add(1, Ordering::SeqCst);
-            None
-        }
-        fn reset(&mut self) {
-            self.0.reset.fetch_add(1, Ordering::SeqCst);
-        }
-    }
-
-    #[test]
-    fn a_driver_that_starts_over_finds_a_device_that_was_reset() {
-        let calls = Arc::new(Calls::default());
-        let mut machine = Machine::new(Box::new(Recorder(Arc::clone(&calls))), true);
-        machine.start(0);
-        assert_eq!((calls.started.load(Ordering::SeqCst), calls.reset.load(Ordering::SeqCst)), (1, 0));
-        machine.front.get_vring_base(0).unwrap();
-        machine.start(7);
-        assert_eq!((calls.started.load(Ordering::SeqCst), calls.reset.load(Ordering::SeqCst)), (2, 0));
-        machine.front.get_vring_base(0).unwrap();
-        machine.start(0);
-        assert_eq!((calls.started.load(Ordering::SeqCst), calls.reset.load(Ordering::SeqCst)), (3, 1));
-    }
-
-    #[test]
-    fn a_device_is_reset_when_the_front_end_goes() {
-        let calls = Arc::new(Calls::default());
-        let mut machine = Machine::new(Box::new(Recorder(Arc::clone(&calls))), true);
-        machine.start(0);
-        let Machine { front, server, .. } = machine;
-        drop(front);
-        let deadline = Instant::now() + Duration::from_secs(10);
-        while !server.is_finished() {
-            assert!(Instant::now() < deadline, "the thread has not ended");
-            thread::yield_now();
-        }
-        assert_eq!(calls.reset.load(Ordering::SeqCst), 1);
-    }
-
-    #[test]
-    fn stopping_closes_the_connection() {
-        let machine = Machine::new(disk(), true);
-        let Machine { front, server, .. } = machine;
-        server.stop();
-        assert!(front.get_features().is_err());
-    }
-}
