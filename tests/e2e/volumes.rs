@@ -19,6 +19,7 @@ crate::scenarios![
     volumes_in_use_stay_and_unused_ones_are_pruned,
     containers_are_found_by_their_volumes,
     mounts_are_passed_on_as_asked,
+    a_folder_of_a_file_server_is_mounted_with_the_options_given,
 ];
 
 pub(crate) fn docker(engine: &Engine, arguments: &[&str]) -> Result<Finished> {
@@ -370,4 +371,23 @@ fn mounts_are_passed_on_as_asked(engine: &Engine) -> Result<()> {
     command.args(["-R", "-l", &path]);
     Timed::new(command).run()?.ok()?;
     result
+}
+
+/// No server is here to mount from: what the kernel says shows that it was asked for the right thing.
+fn a_folder_of_a_file_server_is_mounted_with_the_options_given(engine: &Engine) -> Result<()> {
+    let closed = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+    let (server, why) = match engine.stage {
+        Stage::Native => ("127.0.0.1", &["connection refused", "no such device"][..]),
+        // The machine brings the file system along, and loads it for this.
+        Stage::Qemu | Stage::Kvm => ("198.18.0.254", &["connection refused"][..]),
+    };
+    let options = format!("o=addr={server},vers=4.2,port={closed},soft,timeo=10,retrans=1");
+    let create =
+        ["volume", "create", "--opt", "type=nfs", "--opt", "device=:/share", "--opt", &options, "shared"];
+    same(&ok(engine, &create)?, "shared")?;
+    let run = docker(engine, &["run", "--rm", "-v", "shared:/share", IMAGE, "true"])?;
+    let said = run.stderr.to_lowercase();
+    ensure!(run.code == 125 && why.iter().any(|why| said.contains(why)), "{said}");
+    ensure!(said.contains(":/share") && said.contains(&format!("port={closed}")), "{said}");
+    ok(engine, &["volume", "rm", "shared"]).map(drop)
 }

@@ -57,6 +57,9 @@ const SETTINGS_TIMEOUT: Duration = Duration::from_secs(10);
     reason = "outside of its machine this is an ordinary program with a usage error"
 )]
 fn main() -> ExitCode {
+    if let Some(loaded) = modules::requested(std::env::args_os()) {
+        return if loaded { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    }
     if std::process::id() != 1 {
         eprintln!(
             "error: this program is the first process of the engine's virtual machine and runs only there"

@@ -2,8 +2,11 @@
 //! depends on. A dash before a path marks hardware that may be missing: failing to load it is normal.
 //!
 //! Loading is most of the time between the kernel's start and the engine's, so it is done in two parts: what drives
-//! the machine's own devices first, and the rest while disk and network are brought up.
+//! the machine's own devices first, and the rest while disk and network are brought up. What only some machines ever
+//! need is loaded when the kernel asks for it: it calls this program as `modprobe`
+//! (Documentation/admin-guide/sysctl/kernel.rst, `modprobe`).
 
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -12,8 +15,14 @@ use std::time::Instant;
 use rustix::io::Errno;
 use tracing::{debug, warn};
 
+use crate::log;
+
 /// Where the builder puts the list.
 const LIST: &str = "/etc/engine/modules";
+/// Where it puts the names that the kernel may ask for, each with the paths to load.
+const ASKED: &str = "/etc/engine/modules.asked";
+/// What the kernel calls this program then.
+const MODPROBE: &str = "modprobe";
 
 /// Modules in the order of loading.
 #[derive(Debug, PartialEq, Eq)]
@@ -77,6 +86,33 @@ fn split(mut modules: Vec<Module>) -> (Modules, Modules) {
     (Modules(modules), Modules(rest))
 }
 
+/// Answers a request of the kernel, if these are the words of one (`modprobe -q -- NAME`): whether the module is there
+/// now. The kernel takes a failure as "there is none".
+pub fn requested(mut words: impl DoubleEndedIterator<Item = OsString>) -> Option<bool> {
+    let program = words.next()?;
+    if Path::new(&program).file_name()? != MODPROBE {
+        return None;
+    }
+    let name = words.next_back()?.into_string().ok()?;
+    let list = fs::read_to_string(ASKED).unwrap_or_default();
+    let Some(paths) = paths_of(&list, &name) else { return Some(false) };
+    let failed = paths.iter().find_map(|path| Some((path, load_one(path).err()?)));
+    match failed {
+        Some((path, error)) => {
+            log::on_console(&format!("modprobe {name}: `{}`: {error}", path.display()));
+            Some(false)
+        }
+        None => Some(true),
+    }
+}
+
+/// The modules to load for a name, in order.
+fn paths_of<'a>(list: &'a str, name: &str) -> Option<Vec<&'a Path>> {
+    let name = name.replace('-', "_");
+    let paths = list.lines().find_map(|line| line.strip_prefix(&name)?.strip_prefix(' '))?;
+    Some(paths.split(' ').map(Path::new).collect())
+}
+
 fn load_one(path: &Path) -> io::Result<()> {
     let file = File::open(path)?;
     match rustix::system::finit_module(&file, c"", 0) {
@@ -116,6 +152,25 @@ mod tests {
     fn a_dash_marks_what_may_be_missing() {
         let module = |path: &str, optional| Module { path: path.into(), optional };
         assert_eq!(parse("-/m/a-b.ko\n /m/c.ko\n"), [module("/m/a-b.ko", true), module("/m/c.ko", false)]);
+    }
+
+    #[test]
+    fn the_kernels_names_are_found_whole_and_with_any_dashes() {
+        let list = "fs_nfs /m/sunrpc.ko /m/nfs.ko\nnfs /m/nfs.ko\n";
+        let paths = |name| paths_of(list, name);
+        assert_eq!(paths("fs-nfs"), Some(vec![Path::new("/m/sunrpc.ko"), Path::new("/m/nfs.ko")]));
+        assert_eq!(paths("nfs"), Some(vec![Path::new("/m/nfs.ko")]));
+        assert_eq!((paths("fs"), paths("/m/nfs.ko"), paths("")), (None, None, None));
+    }
+
+    #[test]
+    fn only_a_call_by_the_kernel_is_a_request() {
+        let words =
+            |words: &[&str]| requested(words.iter().map(OsString::from).collect::<Vec<_>>().into_iter());
+        assert_eq!(words(&["/sbin/modprobe", "-q", "--", "absent"]), Some(false));
+        for other in [&["/init"][..], &["/init", "modprobe"], &[]] {
+            assert_eq!(words(other), None);
+        }
     }
 
     #[test]

@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
 use crate::cache::Cache;
-use crate::kernel::{Choice, Source};
+use crate::kernel::{Choice, Source, orders};
 use crate::root::{self, Root};
 use crate::tree::Node;
 use crate::{cpio, report};
@@ -76,14 +76,13 @@ impl Recipe {
     pub(crate) fn build(&self, cache: &Cache, folder: &Path) -> Result<()> {
         let kernel = self.source.load(cache)?;
         let mut tree = self.root.tree.clone();
-        let mut order = String::new();
+        let modules = format!("/lib/modules/{}", kernel.release);
+        let orders = orders(&kernel.modules, &modules);
         for module in kernel.modules {
-            let path = format!("/lib/modules/{}/{}", kernel.release, module.path);
-            let mark = if module.optional { "-" } else { "" };
-            order.push_str(&format!("{mark}{path}\n"));
-            tree.insert(&path, 0o644, Node::File(module.content))?;
+            tree.insert(&format!("{modules}/{}", module.path), 0o644, Node::File(module.content))?;
         }
-        tree.insert("/etc/engine/modules", 0o644, Node::File(order.into_bytes()))?;
+        tree.insert("/etc/engine/modules", 0o644, Node::File(orders.start.into_bytes()))?;
+        tree.insert("/etc/engine/modules.asked", 0o644, Node::File(orders.asked.into_bytes()))?;
 
         report::step(format_args!("packing the root file system"));
         let mut sizes = BTreeMap::new();

@@ -66,16 +66,30 @@ pub(crate) fn contents(text: &str) -> Result<Vec<Item>> {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Module {
     pub(crate) name: String,
-    /// Whether loading it may fail, because it serves hardware that not every machine has.
-    pub(crate) optional: bool,
+    pub(crate) load: Load,
 }
 
-/// Reads the list of kernel modules. A dash before a name makes it optional.
+/// When a module is loaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Load {
+    /// At every start.
+    Always,
+    /// The same, but it may fail: it serves hardware that not every machine has.
+    Tried,
+    /// When the kernel asks for something that it provides.
+    Asked,
+}
+
+/// Reads the list of kernel modules.
 pub(crate) fn modules(text: &str) -> Result<Vec<Module>> {
     lines(text, |words| match *words {
         [word] => {
-            let name = word.strip_prefix('-');
-            Ok(Module { name: name.unwrap_or(word).to_owned(), optional: name.is_some() })
+            let (name, load) = match (word.strip_prefix('-'), word.strip_prefix('?')) {
+                (Some(name), _) => (name, Load::Tried),
+                (None, Some(name)) => (name, Load::Asked),
+                (None, None) => (word, Load::Always),
+            };
+            Ok(Module { name: name.to_owned(), load })
         }
         _ => bail!("`{}` is not one module name", words.join(" ")),
     })
@@ -151,8 +165,8 @@ mod tests {
         let items = contents(include_str!("../../rootfs/contents.list")).unwrap();
         assert!(items.contains(&Item::Program { path: "/init".into(), name: "init".into() }));
         let modules = modules(include_str!("../../kernel/modules.list")).unwrap();
-        for (name, optional) in [("overlay", false), ("ptp_kvm", true)] {
-            assert!(modules.contains(&Module { name: name.into(), optional }), "{name}");
+        for (name, load) in [("overlay", Load::Always), ("ptp_kvm", Load::Tried), ("nfsv4", Load::Asked)] {
+            assert!(modules.contains(&Module { name: name.into(), load }), "{name}");
         }
     }
 }

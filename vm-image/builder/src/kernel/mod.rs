@@ -10,6 +10,7 @@ use anyhow::Result;
 use clap::ValueEnum;
 
 use self::module::Module;
+pub(crate) use self::module::orders;
 use crate::cache::Cache;
 
 /// Which kernel an image gets.

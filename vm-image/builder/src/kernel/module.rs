@@ -1,11 +1,11 @@
-//! Kernel modules and the order to load them in.
+//! Kernel modules, the order to load them in, and the names that the kernel asks for them by.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context, Result, bail};
 
 use crate::elf::Elf;
-use crate::list;
+use crate::list::{self, Load};
 
 const SIGNATURE_MARKER: &[u8] = b"~Module signature appended~\n";
 /// Size of `struct module_signature`, whose last field is the signature's length, big-endian.
@@ -23,8 +23,45 @@ pub(crate) struct Module {
     /// Path below `/lib/modules/<release>`, without a compression suffix.
     pub(crate) path: String,
     pub(crate) content: Vec<u8>,
-    /// Whether loading it may fail.
-    pub(crate) optional: bool,
+    pub(crate) load: Load,
+    /// What it is asked for by: its name, and those it says it answers to. Dashes are underscores.
+    pub(crate) aliases: Vec<String>,
+    /// The modules that have to be loaded before it, by their places in the load order.
+    pub(crate) needs: BTreeSet<usize>,
+}
+
+/// The files that tell the agent of the machine which modules to load.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Orders {
+    /// At every start: one path a line, each after what it needs; a dash before one that may fail.
+    pub(crate) start: String,
+    /// When the kernel asks for a name: the name and the paths, each after what it needs, one name a line.
+    pub(crate) asked: String,
+}
+
+/// What to load when, for modules that lie in `folder`.
+pub(crate) fn orders(modules: &[Module], folder: &str) -> Orders {
+    let path = |module: &Module| format!("{folder}/{}", module.path);
+    let mut orders = Orders::default();
+    let mut asked = BTreeMap::new();
+    for (place, module) in modules.iter().enumerate() {
+        match module.load {
+            Load::Always => orders.start += &format!("{}\n", path(module)),
+            Load::Tried => orders.start += &format!("-{}\n", path(module)),
+            Load::Asked => {
+                let chain = module.needs.iter().chain([&place]).map(|place| &modules[*place]);
+                let chain: Vec<_> = chain.filter(|one| one.load == Load::Asked).map(path).collect();
+                for alias in &module.aliases {
+                    // The first one answers, as in modprobe's own files.
+                    asked.entry(alias).or_insert_with(|| chain.join(" "));
+                }
+            }
+        }
+    }
+    for (alias, chain) in asked {
+        orders.asked += &format!("{alias} {chain}\n");
+    }
+    orders
 }
 
 impl<'a> Modules<'a> {
@@ -36,7 +73,8 @@ impl<'a> Modules<'a> {
         }
     }
 
-    /// The wanted modules and what they depend on, dependencies first.
+    /// The wanted modules and what they depend on, dependencies first, and those that are only loaded when asked for at
+    /// the end.
     ///
     /// `read` returns the decompressed module at a path. The order depends only on the wanted names and the modules.
     pub(crate) fn in_load_order(
@@ -46,50 +84,56 @@ impl<'a> Modules<'a> {
     ) -> Result<Vec<Module>> {
         let mut loaded = Vec::new();
         let mut state = BTreeMap::new();
-        for list::Module { name, optional } in wanted {
+        let (asked, started): (Vec<_>, Vec<_>) = wanted.iter().partition(|module| module.load == Load::Asked);
+        for list::Module { name, load } in started.into_iter().chain(asked) {
             let before = loaded.len();
             self.visit(&normal(name), &read, &mut state, &mut loaded)?;
-            // What only an optional module needs is as optional as that.
-            loaded[before..].iter_mut().for_each(|module| module.optional = *optional);
+            // What only such a module needs is loaded as that is.
+            loaded[before..].iter_mut().for_each(|module| module.load = *load);
         }
         Ok(loaded)
     }
 
+    /// Adds a module and what it needs. Returns its place, and none if the kernel has it built in.
     fn visit(
         &self,
         name: &str,
         read: &impl Fn(&str) -> Result<Vec<u8>>,
-        state: &mut BTreeMap<String, bool>,
+        state: &mut BTreeMap<String, Option<usize>>,
         loaded: &mut Vec<Module>,
-    ) -> Result<()> {
+    ) -> Result<Option<usize>> {
         match state.get(name) {
-            Some(true) => return Ok(()),
-            Some(false) => bail!("module `{name}` depends on itself"),
+            Some(Some(place)) => return Ok(Some(*place)),
+            Some(None) => bail!("module `{name}` depends on itself"),
             None => {}
         }
         if self.builtin.contains(name) {
-            return Ok(());
+            return Ok(None);
         }
         let path = self.paths.get(name).with_context(|| format!("the kernel has no module `{name}`"))?;
-        state.insert(name.to_owned(), false);
+        state.insert(name.to_owned(), None);
         let content = read(path).with_context(|| format!("cannot read the module `{path}`"))?;
         let elf = Elf::parse(&content).with_context(|| format!("the module `{path}`"))?;
-        for list in elf.module_info("depends")? {
-            for dependency in list.split(',').filter(|name| !name.is_empty()) {
-                self.visit(&normal(dependency), read, state, loaded)?;
+        let lists = elf.module_info("depends")?;
+        let hard = lists.iter().flat_map(|list| list.split(',')).filter(|name| !name.is_empty()).map(normal);
+        // Soft: better to have, but the kernel may well not have it.
+        let soft = soft_dependencies(&elf)?.into_iter().filter(|name| self.paths.contains_key(name));
+        let mut needs = BTreeSet::new();
+        for dependency in hard.chain(soft) {
+            if let Some(place) = self.visit(&dependency, read, state, loaded)? {
+                needs.insert(place);
+                needs.extend(&loaded[place].needs.clone());
             }
         }
-        for dependency in soft_dependencies(&elf)? {
-            // Soft: better to have, but the kernel may well not have it.
-            if self.paths.contains_key(&dependency) {
-                self.visit(&dependency, read, state, loaded)?;
-            }
-        }
-        state.insert(name.to_owned(), true);
+        // Those with wildcards are for devices, and asked for by programs that look for devices.
+        let aliases = elf.module_info("alias")?.into_iter().filter(|alias| !alias.contains(['*', '?', '[']));
+        let aliases = std::iter::once(name).chain(aliases).map(normal).collect();
         let path = path.strip_suffix(".xz").unwrap_or(path).to_owned();
         let content = without_signature(&content).to_vec();
-        loaded.push(Module { path, content, optional: false });
-        Ok(())
+        let place = loaded.len();
+        state.insert(name.to_owned(), Some(place));
+        loaded.push(Module { path, content, load: Load::Always, aliases, needs });
+        Ok(Some(place))
     }
 }
 
@@ -159,25 +203,45 @@ mod tests {
         bytes
     }
 
-    const PACKAGE: [(&str, &str); 6] = [
+    const PACKAGE: [(&str, &str); 8] = [
         ("kernel/net/bridge.ko.xz", "depends=stp,llc\0"),
         ("kernel/net/stp.ko.xz", "depends=llc\0"),
         ("kernel/net/llc.ko.xz", "depends=\0"),
         ("kernel/drivers/virtio-rng.ko", "depends=\0softdep=pre: llc absent post: stp\0"),
         ("kernel/loop/a.ko", "depends=b\0"),
         ("kernel/loop/b.ko", "depends=a\0"),
+        ("kernel/fs/nfs.ko", "depends=sun-rpc,llc\0alias=fs-nfs\0alias=pci:v*\0alias=shared\0"),
+        ("kernel/net/sun-rpc.ko", "depends=\0alias=shared\0"),
     ];
 
-    fn check(wanted: &[&str]) -> Result<Vec<String>> {
+    fn order(wanted: &[&str]) -> Result<Orders> {
         let modules = Modules::new(PACKAGE.iter().map(|(path, _)| *path), "kernel/fs/ext4/ext4.ko\n");
         let wanted = wanted.join(" # reason\n") + " # reason";
         let wanted = list::modules(&wanted)?;
         let info = BTreeMap::from(PACKAGE);
         let loaded = modules.in_load_order(&wanted, |path| Ok(module(info[path])))?;
-        Ok(loaded
-            .into_iter()
-            .map(|module| if module.optional { "-".to_owned() + &module.path } else { module.path })
-            .collect())
+        Ok(orders(&loaded, "/m"))
+    }
+
+    fn check(wanted: &[&str]) -> Result<Vec<String>> {
+        Ok(order(wanted)?.start.lines().map(|line| line.replace("/m/", "")).collect())
+    }
+
+    #[test]
+    fn what_is_asked_for_brings_what_was_not_loaded_at_the_start() {
+        let Orders { start, asked } = order(&["?nfs", "stp"]).unwrap();
+        assert_eq!(start, "/m/kernel/net/llc.ko\n/m/kernel/net/stp.ko\n");
+        let both = "/m/kernel/net/sun-rpc.ko /m/kernel/fs/nfs.ko";
+        assert_eq!(
+            asked.lines().collect::<Vec<_>>(),
+            [
+                &format!("fs_nfs {both}"),
+                &format!("nfs {both}"),
+                "shared /m/kernel/net/sun-rpc.ko",
+                "sun_rpc /m/kernel/net/sun-rpc.ko",
+            ]
+        );
+        assert_eq!(order(&["?stp", "bridge"]).unwrap().asked, "", "it is there from the start");
     }
 
     #[test]
