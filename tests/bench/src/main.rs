@@ -1,6 +1,7 @@
 //! The numbers we promise, printed, never gated: these computers are shared and noisy.
 //!
 //! `bench` measures the machine, `bench NAME …` only what is named. Where there is a peer it runs in the same run.
+//! `bench returned` tells how soon the host has the memory back that a container let go of; it wants a larger machine.
 //! `bench engine [NAME …]` holds our engine, run natively, against a private dockerd, `bench net [NAME …]` its networks;
 //! `bench net linear` tells whether many networks stay as fast as few, `bench net vm` holds ports and the NAT of the machine
 //! against QEMU's user network and passt; `bench soak [CYCLES]` tells whether its memory grows; `bench client` tells what of a
@@ -40,6 +41,7 @@ fn main() -> Result<()> {
             return peer::serve(port.first().map_or("", String::as_str));
         }
         Some((group, _)) if group == "client" => return peer::client(),
+        Some((group, _)) if group == "returned" => return memory::returned(),
         Some((group, count)) if group == "soak" => return peer::soak(count.first().map(String::as_str)),
         _ => {}
     }

@@ -1,14 +1,73 @@
-//! What the VM costs beyond the guest's memory, against plain QEMU with its own devices, same kernel and initramfs.
+//! What the VM costs beyond the guest's memory, against plain QEMU with its own devices, same kernel and initramfs; and how
+//! soon it gives back what it borrowed.
 
 use crate::boot::mib;
 use crate::figure;
 use anyhow::{Context, Result};
 use std::process::{Command, Stdio};
-use std::time::Duration;
-use tests_harness::Engine;
+use std::time::{Duration, Instant};
+use tests_harness::{Engine, IMAGE, Stage, Wishes, wait_until};
 
 /// Long enough for either to have booted.
 const SETTLE: Duration = Duration::from_secs(20);
+
+/// What a container allocates.
+const BORROWED_MIB: u32 = 1024;
+/// When the host should have [`PROMISED`] of it again.
+const SOON: Duration = Duration::from_secs(10);
+const PROMISED: f64 = 0.9;
+/// How long is waited for it.
+const GIVEN_UP: Duration = Duration::from_secs(60);
+const SAMPLE: Duration = Duration::from_millis(100);
+const ROUNDS: usize = 3;
+
+/// A container allocates and frees memory: how much of it has left the VM process when, on a machine that has enough.
+pub(crate) fn returned() -> Result<()> {
+    let stage = Stage::Qemu;
+    let wishes = Wishes { memory_mib: Some(4 * BORROWED_MIB), ..Wishes::default() };
+    let engine = Engine::start_with(stage, wishes)?;
+    let machine = engine.processes().find(stage.machine_process().context("there is no machine")?)?;
+    let resident = || machine.resident_bytes().map(mib);
+    // The buffer is filled, and held for as long as nobody reads.
+    let hold = |mib: u32| {
+        let script = format!("dd if=/dev/zero bs={mib}M count=1 | sleep 1000");
+        engine.engine(["run", "-d", "--name", "hungry", IMAGE, "sh", "-c", &script])?.ok()
+    };
+    let free = || engine.engine(["rm", "-f", "hungry"])?.ok();
+    // What the first container leaves in caches, in the guest and in QEMU, is not what this is about.
+    hold(1)?;
+    free()?;
+    std::thread::sleep(SETTLE);
+    for _ in 0..ROUNDS {
+        let before = resident()?;
+        hold(BORROWED_MIB)?;
+        let top = wait_until("the memory is allocated", || {
+            Ok(Some(resident()?).filter(|now| now - before >= f64::from(BORROWED_MIB)))
+        })?;
+        free()?;
+        let freed = Instant::now();
+        let (mut soon, mut reached) = (None, None);
+        while soon.is_none() || (reached.is_none() && freed.elapsed() < GIVEN_UP) {
+            std::thread::sleep(SAMPLE);
+            let (now, after) = (resident()?, freed.elapsed());
+            if after >= SOON {
+                soon.get_or_insert(now);
+            }
+            if (top - now) / (top - before) >= PROMISED {
+                reached.get_or_insert(after);
+            }
+        }
+        let soon = soon.unwrap_or(top);
+        let share = (top - soon) / (top - before);
+        figure("resident before a container allocates", before, "MiB");
+        figure("resident at the top", top, "MiB");
+        figure("resident 10 s after it is gone", soon, "MiB");
+        let kept = if share >= PROMISED { "kept" } else { "MISSED" };
+        figure("share given back after 10 s", share, &format!("promised >= {PROMISED}: {kept}"));
+        figure("nine tenths given back after", reached.map_or(f64::NAN, |after| after.as_secs_f64()), "s");
+    }
+    engine.finish()
+}
 
 pub(crate) fn overhead(engine: &Engine) -> Result<()> {
     // As fresh as its peer: what has run leaves translated code in QEMU.

@@ -17,6 +17,9 @@ pub const IMAGE: &str = "busybox:test";
 /// The stock docker-compose, as `installer/setup` calls it.
 const COMPOSE: &str = "docker-compose-2.40.3";
 
+/// The VM image in an engine's home, if it is not the one that was built.
+const IMAGE_DIR: &str = "vm-image";
+
 /// Where the engine runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stage {
@@ -52,18 +55,28 @@ impl Stage {
     }
 
     /// What the machine of this stage is asked to be: megabytes of memory, and what runs it.
-    fn machine(self) -> (&'static str, &'static str) {
+    fn machine(self) -> (u32, &'static str) {
         match self {
-            Self::Native | Self::Qemu => ("1536", "qemu"),
+            Self::Native | Self::Qemu => (1536, "qemu"),
             // The computer around it has little more.
-            Self::Kvm => ("640", "kvm"),
+            Self::Kvm => (640, "kvm"),
         }
     }
+}
+
+/// What a test wants of the machine beyond what its stage has. Natively there is none.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Wishes {
+    /// Another size than the stage's.
+    pub memory_mib: Option<u32>,
+    /// Words for the end of the kernel's command line.
+    pub cmdline: &'static str,
 }
 
 /// A private engine with its home, its registry and its clients.
 pub struct Engine {
     pub stage: Stage,
+    wishes: Wishes,
     programs: PathBuf,
     home: TempDir,
     /// The natively run engine's process.
@@ -76,21 +89,30 @@ pub struct Engine {
 impl Engine {
     /// Starts one with [`IMAGE`] loaded. In the native stage call [`crate::enter_private_namespaces`] first.
     pub fn start(stage: Stage) -> Result<Self> {
-        let engine = Self::prepare(stage)?;
+        Self::start_with(stage, Wishes::default())
+    }
+
+    /// The same, on a machine as wished.
+    pub fn start_with(stage: Stage, wishes: Wishes) -> Result<Self> {
+        let engine = Self::prepare(stage, wishes)?;
         engine.boot()?;
         engine.load(&TestImage::busybox()?, IMAGE)?;
         Ok(engine)
     }
 
     /// Everything but the engine itself.
-    pub fn prepare(stage: Stage) -> Result<Self> {
+    pub fn prepare(stage: Stage, wishes: Wishes) -> Result<Self> {
         let home = tempfile::Builder::new().prefix("engine-").tempdir()?;
         let world = (stage == Stage::Native).then(World::create).transpose()?;
         let registry = match &world {
             Some(world) => Registry::start_at(ADDRESS, |program| world.enter(program))?,
             None => Registry::start()?,
         };
-        let engine = Self { stage, programs: programs()?, home, native: Mutex::new(None), registry, world };
+        let engine =
+            Self { stage, wishes, programs: programs()?, home, native: Mutex::new(None), registry, world };
+        if stage != Stage::Native && !wishes.cmdline.is_empty() {
+            image_with(wishes.cmdline, &engine.program("vm-image"), &engine.path(IMAGE_DIR))?;
+        }
         if stage == Stage::Native {
             let bundled = engine.path("bundled");
             std::fs::create_dir(&bundled)?;
@@ -223,9 +245,10 @@ impl Engine {
     /// Points `command` at this engine.
     pub fn environment(&self, command: &mut Command) {
         let (memory_mib, backend) = self.stage.machine();
+        let memory_mib = self.wishes.memory_mib.unwrap_or(memory_mib);
         command
             .env("ENGINE_HOME", self.home.path())
-            .env("ENGINE_MACHINE_MEMORY_MIB", memory_mib)
+            .env("ENGINE_MACHINE_MEMORY_MIB", memory_mib.to_string())
             .env("ENGINE_MACHINE_BACKEND", backend)
             .env("ENGINE_MACHINE_CPUS", "2")
             .env("ENGINE_MACHINE_DISK_GIB", "16")
@@ -237,6 +260,10 @@ impl Engine {
             command.env("ENGINE_HOST", format!("unix://{}", self.docker_socket().display()));
         } else {
             command.env_remove("ENGINE_HOST");
+        }
+        let image = self.path(IMAGE_DIR);
+        if image.exists() {
+            command.env("ENGINE_IMAGE", image);
         }
     }
 
@@ -403,6 +430,21 @@ impl Drop for Engine {
         }
         self.processes().kill_all();
     }
+}
+
+/// Makes the folder `to` the VM image `from` with more words on its kernel's command line.
+fn image_with(words: &str, from: &Path, to: &Path) -> Result<()> {
+    std::fs::create_dir(to)?;
+    for entry in std::fs::read_dir(from).with_context(|| format!("no VM image `{}`", from.display()))? {
+        let entry = entry?;
+        std::os::unix::fs::symlink(entry.path().canonicalize()?, to.join(entry.file_name()))?;
+    }
+    let path = to.join("manifest.json");
+    let mut manifest: serde_json::Value = serde_json::from_slice(&std::fs::read(&path)?)?;
+    let cmdline = format!("{} {words}", manifest["cmdline"].as_str().unwrap_or_default());
+    manifest["cmdline"] = cmdline.into();
+    std::fs::remove_file(&path)?;
+    Ok(std::fs::write(&path, serde_json::to_vec(&manifest)?)?)
 }
 
 /// The engine leaves the parent of its containers' cgroups behind, as others do; a test does not. One that another engine

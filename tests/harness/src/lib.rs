@@ -16,7 +16,7 @@ mod usage;
 mod world;
 
 pub use command::{Finished, PATIENCE, Running, Timed, run, wait_until};
-pub use engine::{Engine, IMAGE, Stage};
+pub use engine::{Engine, IMAGE, Stage, Wishes};
 pub use image::{Layer, TestImage};
 pub use namespace::enter_private_namespaces;
 pub use processes::Processes;

@@ -1,6 +1,6 @@
 //! `Processes`: what runs on behalf of one temporary home, found by looking at all processes.
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use rustix::process::{Pid, Signal, kill_process};
 use std::path::Path;
 
@@ -9,6 +9,16 @@ pub struct Process {
     pub pid: i32,
     pub name: String,
     pub arguments: String,
+}
+
+impl Process {
+    /// What the process has of the host's memory, shared or not, by the kernel's word (`VmRSS`).
+    pub fn resident_bytes(&self) -> Result<u64> {
+        let path = format!("/proc/{}/status", self.pid);
+        let status = std::fs::read_to_string(&path).with_context(|| format!("cannot read `{path}`"))?;
+        let kib = status.lines().find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB"));
+        Ok(kib.with_context(|| format!("`{path}` has no VmRSS"))?.trim().parse::<u64>()? * 1024)
+    }
 }
 
 /// A view of the processes that name a folder in their environment or arguments.
