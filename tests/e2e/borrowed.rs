@@ -1,10 +1,17 @@
 //! What the machine borrows from the host, memory and disk, it gives back when the guest has no use for it.
 
 use anyhow::{Context, Result, ensure};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tests_harness::{Engine, IMAGE, Layer, Stage, TestImage, wait_until};
 
-crate::scenarios![freed_memory_is_the_hosts_again, a_removed_image_is_no_longer_on_the_hosts_disk,];
+crate::scenarios![
+    freed_memory_is_the_hosts_again,
+    a_removed_image_is_no_longer_on_the_hosts_disk,
+    an_idle_machine_gives_its_caches_back,
+];
+
+/// A word for the machine's kernel: it is idle after so many seconds.
+pub(crate) const SOON_IDLE: &str = "engine.idle=3";
 
 const MIB: u64 = 1 << 20;
 
@@ -78,4 +85,35 @@ fn a_removed_image_is_no_longer_on_the_hosts_disk(engine: &Engine) -> Result<()>
     })?;
     engine.engine(["rmi", "bulky:1"])?.ok()?;
     comes_back(95, before, peak, allocated)
+}
+
+fn an_idle_machine_gives_its_caches_back(engine: &Engine) -> Result<()> {
+    if engine.stage == Stage::Native {
+        return Ok(());
+    }
+    // A machine that is asked all the time is not idle.
+    let slowly = |name: &'static str| {
+        move || {
+            std::thread::sleep(Duration::from_secs(1));
+            figure(engine, name)
+        }
+    };
+    let (held, cached) = (slowly("memory_held_bytes"), slowly("guest.memory_cached_bytes"));
+    let write = |options: &[&str]| {
+        let dd = ["dd", "if=/dev/zero", "of=/kept/file", "bs=1M", "count=48", "conv=fsync"];
+        engine.engine([options, &dd].concat())?.ok()
+    };
+    engine.engine(["run", "-d", "--name", "living", "-v", "/kept", IMAGE, "sleep", "1000"])?.ok()?;
+    let (held_before, cached_before) = (held()?, cached()?);
+    let cached_peak = wait_until("written files are in the caches", || {
+        // Of a container that lives on, and of one that is gone while its volume is not.
+        write(&["exec", "living"])?;
+        write(&["run", "--rm", "-v", "cached:/kept", IMAGE])?;
+        // On a computer that is busy with other things, the machine may have been idle in between.
+        Ok(Some(figure(engine, "guest.memory_cached_bytes")?).filter(|now| *now >= cached_before + 80 * MIB))
+    })?;
+    comes_back(90, cached_before, cached_peak, cached)?;
+    comes_back(90, held_before, held_before + 96 * MIB, held)?;
+    engine.engine(["rm", "-fv", "living"])?.ok()?;
+    engine.engine(["volume", "rm", "cached"])?.ok().map(drop)
 }

@@ -33,7 +33,7 @@ use anyhow::Result;
 use libtest_mimic::{Arguments, Failed, Trial};
 use std::process::ExitCode;
 use std::sync::Arc;
-use tests_harness::{Engine, Stage, enter_private_namespaces};
+use tests_harness::{Engine, Stage, Wishes, enter_private_namespaces};
 
 /// One scenario: its name reads as a fact.
 struct Scenario {
@@ -43,7 +43,7 @@ struct Scenario {
 
 /// What the stage `kvm` runs when nothing is named: there a container takes ten seconds to start, and the machine's own
 /// ways are what is new.
-const ON_OUR_MACHINE: [&str; 13] = [
+const ON_OUR_MACHINE: [&str; 14] = [
     "run::the_bundled_image_greets",
     "exec::commands_run_in_a_running_container",
     "images::an_image_is_pulled_and_run",
@@ -53,6 +53,7 @@ const ON_OUR_MACHINE: [&str; 13] = [
     "volumes::a_named_volume_outlives_its_containers",
     "streams::bulk_goes_in",
     "borrowed::freed_memory_is_the_hosts_again",
+    "borrowed::an_idle_machine_gives_its_caches_back",
     "borrowed::a_removed_image_is_no_longer_on_the_hosts_disk",
     "life::every_thread_of_the_vm_process_is_confined",
     "life::data_survives_a_clean_restart",
@@ -153,7 +154,8 @@ fn test(arguments: &Arguments) -> Result<ExitCode> {
     if stage == Stage::Native {
         enter_private_namespaces()?;
     }
-    let engine = Arc::new(Engine::start(stage)?);
+    let wishes = Wishes { cmdline: borrowed::SOON_IDLE, ..Wishes::default() };
+    let engine = Arc::new(Engine::start_with(stage, wishes)?);
     let trials = scenarios.into_iter().map(|scenario| trial(scenario, &engine)).collect();
     let conclusion = libtest_mimic::run(arguments, trials);
     let finished = engine.finish();

@@ -14,6 +14,7 @@ mod clock;
 mod cmdline;
 mod disk;
 mod engine;
+mod idle;
 mod limits;
 mod log;
 mod machine;
@@ -123,7 +124,7 @@ async fn supervise(options: Options, log: Log) -> Result<()> {
             move || engine::command(options.debug, told.borrow().as_ref())
         }),
     };
-    let mut up = spawn_local(bring_up(supervisor, power, settings));
+    let mut up = spawn_local(bring_up(supervisor, power, settings, options.quiet));
     let mut is_up = true;
     let order = loop {
         tokio::select! {
@@ -149,6 +150,7 @@ async fn bring_up(
     supervisor: engine::Supervisor,
     power: PowerSwitch,
     settings: session::Settings,
+    quiet: Duration,
 ) -> Result<()> {
     let mut orders = power.orders();
     for problem in limits::apply() {
@@ -172,6 +174,9 @@ async fn bring_up(
         warn!(error = format!("{error:#}"), "containers cannot bind folders of the host");
     }
 
+    if !quiet.is_zero() {
+        keep("letting go of caches", idle::keep(quiet));
+    }
     spawn_local(supervisor.log.clone().ship());
     let mut told = settings.subscribe();
     spawn_local(session::keep(supervisor.status.watch(), power.clone(), settings));

@@ -14,7 +14,7 @@ use guest_protocol::share;
 use rustix::mount::{MountFlags, MountPropagationFlags};
 
 /// The root of the cgroup v2 tree.
-const CGROUPS: &str = "/sys/fs/cgroup";
+pub const CGROUPS: &str = "/sys/fs/cgroup";
 /// The cgroup of PID 1.
 const AGENT_CGROUP: &str = "/sys/fs/cgroup/system/agent";
 /// The cgroup of the engine and the shims it starts. Containers are elsewhere, below `/engine`: a cgroup that holds

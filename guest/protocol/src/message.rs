@@ -122,6 +122,9 @@ pub struct GuestInfo {
     pub memory_total_bytes: u64,
     /// Memory that programs could still get without swapping (`MemAvailable`).
     pub memory_available_bytes: u64,
+    /// Memory that holds copies of files, which the guest's kernel can do without.
+    #[serde(default)]
+    pub memory_cached_bytes: u64,
     /// Size of the data disk's file system; 0 when it is not mounted.
     pub disk_total_bytes: u64,
     /// What is used of it; 0 when it is not mounted.
@@ -341,11 +344,12 @@ mod tests {
                 uptime_ms: 1,
                 memory_total_bytes: 2,
                 memory_available_bytes: 3,
+                memory_cached_bytes: 6,
                 disk_total_bytes: 4,
                 disk_used_bytes: 5,
                 engine: EngineState::Ready,
             }),
-            r#"{"kind":"info","kernel":"6.12","uptime_ms":1,"memory_total_bytes":2,"memory_available_bytes":3,"disk_total_bytes":4,"disk_used_bytes":5,"engine":"ready"}"#,
+            r#"{"kind":"info","kernel":"6.12","uptime_ms":1,"memory_total_bytes":2,"memory_available_bytes":3,"memory_cached_bytes":6,"disk_total_bytes":4,"disk_used_bytes":5,"engine":"ready"}"#,
         );
         check(Notice::Engine(EngineState::Starting), r#"{"kind":"engine","value":"starting"}"#);
         check(

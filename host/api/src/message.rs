@@ -211,6 +211,9 @@ pub struct GuestStatus {
     pub memory_total_bytes: u64,
     /// Memory available to new programs without swapping, bytes.
     pub memory_available_bytes: u64,
+    /// Memory that holds copies of files, bytes: given back when the machine is idle.
+    #[serde(default)]
+    pub memory_cached_bytes: u64,
     /// Size of the data file system, bytes.
     pub disk_total_bytes: u64,
     /// What is used of it, bytes.

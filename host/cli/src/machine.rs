@@ -161,7 +161,15 @@ fn describe(info: &MachineInfo) -> String {
         let used = guest.memory_total_bytes.saturating_sub(guest.memory_available_bytes);
         rows.push(("Kernel", guest.kernel.clone()));
         rows.push(("Up for", format!("{} s", guest.uptime_s)));
-        rows.push(("Memory used", format!("{} of {}", mib(used), mib(guest.memory_total_bytes))));
+        rows.push((
+            "Memory used",
+            format!(
+                "{} of {}, and {} cached",
+                mib(used),
+                mib(guest.memory_total_bytes),
+                mib(guest.memory_cached_bytes)
+            ),
+        ));
         rows.push((
             "Disk used",
             format!("{} of {}", mib(guest.disk_used_bytes), mib(guest.disk_total_bytes)),
@@ -213,7 +221,7 @@ fn quoted(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use host_api::{BackendChoice, MachineStatus};
+    use host_api::{BackendChoice, GuestStatus, MachineStatus};
 
     #[test]
     fn settings_are_read_in_the_units_people_use() {
@@ -260,14 +268,25 @@ mod tests {
             image: "/i".into(),
             image_digest: None,
             docker_socket: "/s".into(),
-            guest: None,
+            guest: Some(GuestStatus {
+                kernel: "6.12".into(),
+                uptime_s: 7,
+                memory_total_bytes: 1000 << 20,
+                memory_available_bytes: 900 << 20,
+                memory_cached_bytes: 50 << 20,
+                disk_total_bytes: 64 << 30,
+                disk_used_bytes: 3 << 20,
+            }),
             open_streams: None,
             memory_held_bytes: Some(300 << 20),
             memory_given_back_bytes: Some(900 << 20),
         };
         let text = describe(&info);
         let held = "300 MiB of 1024 MiB (900 MiB given back so far)";
-        for part in ["qemu (tcg)", "KVM emulates", "it was killed", "5 MiB of 65536 MiB", "unix:///s", held] {
+        let used = "100 MiB of 1000 MiB, and 50 MiB cached";
+        for part in
+            ["qemu (tcg)", "KVM emulates", "it was killed", "5 MiB of 65536 MiB", "unix:///s", held, used]
+        {
             assert!(text.contains(part), "{part} in {text}");
         }
     }

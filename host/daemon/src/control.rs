@@ -201,6 +201,7 @@ impl Control {
             uptime_s: guest.uptime_ms / 1000,
             memory_total_bytes: guest.memory_total_bytes,
             memory_available_bytes: guest.memory_available_bytes,
+            memory_cached_bytes: guest.memory_cached_bytes,
             disk_total_bytes: guest.disk_total_bytes,
             disk_used_bytes: guest.disk_used_bytes,
         });

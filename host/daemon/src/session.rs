@@ -219,6 +219,7 @@ mod tests {
                                 uptime_ms: 1,
                                 memory_total_bytes: 1,
                                 memory_available_bytes: 1,
+                                memory_cached_bytes: 0,
                                 disk_total_bytes: 1,
                                 disk_used_bytes: 1,
                                 engine: EngineState::Ready,

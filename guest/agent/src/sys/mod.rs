@@ -6,6 +6,8 @@ use std::os::unix::process::CommandExt;
 use std::process::Command;
 
 use rustix::process::Signal;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 /// Sends a signal to every process of the machine but this one. No process at all is no error.
 pub fn signal_all(signal: Signal) -> io::Result<()> {
@@ -18,6 +20,13 @@ pub fn signal_all(signal: Signal) -> io::Result<()> {
             error => Err(error),
         },
     }
+}
+
+/// Has a file's readiness watched, for as long as the result lives.
+pub fn register_file(file: File, interest: Interest) -> io::Result<AsyncFd<File>> {
+    // SAFETY: the file owns its descriptor, gives the same one at every call, and is closed only when the result, which owns
+    // it, is dropped.
+    unsafe { AsyncFd::register_with_interest(file, interest) }.map_err(Into::into)
 }
 
 /// Makes the command's process join a cgroup before it runs the program, so that nothing it starts is outside.
