@@ -28,7 +28,7 @@ pub fn uptime_ms() -> u64 {
 /// Everything the host may ask.
 pub fn gather(engine: EngineState) -> GuestInfo {
     let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let (disk_total_bytes, disk_used_bytes) = disk_usage();
+    let (disk_total_bytes, disk_used_bytes) = disk::usage().unwrap_or_default();
     GuestInfo {
         kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
         uptime_ms: uptime_ms(),
@@ -39,17 +39,6 @@ pub fn gather(engine: EngineState) -> GuestInfo {
         disk_used_bytes,
         engine,
     }
-}
-
-/// Size and use of the data disk, zeros when it is not mounted.
-fn disk_usage() -> (u64, u64) {
-    let mounts = guest_mountinfo::read().unwrap_or_default();
-    if crate::mounts::mounted_below(&mounts, disk::DATA).is_empty() {
-        return (0, 0);
-    }
-    let Ok(usage) = rustix::fs::statvfs(disk::DATA) else { return (0, 0) };
-    let bytes = |blocks: u64| blocks.saturating_mul(usage.f_frsize);
-    (bytes(usage.f_blocks), bytes(usage.f_blocks.saturating_sub(usage.f_bfree)))
 }
 
 /// What the kernel keeps although nobody asks it to. Shared memory is counted as cached, but its contents are nowhere else.

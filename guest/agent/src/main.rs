@@ -9,6 +9,7 @@
 //! panics, so it never does: a failure or a panic in here is named on the console and the machine switched off.
 #![deny(unsafe_code)]
 
+mod adapt;
 mod backoff;
 mod clock;
 mod cmdline;
@@ -179,7 +180,9 @@ async fn bring_up(
     }
     spawn_local(supervisor.log.clone().ship());
     let mut told = settings.subscribe();
-    spawn_local(session::keep(supervisor.status.watch(), power.clone(), settings));
+    let processes = supervisor.processes.clone();
+    let adapt = move |request| adapt::carry_out(request, processes.clone());
+    spawn_local(session::keep(supervisor.status.watch(), power.clone(), settings, adapt));
     keep("listening on the power port", power::listen_to_host(power));
     let network_ready = watch::Sender::new(false);
     let mut network = network_ready.subscribe();

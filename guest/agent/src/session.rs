@@ -1,17 +1,19 @@
 //! The agent's end of the control session: the socket and the clock around [`guest_protocol::Session`].
 //!
-//! One task connects, again and again, for as long as the machine runs. It answers the host's requests, all of which
-//! are quick, and passes on what changes in the [`Status`].
+//! One task connects, again and again, for as long as the machine runs. It answers the host's requests, and passes on what
+//! changes in the [`Status`]. Requests that change the machine take longer than the session may be silent: a task beside
+//! it carries them out, one at a time, and goes on when the session ends.
 
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use guest_protocol::{
-    EngineSettings, Failure, FailureKind, Hello, HostProxies, Request, Response, Role, Session, SessionEvent,
-    port,
+    EngineSettings, Failure, FailureKind, Hello, HostProxies, Request, RequestId, Response, Role, Session,
+    SessionEvent, port,
 };
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::watch;
+use tokio::task::{JoinHandle, spawn_local};
 use tokio::time::Instant;
 use tokio_vsock::{VsockAddr, VsockStream};
 use tracing::{debug, info, warn};
@@ -35,8 +37,12 @@ pub type Settings = watch::Sender<Option<Told>>;
 
 /// Keeps a session with the host, for ever.
 ///
-/// `settings` gets the engine's settings once the host has told them.
-pub async fn keep(status: watch::Receiver<Status>, power: PowerSwitch, settings: Settings) {
+/// `settings` gets the engine's settings once the host has told them. `adapt` carries out what changes the machine.
+pub async fn keep<A, F>(status: watch::Receiver<Status>, power: PowerSwitch, settings: Settings, adapt: A)
+where
+    A: Fn(Request) -> F,
+    F: Future<Output = Result<Response, Failure>> + 'static,
+{
     let mut backoff = Backoff::new(Duration::from_millis(20), Duration::from_secs(1));
     let mut told = false;
     loop {
@@ -44,7 +50,7 @@ pub async fn keep(status: watch::Receiver<Status>, power: PowerSwitch, settings:
             Ok(stream) => {
                 backoff.succeeded();
                 told = false;
-                let ended = drive(stream, status.clone(), &power, &settings).await;
+                let ended = drive(stream, status.clone(), &power, &settings, &adapt).await;
                 warn!("the session with the host ended: {:#}", ended.err().unwrap_or_else(unexpected));
             }
             // Once is enough: the machine may run for long without a daemon that wants to talk.
@@ -63,14 +69,17 @@ fn unexpected() -> anyhow::Error {
 }
 
 /// Drives one session over one stream until it ends, which is always an error.
-async fn drive<S>(
+async fn drive<S, A, F>(
     stream: S,
     mut status: watch::Receiver<Status>,
     power: &PowerSwitch,
     settings: &Settings,
+    adapt: &A,
 ) -> Result<()>
 where
     S: AsyncRead + AsyncWrite,
+    A: Fn(Request) -> F,
+    F: Future<Output = Result<Response, Failure>> + 'static,
 {
     let (mut reader, mut writer) = tokio::io::split(stream);
     let began = Instant::now();
@@ -78,6 +87,7 @@ where
     let mut session = Session::new(Role::Guest, hello, Duration::ZERO);
     let mut told: Option<Status> = None;
     let mut established = false;
+    let mut at_work: Option<(RequestId, JoinHandle<Result<Response, Failure>>)> = None;
     let mut output = Vec::new();
     let mut input = [0; 4096];
     loop {
@@ -89,7 +99,14 @@ where
                 }
                 SessionEvent::Request { id, request } => {
                     let engine = || status.borrow().engine.clone();
-                    session.respond(id, answer(request, engine, power, settings))?;
+                    match answer(request, engine, power, settings) {
+                        Answer::Now(result) => session.respond(id, result)?,
+                        Answer::Later(_) if at_work.is_some() => {
+                            let busy = "the machine is being changed already";
+                            session.respond(id, Err(Failure::new(FailureKind::Busy, busy)))?;
+                        }
+                        Answer::Later(request) => at_work = Some((id, spawn_local(adapt(request)))),
+                    }
                 }
                 // The host has nothing to tell unasked, and we ask nothing.
                 SessionEvent::Notice(_) | SessionEvent::Response { .. } => {}
@@ -122,10 +139,29 @@ where
                     }
                 }
             },
+            (id, result) = finished(&mut at_work) => session.respond(id, result)?,
             changed = status.changed(), if established => changed.context("the agent is ending")?,
             () = tokio::time::sleep_until(began + deadline) => session.tick(began.elapsed())?,
         }
     }
+}
+
+/// Waits for the task that is at work, if there is one. May be dropped.
+async fn finished(
+    at_work: &mut Option<(RequestId, JoinHandle<Result<Response, Failure>>)>,
+) -> (RequestId, Result<Response, Failure>) {
+    let Some((id, task)) = at_work else { return std::future::pending().await };
+    let cut_off = |error| Failure::new(FailureKind::Failed, format!("the change was cut off: {error}"));
+    let outcome = (*id, task.await.map_err(cut_off).flatten());
+    *at_work = None;
+    outcome
+}
+
+/// What becomes of a request.
+enum Answer {
+    Now(Result<Response, Failure>),
+    /// Somebody works on it first.
+    Later(Request),
 }
 
 fn answer(
@@ -133,8 +169,9 @@ fn answer(
     engine: impl FnOnce() -> guest_protocol::EngineState,
     power: &PowerSwitch,
     engine_settings: &Settings,
-) -> Result<Response, Failure> {
-    match request {
+) -> Answer {
+    Answer::Now(match request {
+        Request::GrowDisk { .. } | Request::UseProcessors { .. } => return Answer::Later(request),
         Request::Configure { settings, proxies } => {
             engine_settings.send_replace(Some(Told { settings, proxies }));
             Ok(Response::Done)
@@ -159,7 +196,7 @@ fn answer(
         | Request::Reconcile { .. } => {
             Err(Failure::new(FailureKind::Unsupported, "the guest grants no leases: the host does"))
         }
-    }
+    })
 }
 
 #[cfg(test)]
@@ -206,7 +243,7 @@ mod tests {
         let settings = Settings::new(None);
         let agent = tokio::spawn({
             let settings = settings.clone();
-            async move { drive(near, watch, &switch, &settings).await }
+            async move { drive(near, watch, &switch, &settings, &nothing).await }
         });
         let mut host = Host::new(far, guest_protocol::PROTOCOL_VERSION);
 
@@ -245,13 +282,56 @@ mod tests {
         assert!(ended.contains("hung up") || ended.contains("roken pipe"), "{ended}");
     }
 
+    /// For a host that changes nothing.
+    async fn nothing(request: Request) -> Result<Response, Failure> {
+        panic!("{request:?} was not asked")
+    }
+
+    #[tokio::test]
+    async fn a_change_of_the_machine_is_answered_when_it_is_done_and_others_meanwhile() {
+        let (near, far) = tokio::io::duplex(64);
+        let publisher = status::Publisher::new();
+        let watch = publisher.watch();
+        let (done, waits) = tokio::sync::oneshot::channel();
+        let waits = std::cell::RefCell::new(Some(waits));
+        let adapt = move |request| {
+            assert_eq!(request, Request::GrowDisk { size_bytes: 9 });
+            let waits = waits.borrow_mut().take().expect("one at a time");
+            async { waits.await.map_err(|_| Failure::new(FailureKind::Failed, "nobody works")) }
+        };
+        let local = tokio::task::LocalSet::new();
+        local.spawn_local(async move {
+            drive(near, watch, &PowerSwitch::new(), &Settings::new(None), &adapt).await
+        });
+        local
+            .run_until(async {
+                let mut host = Host::new(far, guest_protocol::PROTOCOL_VERSION);
+                assert!(matches!(host.next_event().await.unwrap(), SessionEvent::Established { .. }));
+                assert!(matches!(host.next_event().await.unwrap(), SessionEvent::Notice(_)));
+                let ask = |host: &mut Host, request| host.session.request(request, Duration::ZERO).unwrap();
+                let grow = ask(&mut host, Request::GrowDisk { size_bytes: 9 });
+                ask(&mut host, Request::UseProcessors { count: 1 });
+                let refused = host.next_event().await.unwrap();
+                let is_busy = |event: &SessionEvent| matches!(event, SessionEvent::Response { result: Err(failure), .. } if failure.kind == FailureKind::Busy);
+                assert!(is_busy(&refused), "{refused:?}");
+                ask(&mut host, Request::Info);
+                let info = host.next_event().await.unwrap();
+                assert!(matches!(info, SessionEvent::Response { result: Ok(Response::Info(_)), .. }), "{info:?}");
+                done.send(Response::Disk { total_bytes: 8 }).unwrap();
+                let grown = SessionEvent::Response { id: grow, result: Ok(Response::Disk { total_bytes: 8 }) };
+                assert_eq!(host.next_event().await.unwrap(), grown);
+            })
+            .await;
+    }
+
     #[tokio::test]
     async fn a_host_of_another_version_still_gets_our_hello() {
         let (near, far) = tokio::io::duplex(64);
         let publisher = status::Publisher::new();
         let watch = publisher.watch();
         let switch = PowerSwitch::new();
-        let agent = tokio::spawn(async move { drive(near, watch, &switch, &Settings::new(None)).await });
+        let settings = Settings::new(None);
+        let agent = tokio::spawn(async move { drive(near, watch, &switch, &settings, &nothing).await });
         let mut host = Host::new(far, 99);
         let error = host.next_event().await.unwrap_err().to_string();
         assert!(error.contains("speaks version 1"), "{error}");

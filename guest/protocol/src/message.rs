@@ -60,6 +60,18 @@ pub enum Request {
     PowerOff,
     /// Tell how the guest is. Answered by [`Response::Info`].
     Info,
+    /// The data disk has been made larger: wait until the kernel sees so much of it, then grow the file system on it in
+    /// place. Answered by [`Response::Disk`].
+    GrowDisk {
+        /// What the disk has now.
+        size_bytes: u64,
+    },
+    /// Run on so many of the machine's processors, or on all if there are not as many. Answered by
+    /// [`Response::Processors`].
+    UseProcessors {
+        /// At least one.
+        count: u32,
+    },
     /// Hold these ports of the host for a container, all or none. Answered by [`Response::Granted`] once connections to
     /// them are taken. What the container held before is let go first.
     Acquire {
@@ -94,6 +106,18 @@ pub enum Response {
     Done,
     /// The answer to [`Request::Info`].
     Info(GuestInfo),
+    /// The answer to [`Request::GrowDisk`].
+    Disk {
+        /// The size of its file system.
+        total_bytes: u64,
+    },
+    /// The answer to [`Request::UseProcessors`].
+    Processors {
+        /// How many the guest runs on now.
+        online: u32,
+        /// How many the machine has.
+        present: u32,
+    },
     /// The answer to [`Request::Acquire`].
     Granted {
         /// What is held now: one entry for each address of each request.
@@ -295,6 +319,13 @@ mod tests {
             r#"{"kind":"configure","settings":null,"proxies":{"http":"","https":"http://me:secret@p:3128","exceptions":""}}"#,
         );
         check(Request::Info, r#"{"kind":"info"}"#);
+        check(Request::GrowDisk { size_bytes: 7 }, r#"{"kind":"grow_disk","size_bytes":7}"#);
+        check(Request::UseProcessors { count: 2 }, r#"{"kind":"use_processors","count":2}"#);
+        check(Response::Disk { total_bytes: 6 }, r#"{"kind":"disk","total_bytes":6}"#);
+        check(
+            Response::Processors { online: 2, present: 4 },
+            r#"{"kind":"processors","online":2,"present":4}"#,
+        );
         check(
             Request::Acquire {
                 container: "c".into(),

@@ -116,12 +116,15 @@ impl Leases {
                 Ok(Response::Located { places })
             }
             Request::Reconcile { leases } => Ok(Response::Reconciled { lost: self.reconcile(leases).await }),
-            Request::SetClock { .. } | Request::Configure { .. } | Request::PowerOff | Request::Info => {
-                Err(Failure::new(
-                    FailureKind::Unsupported,
-                    "the daemon answers requests for leases and shares only",
-                ))
-            }
+            Request::SetClock { .. }
+            | Request::Configure { .. }
+            | Request::PowerOff
+            | Request::Info
+            | Request::GrowDisk { .. }
+            | Request::UseProcessors { .. } => Err(Failure::new(
+                FailureKind::Unsupported,
+                "the daemon answers requests for leases and shares only",
+            )),
         }
     }
 

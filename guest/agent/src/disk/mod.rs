@@ -1,4 +1,4 @@
-//! The data disk: found, formatted on the first boot only, checked, mounted, grown.
+//! The data disk: found, formatted on the first boot only, checked, mounted, grown, at the start or while it is used.
 //!
 //! The one rule: what might be somebody's data is never formatted. A disk is formatted when it was never written to,
 //! or when our own formatting of it was cut off (see [`superblock::FORMATTING_MARK`]). Everything else that is not
@@ -30,6 +30,10 @@ const SERIAL: &str = "engine-data";
 
 /// How long the disk may take to appear after its driver was loaded.
 const APPEAR_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long the kernel may take to see that the disk is larger, and how often it is asked.
+const SEE_TIMEOUT: Duration = Duration::from_secs(60);
+const SEE_INTERVAL: Duration = Duration::from_millis(50);
 
 /// How long mounts may stay busy at power-off, all together.
 const BUSY_TIME_MAX: Duration = Duration::from_secs(1);
@@ -131,16 +135,59 @@ pub async fn bring_up(processes: &Processes) -> Result<(), Fault> {
             grow
         }
     };
-    if grow {
-        // With the file system mounted: the kernel grows it in place, journalled, in well under a second. A disk
-        // that stays smaller than it could be is no reason not to start.
-        match processes.run("/usr/sbin/resize2fs", &[&disk.to_string_lossy()]).await {
-            Ok(outcome) if outcome.exit == Exit::Status(0) => info!(size_bytes = size, "data disk grown"),
-            Ok(outcome) => warn!(resize2fs = %outcome, "cannot grow the data disk"),
-            Err(error) => warn!("cannot grow the data disk: {error:#}"),
-        }
+    if grow && let Err(error) = grow_mounted(processes, &disk).await {
+        // A disk that stays smaller than it could be is no reason not to start.
+        warn!("cannot grow the data disk: {error:#}");
     }
     Ok(())
+}
+
+/// Takes into use what the host has added to the disk of a running machine: waits until the kernel sees `size_bytes` of it
+/// and grows the file system. Returns what that has then.
+///
+/// Not safe to drop, like [`Processes::run`].
+pub async fn grow(processes: &Processes, size_bytes: u64) -> Result<u64> {
+    anyhow::ensure!(usage().is_some(), "the data disk is not mounted");
+    let disk = find().await?;
+    see(&disk, size_bytes, SEE_TIMEOUT).await?;
+    grow_mounted(processes, &disk).await?;
+    let (total_bytes, _) = usage().context("the data disk is not mounted any more")?;
+    Ok(total_bytes)
+}
+
+/// Waits until the kernel sees so much of the disk: the device tells it, and it looks when it gets round to it.
+async fn see(disk: &Path, size_bytes: u64, limit: Duration) -> Result<()> {
+    let deadline = Instant::now() + limit;
+    loop {
+        let seen = size_of(&File::open(disk)?)?;
+        if seen >= size_bytes {
+            return Ok(());
+        }
+        anyhow::ensure!(
+            Instant::now() < deadline,
+            "the kernel saw {seen} bytes of the disk and not {size_bytes} within {limit:?}"
+        );
+        tokio::time::sleep(SEE_INTERVAL).await;
+    }
+}
+
+/// Grows the mounted file system to the end of its disk: the kernel does it in place, journalled, in well under a second.
+async fn grow_mounted(processes: &Processes, disk: &Path) -> Result<()> {
+    let outcome = processes.run("/usr/sbin/resize2fs", &[&disk.to_string_lossy()]).await?;
+    anyhow::ensure!(outcome.exit == Exit::Status(0), "resize2fs {outcome}");
+    info!(resize2fs = %outcome, "data disk grown");
+    Ok(())
+}
+
+/// Size and use of the data disk's file system in bytes; `None` while it is not mounted.
+pub fn usage() -> Option<(u64, u64)> {
+    let mounts = guest_mountinfo::read().unwrap_or_default();
+    if mounts::mounted_below(&mounts, DATA).is_empty() {
+        return None;
+    }
+    let usage = rustix::fs::statvfs(DATA).ok()?;
+    let bytes = |blocks: u64| blocks.saturating_mul(usage.f_frsize);
+    Some((bytes(usage.f_blocks), bytes(usage.f_blocks.saturating_sub(usage.f_bfree))))
 }
 
 fn unmountable(error: &anyhow::Error) -> String {
@@ -296,6 +343,23 @@ mod tests {
             let Plan::Refuse(reason) = plan(&content, gib) else { panic!("{content:?} was not refused") };
             assert!(reason.contains("engine machine rm"), "says what to do: {reason}");
         }
+    }
+
+    #[tokio::test]
+    async fn a_disk_that_stays_small_is_told_with_both_sizes() {
+        let disk = tempfile::NamedTempFile::new().unwrap();
+        disk.as_file().set_len(4096).unwrap();
+        see(disk.path(), 4096, Duration::ZERO).await.unwrap();
+        let error = see(disk.path(), 8192, Duration::ZERO).await.unwrap_err().to_string();
+        assert_eq!(error, "the kernel saw 4096 bytes of the disk and not 8192 within 0ns");
+        let file = disk.reopen().unwrap();
+        let growing = tokio::spawn(async move {
+            tokio::task::yield_now().await;
+            file.set_len(8192).unwrap();
+        });
+        see(disk.path(), 8192, Duration::from_secs(60)).await.unwrap();
+        growing.await.unwrap();
+        assert!(see(Path::new("/nonexistent/disk"), 0, Duration::ZERO).await.is_err());
     }
 
     #[test]

@@ -289,6 +289,10 @@ impl Request {
             Request::SetClock { .. } | Request::Configure { .. } | Request::Info => Duration::from_secs(15),
             // The answer only says that it has begun; but a guest in trouble may be slow to say it.
             Request::PowerOff => Duration::from_secs(15),
+            // Only as much as the kernel does at once; but a machine on a software processor has little at once.
+            Request::UseProcessors { .. } => Duration::from_secs(60),
+            // A file system grows by a word for each 128 MiB, written down with the next.
+            Request::GrowDisk { .. } => Duration::from_secs(180),
             // Only binds sockets; a thousand of them take less.
             Request::Acquire { .. }
             | Request::Release { .. }
