@@ -17,6 +17,8 @@
 //!   Resolvers{resolv_conf}  ->
 //!   Measure                 ->
 //!                           <-   Measured(usage)
+//!   GrowDisk{size_bytes}    ->
+//!                           <-   DiskGrown{size_bytes} | DiskRefused{message}
 //!   Stop | Kill | end of file ->
 //!                           <-   Stopped{reason}, end of file
 //! ```
@@ -66,6 +68,12 @@ pub enum Command {
     },
     /// What does the machine use? Answered by [`Event::Measured`].
     Measure,
+    /// Make the data disk of the running machine larger. Answered by [`Event::DiskGrown`] or [`Event::DiskRefused`], in the
+    /// order of asking.
+    GrowDisk {
+        /// What it is to have.
+        size_bytes: u64,
+    },
     /// Power off: ask the guest through its power port, kill it when that takes too long.
     Stop,
     /// End the machine at once.
@@ -99,6 +107,16 @@ pub enum Event {
     ResolversChanged,
     /// The answer to [`Command::Measure`].
     Measured(Usage),
+    /// The disk is as large as [`Command::GrowDisk`] wanted, and the guest's kernel has been told.
+    DiskGrown {
+        /// What it has.
+        size_bytes: u64,
+    },
+    /// The disk is as large as it was.
+    DiskRefused {
+        /// Why it could not grow.
+        message: String,
+    },
     /// The machine has ended. The last message.
     Stopped {
         /// How.
@@ -332,6 +350,8 @@ mod tests {
             Event::Running { backend: "qemu".into(), reason: "no kvm".into(), accelerator: Accelerator::Tcg },
             Event::Accepted { port: 1024 },
             Event::Measured(Usage { open_streams: 2, memory_held_bytes: Some(1 << 40), ..Usage::default() }),
+            Event::DiskGrown { size_bytes: 1 << 40 },
+            Event::DiskRefused { message: "no".into() },
             Event::Stopped { reason: StopReason::PoweredOff },
             Event::Stopped {
                 reason: StopReason::Failed { message: "x".repeat(10), console_tail: "y\n".repeat(8000) },

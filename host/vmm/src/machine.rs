@@ -20,6 +20,7 @@ use std::sync::mpsc::Sender;
 use std::thread::JoinHandle;
 
 use guest_protocol::forward::Header;
+use host_devices::virtio::block::GrowError;
 use host_hypervisor::kvm;
 use host_hypervisor::memory::{self, MemoryError};
 use host_hypervisor::qemu::{self, Launch, LaunchError, Monitor, MonitorEvent};
@@ -27,7 +28,7 @@ use host_hypervisor::threads::Control;
 use host_hypervisor::vcpu::End;
 
 use crate::attach::{
-    self, AttachError, Attached, Connector, ConsoleTail, Context, InProcess, MemoryMeter, Plug, Qemu,
+    self, AttachError, Attached, Connector, ConsoleTail, Context, Disk, InProcess, MemoryMeter, Plug, Qemu,
 };
 use crate::backend::{Backend, Provider};
 use crate::confine::{Class, ConfineError, Confinement};
@@ -50,6 +51,8 @@ pub enum Signal {
     },
     /// The host's resolvers may be others now, and whoever uses them cannot look.
     ResolversChanged,
+    /// What became of [`Running::grow_disk`]: the disk's size in bytes.
+    DiskGrown(Result<u64, GrowError>),
     /// The guest's kernel has panicked, with this message.
     Panicked(String),
     /// How the machine is: what QEMU's monitor tells, or the processors in this process.
@@ -122,10 +125,16 @@ pub enum StartError {
 pub struct Built {
     prepared: Prepared,
     signals: Sender<Signal>,
-    connector: Option<Connector>,
+    reach: Reach,
     memory: Option<MemoryMeter>,
-    resolvers: Option<host_net::Teller>,
     parts: Parts,
+}
+
+/// What its devices are reached by, as far as it has them.
+struct Reach {
+    connector: Option<Connector>,
+    disk: Option<Disk>,
+    resolvers: Option<host_net::Teller>,
 }
 
 /// What will run the machine.
@@ -137,8 +146,7 @@ enum Prepared {
 /// The machine runs.
 pub struct Running {
     killer: Killer,
-    connector: Option<Connector>,
-    resolvers: Option<host_net::Teller>,
+    reach: Reach,
     meter: Meter,
     threads: Vec<JoinHandle<()>>,
     parts: Parts,
@@ -221,6 +229,7 @@ pub fn build(
         called_off: &has_stopped,
         followers: None,
         connector: None,
+        disk: None,
         memory: None,
         resolvers: None,
         console: None,
@@ -239,14 +248,8 @@ pub fn build(
         (Plug::InProcess(plug), _) => Prepared::InProcess(Box::new(prepare_kvm(spec, plug)?)),
         (Plug::Qemu(_), Provider::InProcess) => unreachable!("the plug was made for the provider"),
     };
-    Ok(Built {
-        prepared,
-        signals,
-        connector: context.connector,
-        memory: context.memory,
-        resolvers: context.resolvers,
-        parts,
-    })
+    let reach = Reach { connector: context.connector, disk: context.disk, resolvers: context.resolvers };
+    Ok(Built { prepared, signals, reach, memory: context.memory, parts })
 }
 
 fn prepare_qemu(
@@ -296,7 +299,7 @@ impl Built {
                     tracing::warn!(%error, "cannot tell what memory QEMU holds");
                 });
                 let meter = Meter::Qemu(meter.ok());
-                let mut running = Running::new(killer, self.connector, self.resolvers, meter, self.parts);
+                let mut running = Running::new(killer, self.reach, meter, self.parts);
                 Confinement::without_files(Class::Driver).enter()?;
                 let signals = self.signals.clone();
                 running.thread("qemu-wait", move || {
@@ -317,7 +320,7 @@ impl Built {
                 tracing::info!("the processors run");
                 let killer = Killer::Processors(machine.control());
                 let meter = Meter::InProcess(self.memory);
-                let mut running = Running::new(killer, self.connector, self.resolvers, meter, self.parts);
+                let mut running = Running::new(killer, self.reach, meter, self.parts);
                 Confinement::without_files(Class::Driver).enter()?;
                 send(&self.signals, Signal::Monitor(MonitorEvent::Ready));
                 running.thread("vcpu-wait", move || {
@@ -343,14 +346,8 @@ fn send(signals: &Sender<Signal>, signal: Signal) {
 }
 
 impl Running {
-    fn new(
-        killer: Killer,
-        connector: Option<Connector>,
-        resolvers: Option<host_net::Teller>,
-        meter: Meter,
-        parts: Parts,
-    ) -> Self {
-        Self { killer, connector, resolvers, meter, threads: Vec::new(), parts }
+    fn new(killer: Killer, reach: Reach, meter: Meter, parts: Parts) -> Self {
+        Self { killer, reach, meter, threads: Vec::new(), parts }
     }
 
     fn thread(&mut self, name: &str, body: impl FnOnce() + Send + 'static) -> Result<(), StartError> {
@@ -362,7 +359,7 @@ impl Running {
     /// Connects a stream socket to a vsock port of the guest. The socket is closed if nobody listens there.
     /// The guest reads `header` first, if there is one.
     pub fn connect(&self, port: u32, header: Option<&Header>, stream: OwnedFd) {
-        match &self.connector {
+        match &self.reach.connector {
             Some(connector) => connector.connect(port, header, stream),
             None => tracing::debug!(port, "this machine has no vsock device"),
         }
@@ -370,15 +367,21 @@ impl Running {
 
     /// Tells the machine's network what the host's `resolv.conf` holds now.
     pub fn tell_resolvers(&self, resolv_conf: String) {
-        if let Some(teller) = &self.resolvers {
+        if let Some(teller) = &self.reach.resolvers {
             teller.tell(resolv_conf);
         }
+    }
+
+    /// Makes the data disk larger while the guest uses it; what becomes of it comes as [`Signal::DiskGrown`]. `false` when
+    /// the machine has none.
+    pub fn grow_disk(&self, size_bytes: u64) -> bool {
+        self.reach.disk.as_ref().inspect(|disk| disk.grow(size_bytes)).is_some()
     }
 
     /// What the machine uses now.
     pub fn usage(&self) -> Usage {
         let (memory_held_bytes, memory_given_back_bytes) = self.meter.read();
-        let open_streams = self.connector.as_ref().map_or(0, Connector::open_streams);
+        let open_streams = self.reach.connector.as_ref().map_or(0, Connector::open_streams);
         Usage { open_streams, memory_held_bytes, memory_given_back_bytes }
     }
 

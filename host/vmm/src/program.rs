@@ -48,6 +48,7 @@ const LOST_DEVICE_GRACE: Duration = Duration::from_secs(2);
 /// Must be called on the main thread (see the module).
 pub fn run(channel: Channel) -> anyhow::Result<()> {
     raise_file_limit();
+    outlive_file_size_limit();
     let (sender, mut receiver) = channel.split();
     sender.set_timeout(SEND_TIME_MAX).context("cannot set up the control channel")?;
     let spec = match receiver.receive::<Command>().context("cannot read the first command")? {
@@ -92,6 +93,15 @@ fn raise_file_limit() {
     limit.current = limit.maximum;
     if let Err(error) = setrlimit(Resource::Nofile, limit) {
         tracing::warn!(%error, "cannot raise the limit of open files");
+    }
+}
+
+/// A file that would outgrow the user's limit (`ulimit -f`) is an error of who makes it grow, and not the end of this
+/// process, which is what the signal that comes with the error does where nobody takes it.
+fn outlive_file_size_limit() {
+    extern "C" fn go_on(_number: libc::c_int, _about: *mut libc::siginfo_t, _context: *mut libc::c_void) {}
+    if let Err(error) = vmm_sys_util::signal::register_signal_handler(libc::SIGXFSZ, go_on) {
+        tracing::warn!(%error, "cannot take the signal of the limit of file sizes");
     }
 }
 
@@ -290,6 +300,15 @@ impl<'a> Driver<'a> {
                 self.stop(ORPHAN_TIME_MAX);
             }
             Signal::Accepted { port, stream } => self.accepted(port, &stream),
+            Signal::DiskGrown(Ok(size_bytes)) => {
+                tracing::info!(size_bytes, "the disk has grown");
+                self.daemon.tell(&Event::DiskGrown { size_bytes }, None);
+            }
+            Signal::DiskGrown(Err(error)) => {
+                let message = format!("{:#}", anyhow::Error::from(error));
+                tracing::warn!(why = message, "the disk does not grow");
+                self.daemon.tell(&Event::DiskRefused { message }, None);
+            }
             Signal::ResolversChanged => self.daemon.tell(&Event::ResolversChanged, None),
             Signal::Panicked(line) => {
                 tracing::error!(line, "the guest's kernel panicked");
@@ -315,6 +334,12 @@ impl<'a> Driver<'a> {
             },
             Command::Resolvers { resolv_conf } => self.running.tell_resolvers(resolv_conf),
             Command::Measure => self.daemon.tell(&Event::Measured(self.running.usage()), None),
+            Command::GrowDisk { size_bytes } => {
+                if !self.running.grow_disk(size_bytes) {
+                    let message = "the machine has no disk".to_owned();
+                    self.daemon.tell(&Event::DiskRefused { message }, None);
+                }
+            }
             Command::Stop => self.stop(STOP_TIME_MAX),
             Command::Kill => self.end(Cause::Kill, Duration::ZERO),
         }

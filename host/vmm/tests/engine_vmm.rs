@@ -197,6 +197,39 @@ fn a_socket_that_is_not_there_is_named() {
 }
 
 #[test]
+fn the_disk_of_a_running_machine_grows_as_far_as_it_may() {
+    const MIB: u64 = 1 << 20;
+    let mut vmm = Vmm::start("exec sleep 600");
+    vmm.qemu();
+    let disk = vmm.folder.path().join("disk.raw");
+    let pid = rustix::process::Pid::from_child(&vmm.process);
+    let mut grow = |size_bytes| {
+        vmm.send(&control::Command::GrowDisk { size_bytes });
+        loop {
+            match vmm.events.recv_timeout(LIMIT).expect("an answer") {
+                Event::DiskGrown { size_bytes } => return Ok(size_bytes),
+                Event::DiskRefused { message } => return Err(message),
+                Event::Stage { .. } | Event::Running { .. } => {}
+                event => panic!("{event:?}"),
+            }
+        }
+    };
+    assert_eq!(grow(96 * MIB), Ok(96 * MIB));
+    // `ulimit -f`, which by itself would end the process.
+    let limit = rustix::process::Rlimit { current: Some(128 * MIB), maximum: None };
+    rustix::process::prlimit(Some(pid), rustix::process::Resource::Fsize, limit).unwrap();
+    let refused = grow(256 * MIB).unwrap_err();
+    let expected = "the disk's file cannot be made 268435456 bytes large: File too large";
+    assert!(refused.starts_with(expected), "{refused}");
+    assert!(grow(64 * MIB).unwrap_err().contains("never shrinks"));
+    assert_eq!(fs::metadata(&disk).unwrap().len(), 96 * MIB);
+    assert_eq!(grow(128 * MIB), Ok(128 * MIB));
+    assert_eq!(fs::metadata(&disk).unwrap().len(), 128 * MIB);
+    vmm.send(&control::Command::Kill);
+    assert_eq!(vmm.stopped(), StopReason::Killed);
+}
+
+#[test]
 fn a_second_machine_cannot_have_the_same_disk() {
     let mut first = Vmm::start("exec sleep 600");
     first.qemu();

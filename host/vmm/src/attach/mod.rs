@@ -18,6 +18,7 @@ use std::os::fd::OwnedFd;
 use std::sync::mpsc::{Receiver, Sender};
 
 pub(crate) use balloon::MemoryMeter;
+pub(crate) use block::Disk;
 pub(crate) use console::ConsoleTail;
 pub(crate) use plug::{InProcess, Plug, Qemu};
 pub(crate) use vsock::Connector;
@@ -77,6 +78,8 @@ pub(crate) struct Context<'a> {
     pub followers: Option<Receiver<OwnedFd>>,
     /// The way into the guest, once there is a vsock device.
     pub connector: Option<Connector>,
+    /// Makes the data disk larger, once there is one.
+    pub disk: Option<Disk>,
     /// What a machine in this process holds of the host's memory, once it has a balloon.
     pub memory: Option<MemoryMeter>,
     /// Tells the NAT about the host's resolvers, once there is one.
