@@ -1,14 +1,14 @@
 //! Stopping and starting again: what was acknowledged is there.
 
 use anyhow::{Context, Result, ensure};
-use tests_harness::{Engine, IMAGE, Processes, Stage, run};
+use tests_harness::{Engine, IMAGE, Processes, Stage, TestImage, Timed, run};
 
 crate::scenarios![
     data_survives_a_clean_restart,
     the_state_is_told,
     every_thread_of_the_vm_process_is_confined,
     two_first_calls_boot_one_machine,
-    a_larger_disk_is_grown_and_a_smaller_one_refused
+    a_machine_takes_on_other_settings
 ];
 
 /// Stops the machine, or the natively run engine, cleanly and starts it again.
@@ -111,29 +111,69 @@ fn two_first_calls_boot_one_machine(engine: &Engine) -> Result<()> {
     engine.processes().find(machine).map(drop)
 }
 
-fn a_larger_disk_is_grown_and_a_smaller_one_refused(engine: &Engine) -> Result<()> {
+/// What a running machine can have of other settings it has at once, and the rest when it starts next.
+fn a_machine_takes_on_other_settings(engine: &Engine) -> Result<()> {
     if engine.stage == Stage::Native {
         return Ok(());
     }
-    // A home of its own, in which the settings file alone tells the size.
-    let grown = |arguments: &[&str]| {
+    // A home of its own, in which the settings file alone tells the size of the disk and the processors.
+    let command = |arguments: &[&str]| {
         let mut command = engine.command(arguments);
-        command.env("ENGINE_HOME", engine.path("grown")).env_remove("ENGINE_MACHINE_DISK_GIB");
-        run(command)
+        command.env("ENGINE_HOME", engine.path("grown"));
+        command.env_remove("ENGINE_MACHINE_DISK_GIB").env_remove("ENGINE_MACHINE_CPUS");
+        command
     };
-    let boot = |size: &str| -> Result<u64> {
-        grown(&["machine", "set", size])?.ok()?;
-        grown(&["machine", "start"])?.ok()?;
-        let total = grown(&["machine", "info", "-f", "{{.guest.disk_total_bytes}}"])?.ok()?;
-        let set = grown(&["machine", "set", "cpus=2"])?;
-        ensure!(set.code == 0 && set.stderr.contains("until `engine machine restart`"), "{set:?}");
-        grown(&["machine", "stop"])?.ok()?;
-        Ok(total.parse()?)
+    let grown = |arguments: &[&str]| run(command(arguments));
+    let set = |settings: &[&str], said: &str| -> Result<()> {
+        let words: Vec<&str> = ["machine", "set"].iter().chain(settings).copied().collect();
+        let set = grown(&words)?;
+        ensure!(set.code == 0 && set.stderr.contains(said), "{set:?}");
+        Ok(())
     };
-    let small = boot("disk=1g")?;
-    let large = boot("disk=3g")?;
-    ensure!(small < 1 << 30 && large > 5 << 29, "{small} bytes became {large}");
+    let total = || -> Result<u64> {
+        Ok(grown(&["machine", "info", "-f", "{{.guest.disk_total_bytes}}"])?.ok()?.parse()?)
+    };
+    set(&["disk=1g", "cpus=2"], "`cpus` and `disk` count from the machine's next start\n")?;
+    grown(&["machine", "start"])?.ok()?;
+    let small = total()?;
+    ensure!(small < 1 << 30, "{small}");
+
+    // A container that was there before, and one that runs meanwhile.
+    let archive = TestImage::busybox()?.archive(IMAGE)?;
+    Timed::new(command(&["load"])).input(archive).run()?.ok()?;
+    let write = "head -c 9999999 /dev/urandom > /data/bulk && md5sum /data/bulk > /data/sum";
+    grown(&["run", "--rm", "-v", "kept:/data", IMAGE, "sh", "-c", write])?.ok()?;
+    grown(&["run", "-d", "--name", "runner", IMAGE, "sleep", "1000"])?.ok()?;
+    let in_runner = |text: &str| grown(&["exec", "runner", "sh", "-c", text])?.ok();
+    let size = || -> Result<u64> {
+        let table = in_runner("df -Pk /")?;
+        let row = table.lines().nth(1).context("a row")?;
+        Ok(row.split_whitespace().nth(1).context("a size")?.parse::<u64>()? << 10)
+    };
+    ensure!(size()? == small, "a container sees {} bytes and not {small}", size()?);
+    set(&["disk=3g"], "the disk has 3 GiB now")?;
+    let large = total()?;
+    ensure!(large > 5 << 29 && size()? == large, "{small} bytes became {large}, in a container {}", size()?);
     grown(&["machine", "set", "disk=2g"])?.fails_with(1, "never shrinks")?;
+
+    set(&["cpus=1"], "the machine runs on 1 CPU now")?;
+    ensure!(in_runner("nproc")? == "1", "the container has the processor that was turned off");
+    let counted = grown(&["info", "-f", "{{.NCPU}}"])?.ok()?;
+    ensure!(counted == "1", "the engine counts {counted}");
+    set(
+        &["cpus=3"],
+        "was started with 2 CPUs, and runs on 2; so `cpus` counts from the machine's next start",
+    )?;
+    set(&["cpus=2"], "the machine runs on 2 CPUs now")?;
+    ensure!(in_runner("nproc")? == "2", "the container has not the processor that was turned on again");
+    set(&["memory=2g"], "`ENGINE_MACHINE_MEMORY_MIB` is set where the daemon was started")?;
+
+    grown(&["machine", "stop"])?.ok()?;
+    set(&["disk=5g"], "`disk` counts from the machine's next start\n")?;
+    let check = grown(&["run", "--rm", "-v", "kept:/data", IMAGE, "md5sum", "-c", "/data/sum"])?.ok()?;
+    ensure!(check == "/data/bulk: OK", "{check}");
+    let larger = total()?;
+    ensure!(larger > 9 << 29, "{large} bytes became {larger}");
     grown(&["machine", "set", "cpus=none"])?.fails_with(1, "`none` is not a number of CPUs")?;
     grown(&["machine", "shutdown"])?.ok()?;
     Processes::of(&engine.path("grown")).expect_none()

@@ -12,6 +12,6 @@ mod message;
 
 pub use home::{Home, HomeError, SOCKET_PATH_BYTES_MAX};
 pub use message::{
-    BackendChoice, GuestStatus, LogSource, MachineInfo, MachineSettings, MachineState, MachineStatus, Reply,
-    Request, VERSION,
+    BackendChoice, GuestStatus, LaterSetting, LogSource, MachineInfo, MachineSettings, MachineState,
+    MachineStatus, Reply, Request, VERSION,
 };

@@ -24,7 +24,7 @@ pub enum Request {
     Status,
     /// Everything known about the machine, the guest's own figures included.
     Info,
-    /// Change the machine's settings. Answered by [`Reply::Set`].
+    /// Change the machine's settings. A running machine takes on at once what it can. Answered by [`Reply::Set`].
     Set(MachineSettings),
     /// The lines of one log, as [`Reply::Text`].
     Logs {
@@ -94,7 +94,13 @@ pub enum Reply {
     Info(Box<MachineInfo>),
     /// The settings are kept. Ends the answer.
     Set {
-        /// The machine runs with others until it is started again.
+        /// What the running machine has taken on, a sentence each.
+        #[serde(default)]
+        now: Vec<String>,
+        /// What it takes on when it starts next.
+        #[serde(default)]
+        later: Vec<LaterSetting>,
+        /// The machine runs, without what comes later.
         restart: bool,
         /// Variables of the daemon's environment that win over what was set.
         overridden: Vec<String>,
@@ -106,6 +112,15 @@ pub enum Reply {
         /// What to do next, when that is known.
         hint: Option<String>,
     },
+}
+
+/// A setting that counts from the machine's next start.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LaterSetting {
+    /// Its name, as in `engine machine set`.
+    pub name: String,
+    /// Why not now, where a running machine usually takes it on: a clause.
+    pub why: Option<String>,
 }
 
 /// Where the machine is in its life.
@@ -245,6 +260,11 @@ mod tests {
         check(
             &Reply::Status(status),
             r#"{"reply":"status","machine":"default","state":"stopped","reason":null}"#,
+        );
+        let later = vec![LaterSetting { name: "memory".into(), why: None }];
+        check(
+            &Reply::Set { now: vec!["n".into()], later, restart: true, overridden: Vec::new() },
+            r#"{"reply":"set","now":["n"],"later":[{"name":"memory","why":null}],"restart":true,"overridden":[]}"#,
         );
         check(
             &Reply::Error { message: "no".into(), hint: None },

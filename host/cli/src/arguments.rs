@@ -612,7 +612,7 @@ pub(crate) enum MachineCommand {
     Status(FormatArgs),
     /// Print what the machine is, what runs it, and why
     Info(FormatArgs),
-    /// Change the machine's size, or what runs it
+    /// Change the machine's size, or what runs it; a running machine takes on what it can
     Set {
         /// cpus=4, memory=8g, disk=128g (it never shrinks), backend=auto|kvm|qemu
         #[arg(required = true, value_name = "NAME=VALUE")]

@@ -4,10 +4,10 @@ use crate::arguments::{EnvArgs, FormatArgs, MachineCommand};
 use crate::control::Daemon;
 use crate::output::{line, note, text};
 use crate::run::create::memory_bytes;
-use crate::session::{Session, watch};
+use crate::session::{Session, answer, watch};
 use crate::template::Template;
 use anyhow::{Context, Result, bail};
-use host_api::{LogSource, MachineInfo, MachineSettings, MachineState, Reply, Request};
+use host_api::{LaterSetting, LogSource, MachineInfo, MachineSettings, MachineState, Reply, Request};
 use std::io::{BufRead, IsTerminal};
 
 /// Carries out the command; the exit code for this process.
@@ -75,16 +75,34 @@ async fn status(session: &Session, args: &FormatArgs) -> Result<()> {
 async fn set(session: &Session, words: &[String]) -> Result<()> {
     let settings = settings(words)?;
     let daemon = session.daemon().await?;
-    let Reply::Set { restart, overridden } = daemon.ask(&Request::Set(settings)).await?.next().await? else {
+    let Reply::Set { now, later, restart, overridden } = answer(&daemon, &Request::Set(settings)).await?
+    else {
         bail!("the daemon answered something else than what it has set");
     };
     for name in overridden {
         note(&format!("`{name}` is set where the daemon was started, and wins over what is set here"));
     }
-    if restart {
-        note("the machine runs as it was started until `engine machine restart`");
-    }
+    now.iter().for_each(|sentence| note(sentence));
+    later_settings(&later, restart).iter().for_each(|sentence| note(sentence));
     Ok(())
+}
+
+/// What is said about settings that count from the machine's next start; `restart` when it runs.
+fn later_settings(later: &[LaterSetting], restart: bool) -> Vec<String> {
+    let how = if restart { ": it runs without until `engine machine restart`" } else { "" };
+    let (with_reason, plain): (Vec<_>, Vec<_>) = later.iter().partition(|setting| setting.why.is_some());
+    let mut sentences: Vec<String> = with_reason
+        .into_iter()
+        .filter_map(|LaterSetting { name, why }| {
+            Some(format!("{}; so `{name}` counts from the machine's next start{how}", why.as_ref()?))
+        })
+        .collect();
+    let names: Vec<String> = plain.iter().map(|setting| format!("`{}`", setting.name)).collect();
+    let count = if names.len() == 1 { "counts" } else { "count" };
+    if !names.is_empty() {
+        sentences.push(format!("{} {count} from the machine's next start{how}", names.join(" and ")));
+    }
+    sentences
 }
 
 /// `cpus=4 memory=8g disk=128g backend=kvm`.
@@ -246,6 +264,24 @@ mod tests {
             let error = read(&[word]).unwrap_err().to_string();
             assert!(error.contains(part), "{word}: {error}");
         }
+    }
+
+    #[test]
+    fn what_counts_later_is_said_with_how_to_have_it_now() {
+        let setting = |name: &str, why: Option<&str>| LaterSetting {
+            name: name.to_owned(),
+            why: why.map(str::to_owned),
+        };
+        let later = [setting("memory", None), setting("disk", Some("it is full")), setting("backend", None)];
+        assert_eq!(
+            later_settings(&later, true),
+            [
+                "it is full; so `disk` counts from the machine's next start: it runs without until `engine machine restart`",
+                "`memory` and `backend` count from the machine's next start: it runs without until `engine machine restart`",
+            ]
+        );
+        assert_eq!(later_settings(&later[..1], false), ["`memory` counts from the machine's next start"]);
+        assert!(later_settings(&[], true).is_empty());
     }
 
     #[test]

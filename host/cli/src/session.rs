@@ -92,6 +92,11 @@ impl Session {
 
 /// Asks for something that takes a while and shows what is waited for.
 pub(crate) async fn watch(daemon: &Daemon, request: &Request) -> Result<()> {
+    answer(daemon, request).await.map(drop)
+}
+
+/// The same for something whose answer matters.
+pub(crate) async fn answer(daemon: &Daemon, request: &Request) -> Result<Reply> {
     let mut replies = daemon.ask(request).await?;
     let mut steps = Steps::new();
     let mut tick = tokio::time::interval(Duration::from_millis(200));
@@ -99,7 +104,7 @@ pub(crate) async fn watch(daemon: &Daemon, request: &Request) -> Result<()> {
         tokio::select! {
             reply = replies.next() => match reply {
                 Ok(Reply::Progress { text }) => steps.begin(&text),
-                Ok(_) => break Ok(()),
+                Ok(reply) => break Ok(reply),
                 Err(error) => break Err(error),
             },
             _ = tick.tick() => steps.tick(),

@@ -2,12 +2,13 @@
 
 use crate::bounded_log::BoundedLog;
 use crate::image::VmImage;
+use crate::live::{self, Taken};
 use crate::settings::{HostSize, Settings, VARIABLES};
 use crate::state_dir::StateDir;
 use crate::supervisor::{Handle, MACHINE};
 use host_api::{
-    BackendChoice, GuestStatus, LogSource, MachineInfo, MachineSettings, MachineState, Reply, Request,
-    VERSION,
+    BackendChoice, GuestStatus, LaterSetting, LogSource, MachineInfo, MachineSettings, MachineState, Reply,
+    Request, VERSION,
 };
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
@@ -15,7 +16,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncSeekExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::watch;
+use tokio::sync::{Mutex, watch};
 use tracing::{debug, warn};
 
 /// The longest request line.
@@ -32,6 +33,8 @@ pub(crate) struct Control {
     pub(crate) state_dir: Arc<StateDir>,
     pub(crate) supervisor: Handle,
     pub(crate) image_dir: PathBuf,
+    /// Held while settings are changed: one change is several steps.
+    pub(crate) changing: Arc<Mutex<()>>,
     /// Set to true to end the daemon.
     pub(crate) end: watch::Sender<bool>,
 }
@@ -120,7 +123,7 @@ impl Control {
             }
             Request::Status => Ok(Reply::Status(self.supervisor.status().borrow().clone())),
             Request::Info => Ok(Reply::Info(Box::new(self.info().await?))),
-            Request::Set(changes) => self.set(&changes),
+            Request::Set(changes) => self.set(&changes, client).await,
             Request::Logs { source, follow } => {
                 self.logs(source, follow, client)
                     .await
@@ -166,22 +169,63 @@ impl Control {
         Ok(self.supervisor.stop().await?)
     }
 
-    fn set(&self, changes: &MachineSettings) -> Result<Reply, Refusal> {
-        let disk_bytes =
-            std::fs::metadata(self.state_dir.home().machine_disk(MACHINE)).map_or(0, |disk| disk.len());
-        Settings::change(&self.state_dir.home().settings(), changes, HostSize::read(), disk_bytes)?;
-        let set = [
-            changes.cpus.is_some(),
-            changes.memory_mib.is_some(),
-            changes.disk_gib.is_some(),
-            changes.backend.is_some(),
-        ];
-        let overridden =
-            VARIABLES.iter().zip(set).filter(|(name, set)| *set && std::env::var_os(name).is_some());
-        Ok(Reply::Set {
-            restart: !matches!(self.supervisor.status().borrow().state, MachineState::Stopped { .. }),
-            overridden: overridden.map(|(name, _)| (*name).to_owned()).collect(),
-        })
+    /// Changes the settings, and has the running machine take on what it can. Nothing is kept of what it refuses.
+    async fn set(&self, changes: &MachineSettings, client: &mut Client) -> Result<Reply, Refusal> {
+        let _turn = self.changing.lock().await;
+        let home = self.state_dir.home();
+        let disk = home.machine_disk(MACHINE);
+        let disk_bytes = std::fs::metadata(&disk).map_or(0, |disk| disk.len());
+        let change = Settings::prepare(&home.settings(), changes, HostSize::read(), disk_bytes)?;
+        let [cpus_variable, memory_variable, disk_variable, backend_variable] = VARIABLES;
+        let wins = |variable: &str| std::env::var_os(variable).is_some();
+        let running = matches!(self.supervisor.status().borrow().state, MachineState::Running { .. });
+        let at_once = |variable| running && !wins(variable);
+
+        let disk_gib = changes.disk_gib.filter(|_| at_once(disk_variable));
+        if disk_gib.is_some() {
+            // Whoever asked may have gone; what was asked is done all the same.
+            let _gone = client.send(&Reply::Progress { text: "making the disk larger".to_owned() }).await;
+        }
+        let grown = match disk_gib {
+            Some(gib) => live::grow_disk(&self.supervisor, gib).await.map_err(|message| Refusal {
+                message,
+                hint: Some(format!(
+                    "nothing was changed: neither the file system of `{}` nor the limits of this user (`ulimit -f`) \
+                     may stand against a file of that size",
+                    disk.display()
+                )),
+            })?,
+            None => Ok(()),
+        };
+        change.keep()?;
+        let disk = match (disk_gib, grown) {
+            (Some(gib), Ok(())) => Some(live::use_disk(&self.supervisor, gib).await),
+            (Some(_), Err(unknown)) => Some(Taken::Later(unknown)),
+            (None, _) => None,
+        };
+        let cpus = match changes.cpus.filter(|_| at_once(cpus_variable)) {
+            Some(count) => Some(live::use_processors(&self.supervisor, count).await),
+            None => None,
+        };
+
+        let (mut now, mut later, mut overridden) = (Vec::new(), Vec::new(), Vec::new());
+        for (name, set, variable, taken) in [
+            ("cpus", changes.cpus.is_some(), cpus_variable, cpus),
+            ("memory", changes.memory_mib.is_some(), memory_variable, None),
+            ("disk", changes.disk_gib.is_some(), disk_variable, disk),
+            ("backend", changes.backend.is_some(), backend_variable, None),
+        ] {
+            let name = name.to_owned();
+            match taken {
+                _ if !set => {}
+                _ if wins(variable) => overridden.push(variable.to_owned()),
+                Some(Taken::Now(sentence)) => now.push(sentence),
+                Some(Taken::Later(why)) => later.push(LaterSetting { name, why: Some(why) }),
+                None => later.push(LaterSetting { name, why: None }),
+            }
+        }
+        let restart = !matches!(self.supervisor.status().borrow().state, MachineState::Stopped { .. });
+        Ok(Reply::Set { now, later, restart, overridden })
     }
 
     async fn info(&self) -> Result<MachineInfo, Refusal> {

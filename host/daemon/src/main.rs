@@ -10,6 +10,7 @@ mod gate;
 mod image;
 mod leases;
 mod lifecycle;
+mod live;
 mod session;
 mod settings;
 mod shares;
@@ -91,8 +92,13 @@ fn run(detached: bool) -> Result<()> {
         let sockets = listener(state_dir.bind_control()?)?;
         let (supervisor, handle) = Supervisor::new(Arc::clone(&state_dir), programs, image_dir.clone());
         let (end, mut ended) = watch::channel(false);
-        let control =
-            Control { state_dir: Arc::clone(&state_dir), supervisor: handle.clone(), image_dir, end };
+        let control = Control {
+            state_dir: Arc::clone(&state_dir),
+            supervisor: handle.clone(),
+            image_dir,
+            changing: Arc::default(),
+            end,
+        };
         let tasks = [
             tokio::spawn(supervisor.run()),
             tokio::spawn(gate::serve(docker, handle.clone())),

@@ -137,15 +137,15 @@ impl Settings {
             .with_context(|| format!("cannot use the settings in `{}`", file.display()))
     }
 
-    /// Writes `changes` into `file`, whose comments and other settings stay, and returns what holds then. A machine that
-    /// cannot be, or a disk smaller than `disk_bytes`, is refused and nothing written. `environment` is not asked: what
-    /// it says may be gone tomorrow.
-    pub(crate) fn change(
+    /// Writes `file` with `changes` in it, comments and other settings staying, beside it, to be kept or not. A machine
+    /// that cannot be, or a disk smaller than `disk_bytes`, is refused and nothing written. The environment is not asked:
+    /// what it says may be gone tomorrow.
+    pub(crate) fn prepare(
         file: &Path,
         changes: &MachineSettings,
         host: HostSize,
         disk_bytes: u64,
-    ) -> Result<Self> {
+    ) -> Result<Change> {
         let text = changed(&read(file)?, changes)
             .with_context(|| format!("cannot change the settings in `{}`", file.display()))?;
         let settings = Self::resolve(&text, |_| None, host)?;
@@ -157,11 +157,10 @@ impl Settings {
                 disk_bytes >> 30
             );
         }
-        let written = file.with_extension("toml.new");
-        std::fs::write(&written, text)
-            .and_then(|()| std::fs::rename(&written, file))
-            .with_context(|| format!("cannot write `{}`", file.display()))?;
-        Ok(settings)
+        let change = Change { file: file.to_owned(), written: file.with_extension("toml.new"), settings };
+        std::fs::write(&change.written, text)
+            .with_context(|| format!("cannot write `{}`", change.written.display()))?;
+        Ok(change)
     }
 
     fn resolve(text: &str, environment: impl Fn(&str) -> Option<String>, host: HostSize) -> Result<Self> {
@@ -197,6 +196,29 @@ impl Settings {
             backend,
             shares: file.shares,
         })
+    }
+}
+
+/// Settings that are written but do not hold yet. Dropped, they never will.
+pub(crate) struct Change {
+    file: PathBuf,
+    written: PathBuf,
+    settings: Settings,
+}
+
+impl Change {
+    /// Makes them hold; returns them.
+    pub(crate) fn keep(self) -> Result<Settings> {
+        std::fs::rename(&self.written, &self.file)
+            .with_context(|| format!("cannot write `{}`", self.file.display()))?;
+        Ok(self.settings.clone())
+    }
+}
+
+impl Drop for Change {
+    fn drop(&mut self) {
+        // Not there when they were kept.
+        let _kept = std::fs::remove_file(&self.written);
     }
 }
 
@@ -324,8 +346,9 @@ mod tests {
     fn what_is_set_is_kept_and_the_rest_stays() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("settings.toml");
-        let change =
-            |changes: MachineSettings, disk_bytes| Settings::change(&file, &changes, HOST, disk_bytes);
+        let change = |changes: MachineSettings, disk_bytes| {
+            Settings::prepare(&file, &changes, HOST, disk_bytes).and_then(Change::keep)
+        };
         let settings = change(MachineSettings { cpus: Some(3), ..Default::default() }, 0).unwrap();
         assert_eq!((settings.cpus, settings.disk_gib), (3, 64));
         assert_eq!(std::fs::read_to_string(&file).unwrap(), "version = 1\n\n[machine]\ncpus = 3\n");
@@ -358,13 +381,33 @@ mod tests {
             (MachineSettings { backend: Some("xen".into()), ..Default::default() }, "xen"),
         ];
         for (changes, part) in mistakes {
-            let error = format!("{:#}", Settings::change(&file, &changes, HOST, 64 << 30).unwrap_err());
+            let prepared = Settings::prepare(&file, &changes, HOST, 64 << 30);
+            let error = format!("{:#}", prepared.err().expect("it cannot be set"));
             assert!(error.contains(part), "{error}");
             assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
         }
         std::fs::write(&file, "machine = 3").unwrap();
-        let error = Settings::change(&file, &MachineSettings::default(), HOST, 0).unwrap_err();
+        let Err(error) = Settings::prepare(&file, &MachineSettings::default(), HOST, 0) else {
+            panic!("there is no place for it")
+        };
         assert!(format!("{error:#}").contains("`machine` is not a section"), "{error:#}");
+    }
+
+    #[test]
+    fn what_is_prepared_and_not_kept_is_forgotten() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("settings.toml");
+        let prepare = |disk_gib| {
+            let changes = MachineSettings { disk_gib: Some(disk_gib), ..Default::default() };
+            Settings::prepare(&file, &changes, HOST, 0).unwrap()
+        };
+        drop(prepare(100));
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+        assert_eq!(prepare(200).keep().unwrap().disk_gib, 200);
+        let change = prepare(300);
+        assert!(std::fs::read_to_string(&file).unwrap().contains("disk_gib = 200"));
+        drop(change);
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
     }
 
     #[test]

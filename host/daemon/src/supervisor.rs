@@ -13,11 +13,13 @@ use crate::shares::Shares;
 use crate::state_dir::StateDir;
 use crate::vmm_process::{Report, VmmProcess};
 use anyhow::{Context, Result};
-use guest_protocol::{EngineSettings, EngineState, Failure, GuestInfo, Notice, port, share};
+use guest_protocol::{
+    EngineSettings, EngineState, Failure, FailureKind, GuestInfo, Notice, Request, Response, port, share,
+};
 use host_api::{BackendChoice, MachineState, MachineStatus};
 use host_vmm::control::{Command, Event, StopReason};
 use host_vmm::{DiskSpec, MachineSpec, NetworkSpec, ShareSpec, Usage};
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::OwnedFd;
@@ -43,6 +45,9 @@ const QUEUE_LENGTH_MAX: usize = 1024;
 /// How long the guest may take for its figures.
 const INFO_TIME_MAX: Duration = Duration::from_secs(5);
 
+/// How long the VM process may take to make the disk's file larger, which is one call.
+const GROW_TIME_MAX: Duration = Duration::from_secs(30);
+
 /// Asks the supervisor. Cheap to clone.
 #[derive(Clone)]
 pub(crate) struct Handle {
@@ -58,7 +63,8 @@ enum Message {
         port: u32,
         fd: OwnedFd,
     },
-    GuestInfo(oneshot::Sender<Result<GuestInfo, Failure>>),
+    Guest(Request, session::Reply),
+    GrowDisk(u64, oneshot::Sender<Result<(), String>>),
     Usage(oneshot::Sender<Usage>),
     Backend(oneshot::Sender<Option<BackendChoice>>),
     /// From the VM process of that generation.
@@ -93,15 +99,27 @@ impl Handle {
 
     /// The guest's own figures; `None` when it does not run or does not answer in time.
     pub(crate) async fn guest_info(&self) -> Option<GuestInfo> {
-        let answer = tokio::time::timeout(INFO_TIME_MAX, self.ask(Message::GuestInfo)).await;
-        match answer {
-            Ok(Ok(Ok(guest))) => Some(guest),
-            Ok(Ok(Err(failure))) => {
-                debug!(%failure, "the guest gives no figures");
+        match tokio::time::timeout(INFO_TIME_MAX, self.ask_guest(Request::Info)).await {
+            Ok(Ok(Response::Info(guest))) => Some(guest),
+            answer => {
+                debug!(?answer, "the guest gives no figures");
                 None
             }
-            Ok(Err(_)) | Err(_) => None,
         }
+    }
+
+    /// Asks the guest's agent; the session bounds how long that takes.
+    pub(crate) async fn ask_guest(&self, request: Request) -> Result<Response, Failure> {
+        let gone = |_| Failure::new(FailureKind::Closed, "there is no session with the machine");
+        self.ask(|reply| Message::Guest(request, reply)).await.map_err(gone).flatten()
+    }
+
+    /// Makes the disk of the running machine larger, which its guest's kernel is told. `Ok(Err)` is why the disk is as
+    /// large as it was; with `Err` nobody knows: the machine has ended, or its process does not answer.
+    pub(crate) async fn grow_disk(&self, size_bytes: u64) -> Result<Result<(), String>, String> {
+        let asked = self.ask(|reply| Message::GrowDisk(size_bytes, reply));
+        let silent = || format!("the VM process did not answer within {} s", GROW_TIME_MAX.as_secs());
+        tokio::time::timeout(GROW_TIME_MAX, asked).await.unwrap_or_else(|_| Err(silent()))
     }
 
     /// What the machine uses; `None` when it does not run or the VM process does not answer in time.
@@ -148,6 +166,8 @@ pub(crate) struct Supervisor {
     shares: Arc<Shares>,
     /// Who waits for the VM process to tell what the machine uses.
     measurements: Vec<oneshot::Sender<Usage>>,
+    /// Who waits for the VM process to make the disk larger, in the order of asking.
+    growths: VecDeque<oneshot::Sender<Result<(), String>>>,
     session: Option<mpsc::Sender<Ask>>,
     /// What the engine in the running machine is told.
     engine_settings: Option<EngineSettings>,
@@ -179,6 +199,7 @@ impl Supervisor {
             leases: None,
             shares: Arc::default(),
             measurements: Vec::new(),
+            growths: VecDeque::new(),
             session: None,
             engine_settings: None,
             requests,
@@ -219,11 +240,17 @@ impl Supervisor {
                 Some(vmm) => vmm.send(Command::Connect { port, header: None }, Some(fd)),
                 None => debug!(port, "a connection was dropped: the machine is gone"),
             },
-            Message::GuestInfo(reply) => match &self.session {
+            Message::Guest(request, reply) => match &self.session {
                 // A full queue drops the reply, which its asker takes for no answer.
-                Some(session) => drop(session.try_send(Ask::Info(reply))),
+                Some(session) => drop(session.try_send(Ask::Request(request, reply))),
                 None => drop(reply),
             },
+            Message::GrowDisk(size_bytes, reply) => {
+                if let Some(vmm) = &self.vmm {
+                    vmm.send(Command::GrowDisk { size_bytes }, None);
+                    self.growths.push_back(reply);
+                }
+            }
             Message::Usage(reply) => {
                 if let Some(vmm) = &self.vmm {
                     vmm.send(Command::Measure, None);
@@ -399,12 +426,15 @@ impl Supervisor {
                     }
                 }
             }
+            Report::Event(Event::DiskGrown { .. }, _) => self.grown(Ok(())),
+            Report::Event(Event::DiskRefused { message }, _) => self.grown(Err(message)),
             Report::Event(Event::Stopped { reason }, _) => self.stop_reason = Some(reason),
             Report::Gone(status) => {
                 self.vmm = None;
                 self.session = None;
                 self.backend = None;
                 self.measurements.clear();
+                self.growths.clear();
                 if let Some(leases) = self.leases.take() {
                     tokio::spawn(async move { leases.release_all().await });
                 }
@@ -418,6 +448,14 @@ impl Supervisor {
                 };
                 self.handle(Input::VmmExited(Some(reason)));
             }
+        }
+    }
+
+    fn grown(&mut self, outcome: Result<(), String>) {
+        if let Some(reply) = self.growths.pop_front()
+            && reply.send(outcome).is_err()
+        {
+            debug!("who asked for a larger disk has given up");
         }
     }
 
