@@ -41,6 +41,14 @@ impl Cgroup {
         }
     }
 
+    /// Keeps all of the group's memory out of swap, where version 2 counts that by itself.
+    pub fn forbid_swap(&self) -> Result<(), CgroupError> {
+        match self.holding("memory.swap.max") {
+            Some(_) => self.write("memory.swap.max", "0"),
+            None => Ok(()),
+        }
+    }
+
     fn update_memory(&self, memory: &LinuxMemory) -> Result<(), CgroupError> {
         let (limit, swap) = (nonzero(memory.limit()), nonzero(memory.swap()));
         if let Some(folder) = self.holding("memory.limit_in_bytes") {
@@ -268,6 +276,9 @@ mod tests {
         assert_eq!((text("memory.max"), text("memory.swap.max")), ("100".into(), "200".into()));
         assert_eq!((text("cpu.weight"), text("cpu.max")), ("100".into(), "70000".into()));
         assert_eq!(text("io.weight"), "default 10000");
+        fs::write(folder.join("memory.swap.max"), "").unwrap();
+        group.forbid_swap().unwrap();
+        assert_eq!(text("memory.swap.max"), "0");
         let failure =
             group.update(&resources(serde_json::json!({"cpu": {"realtimePeriod": 5}}))).unwrap_err();
         assert!(failure.to_string().contains("cpu.rt_period_us"), "{failure}");

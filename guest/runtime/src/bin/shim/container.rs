@@ -519,6 +519,10 @@ fn complete(spec: &Spec, cgroup: &Cgroup, pid: i32) -> Result<(), RuntimeError> 
     if memory.is_some_and(|memory| memory.disable_oom_killer() == Some(true)) {
         cgroup.disable_oom_killer()?;
     }
+    // libcontainer takes a limit of no swap for none at all.
+    if memory.is_some_and(|memory| memory.limit() > Some(0) && memory.limit() == memory.swap()) {
+        cgroup.forbid_swap()?;
+    }
     let devices = resources.and_then(|resources| resources.devices().as_ref());
     if let (Some(folder), Some(rules)) = (cgroup.pure_unified(), devices) {
         let rules: Vec<_> = rules.iter().cloned().chain(defaults::device_rules().split_off(1)).collect();
