@@ -2,10 +2,11 @@
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
-use tests_harness::{Engine, Finished, IMAGE, Timed, wait_until};
+use tests_harness::{Engine, Finished, IMAGE, Stage, Timed, wait_until};
 
 crate::scenarios![
     limits_hold_and_can_be_changed_while_it_runs,
+    memory_beyond_a_limit_is_swapped_as_far_as_allowed,
     senseless_settings_are_refused_and_leave_nothing,
     devices_of_the_host_are_made_and_guarded,
     namespaces_of_another_container_are_joined,
@@ -78,6 +79,29 @@ fn limits_hold_and_can_be_changed_while_it_runs(engine: &Engine) -> Result<()> {
     );
     ensure!(host["RestartPolicy"]["Name"] == "unless-stopped", "{host}");
     docker(engine, &["rm", "-f", "limited"])?.ok().map(drop)
+}
+
+fn memory_beyond_a_limit_is_swapped_as_far_as_allowed(engine: &Engine) -> Result<()> {
+    if engine.stage == Stage::Native {
+        // It would be this computer's swap, of which tests know nothing.
+        return Ok(());
+    }
+    let said = docker(engine, &["info", "--format", "{{.SwapLimit}}"])?.ok()?;
+    ensure!(said == "true", "SwapLimit: {said}");
+    let swap = |options: &[&str]| inside(engine, options, "cat /sys/fs/cgroup/memory.swap.max");
+    for (options, expected) in [
+        (&["-m", "64m"][..], "67108864"),
+        (&["-m", "64m", "--memory-swap", "64m"], "0"),
+        (&["-m", "64m", "--memory-swap", "-1"], "max"),
+    ] {
+        let said = swap(options)?;
+        ensure!(said == expected, "{options:?}: {said}");
+    }
+    // One buffer, filled once and emptied once.
+    let held = "dd if=/dev/zero bs=64M count=1 2>/dev/null | wc -c";
+    let said = inside(engine, &["-m", "32m", "--memory-swap", "256m"], held)?;
+    ensure!(said == "67108864", "{said}");
+    Ok(())
 }
 
 fn senseless_settings_are_refused_and_leave_nothing(engine: &Engine) -> Result<()> {

@@ -22,6 +22,10 @@ const SETTINGS: &[(&str, &str)] = &[
     // Each processor may keep an eighth of all memory as single free pages, which an idle processor never hands back: they
     // are not reported to the host, and blocks they belong to are not either. A thousandth serves as well.
     ("vm/percpu_pagelist_high_fraction", "1000"),
+    // Swap is memory, made smaller: taking a page back from it costs about what reading one of a file does.
+    ("vm/swappiness", "100"),
+    // It has no head to move: reading ahead is in vain.
+    ("vm/page-cluster", "0"),
     // Elasticsearch and others refuse to start below this.
     ("vm/max_map_count", "262144"),
     // File watchers of many containers share the root user's budget.

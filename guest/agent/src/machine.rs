@@ -25,6 +25,11 @@ pub fn uptime_ms() -> u64 {
     u64::try_from(uptime().as_millis()).unwrap_or(u64::MAX)
 }
 
+/// Memory that the kernel manages; zero if it does not tell.
+pub fn memory_bytes() -> u64 {
+    meminfo_bytes(&fs::read_to_string("/proc/meminfo").unwrap_or_default(), "MemTotal")
+}
+
 /// Everything the host may ask.
 pub fn gather(engine: EngineState) -> GuestInfo {
     let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();

@@ -27,14 +27,16 @@ mod process;
 mod processors;
 mod session;
 mod status;
+mod swap;
 #[expect(unsafe_code, reason = "the one place for calls without a safe wrapper")]
 mod sys;
 
 use std::process::ExitCode;
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use guest_protocol::EngineState;
 use rustix::system::RebootCommand;
 use tokio::sync::watch;
 use tokio::task::{LocalSet, spawn_blocking, spawn_local};
@@ -45,7 +47,7 @@ use log::Log;
 use modules::Modules;
 use power::{Haste, PowerSwitch};
 use process::Processes;
-use status::{Fault, Publisher};
+use status::{Fault, Publisher, Status};
 
 /// How long the engine waits for the network before it is started without. It would only fail to pull.
 const NETWORK_TIMEOUT: Duration = Duration::from_secs(3);
@@ -178,6 +180,7 @@ async fn bring_up(
     if !quiet.is_zero() {
         keep("letting go of caches", idle::keep(quiet));
     }
+    spawn_local(turn_swap_on(supervisor.status.watch()));
     spawn_local(supervisor.log.clone().ship());
     let mut told = settings.subscribe();
     let processes = supervisor.processes.clone();
@@ -219,6 +222,22 @@ async fn bring_up(
         }
     }
     Ok(())
+}
+
+/// Turns swap on once the engine answers, which need not wait for it. A machine without is short of memory sooner, and no more than
+/// that.
+async fn turn_swap_on(mut status: watch::Receiver<Status>) {
+    if status.wait_for(|status| status.engine == EngineState::Ready).await.is_err() {
+        return;
+    }
+    let began = Instant::now();
+    match spawn_blocking(swap::turn_on).await {
+        Ok(Ok(swap::Swap { bytes, memory_bytes })) => {
+            info!(bytes, memory_bytes, took = ?began.elapsed(), "compressed swap turned on");
+        }
+        Ok(Err(error)) => warn!("the machine has no swap: {error:#}"),
+        Err(cut) => error!("turning swap on was cut off: {cut}"),
+    }
 }
 
 /// Runs a task for as long as the machine does. Its failure is worth a line, not the machine.

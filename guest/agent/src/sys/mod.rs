@@ -1,5 +1,6 @@
 //! The few calls for which no safe wrapper exists. All `unsafe` of the agent is here.
 
+use std::ffi::CStr;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::process::CommandExt;
@@ -27,6 +28,17 @@ pub fn register_file(file: File, interest: Interest) -> io::Result<AsyncFd<File>
     // SAFETY: the file owns its descriptor, gives the same one at every call, and is closed only when the result, which owns
     // it, is dropped.
     unsafe { AsyncFd::register_with_interest(file, interest) }.map_err(Into::into)
+}
+
+/// Starts swapping to a block device with a swap header. It is told at once which pages of it are free again.
+pub fn swap_on(device: &CStr) -> io::Result<()> {
+    // Linux include/uapi/linux/swap.h: SWAP_FLAG_DISCARD, and of its two kinds the one as pages become free.
+    const FLAGS: libc::c_int = 0x10000 | 0x40000;
+    // SAFETY: swapon reads a path that ends with a NUL and lives for the call, and touches no other memory of ours.
+    match unsafe { libc::swapon(device.as_ptr(), FLAGS) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// Makes the command's process join a cgroup before it runs the program, so that nothing it starts is outside.
