@@ -6,11 +6,12 @@ use guest_runtime::cgroup::Support;
 use guest_runtime::defaults;
 use oci_spec::runtime::{Capabilities, Capability};
 
-/// Looked up once: none of it changes while the engine runs.
-#[derive(Clone, Debug, Default)]
+/// Looked up once, but for the processors: nothing else changes while the engine runs.
+#[derive(Clone, Debug)]
 pub struct Capacity {
     pub support: Support,
-    pub processors: u32,
+    /// Tells how many there are now: a machine has some of its own turned off and on.
+    pub processors: fn() -> u32,
     /// Capabilities this process can give away.
     pub grantable: Capabilities,
     /// Name of this host, for containers that share its network.
@@ -19,10 +20,12 @@ pub struct Capacity {
 
 impl Capacity {
     pub fn detect() -> io::Result<Self> {
-        let processors = std::thread::available_parallelism()?.get();
         Ok(Self {
             support: Support::detect()?,
-            processors: u32::try_from(processors).unwrap_or(u32::MAX),
+            processors: || {
+                let count = std::thread::available_parallelism().map_or(1, usize::from);
+                u32::try_from(count).unwrap_or(u32::MAX)
+            },
             grantable: defaults::grantable()?,
             host_name: rustix::system::uname().nodename().to_string_lossy().into_owned(),
         })
@@ -67,7 +70,7 @@ pub mod tests {
         };
         Capacity {
             support,
-            processors: 2,
+            processors: || 2,
             grantable: defaults::all_capabilities(),
             host_name: "machine".to_owned(),
         }

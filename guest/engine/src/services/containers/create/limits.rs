@@ -144,7 +144,7 @@ fn processors(host: &mut HostConfig, capacity: &Capacity, warnings: &mut Vec<Str
             "NanoCPUs can not be set, as your kernel does not support CPU CFS scheduler or the cgroup is not mounted",
         );
     }
-    let count = capacity.processors;
+    let count = (capacity.processors)();
     if host.nano_cpus != 0 && !(0..=i64::from(count) * NANO).contains(&host.nano_cpus) {
         return refuse(format!(
             "range of CPUs is from 0.01 to {count}.00, as there are only {count} CPUs available"
