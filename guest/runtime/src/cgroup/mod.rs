@@ -78,6 +78,14 @@ struct Hierarchy {
     unified: bool,
 }
 
+impl Hierarchy {
+    /// Whether its controllers are shared out to the groups below.
+    fn is_shared_out(&self) -> bool {
+        fs::read_to_string(self.root.join("cgroup.subtree_control"))
+            .is_ok_and(|shared| !shared.trim().is_empty())
+    }
+}
+
 /// One group, in every hierarchy.
 #[derive(Debug, Clone)]
 pub struct Cgroup {
@@ -127,9 +135,20 @@ impl Cgroup {
     }
 
     /// Open files, one a hierarchy: a process that writes `0` into each has joined the group.
-    pub fn doors(&self) -> io::Result<Vec<fs::File>> {
-        let open =
-            |folder: &Hierarchy| fs::OpenOptions::new().write(true).open(folder.root.join("cgroup.procs"));
+    ///
+    /// An init system such as systemd moves into a group below and shares the controllers out to groups like that. Version 2
+    /// then has no processes in the group itself (Linux `Documentation/admin-guide/cgroup-v2.rst`, "No Internal Process
+    /// Constraint"), and the door is that of the first process's own group. `of_init` is that process's `/proc/PID/cgroup`.
+    pub fn doors(&self, of_init: &str) -> io::Result<Vec<fs::File>> {
+        let of_init = of_init.lines().find_map(|line| line.strip_prefix("0::")).map(Path::new);
+        let below = of_init.and_then(|path| path.strip_prefix(&self.path).ok());
+        let open = |folder: &Hierarchy| {
+            let group = match below {
+                Some(below) if folder.unified && folder.is_shared_out() => folder.root.join(below),
+                _ => folder.root.clone(),
+            };
+            fs::OpenOptions::new().write(true).open(group.join("cgroup.procs"))
+        };
         self.existing().map(open).collect()
     }
 
@@ -353,6 +372,43 @@ mod tests {
         assert!(!group.exists());
         assert_eq!(group.oom_kills(), 0);
         assert!(matches!(group.freeze(true), Err(CgroupError::NoFreezer { .. })));
+    }
+
+    #[test]
+    fn an_init_system_that_shares_out_is_joined_where_it_is() {
+        let folder = tempfile::tempdir().unwrap();
+        let (first, second) = (folder.path().join("one"), folder.path().join("two"));
+        for group in [&first, &second] {
+            fs::create_dir_all(group.join("init.scope")).unwrap();
+            fs::write(group.join("cgroup.procs"), "").unwrap();
+            fs::write(group.join("init.scope/cgroup.procs"), "").unwrap();
+        }
+        let folders = [(&first, false), (&second, true)]
+            .map(|(root, unified)| Hierarchy { root: root.clone(), unified })
+            .to_vec();
+        let group = Cgroup { path: "/engine/a".into(), folders };
+        let joined = |of_init: &str| {
+            for mut door in group.doors(of_init).unwrap() {
+                io::Write::write_all(&mut door, b"0").unwrap();
+            }
+            let files = [&first, &second]
+                .map(|group| [group.join("cgroup.procs"), group.join("init.scope/cgroup.procs")]);
+            files
+                .as_flattened()
+                .iter()
+                .map(|file| fs::read_to_string(file).unwrap().len())
+                .collect::<Vec<_>>()
+        };
+        let of_init = "5:cpu:/engine/a/init.scope\n0::/engine/a/init.scope\n";
+        assert_eq!(joined(of_init), [1, 0, 1, 0], "nothing is shared out");
+        fs::write(second.join("cgroup.subtree_control"), "cpu memory\n").unwrap();
+        fs::write(second.join("cgroup.procs"), "").unwrap();
+        assert_eq!(joined(of_init), [1, 0, 0, 1], "version 2 below, version 1 where it was");
+        for elsewhere in ["0::/engine/another\n", ""] {
+            fs::write(second.join("init.scope/cgroup.procs"), "").unwrap();
+            assert_eq!(joined(elsewhere), [1, 0, 1, 0], "{elsewhere}");
+            fs::write(second.join("cgroup.procs"), "").unwrap();
+        }
     }
 
     #[test]

@@ -48,7 +48,9 @@ pub struct Entry<'a> {
 impl Entry<'_> {
     /// Forks the child. What fails in it is told by `report`.
     pub fn fork(&self, ends: Ends, report: Report) -> io::Result<i32> {
-        let groups = self.cgroup.doors()?;
+        // That the container is gone is found below.
+        let of_init = fs::read_to_string(format!("/proc/{}/cgroup", self.init)).unwrap_or_default();
+        let groups = self.cgroup.doors(&of_init)?;
         let init = Pid::from_raw(self.init).ok_or(io::ErrorKind::NotFound)?;
         let init = pidfd_open(init, PidfdFlags::empty())?;
         let namespace = |path: String| OpenOptions::new().read(true).custom_flags(libc_cloexec()).open(path);
