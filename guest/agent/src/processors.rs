@@ -41,10 +41,8 @@ fn use_first_in(folder: &Path, count: u32) -> Result<Count> {
     let wanted = usize::try_from(count)?;
     let processors = processors(folder)?;
     // Those that come before those that go: what runs has somewhere to go to.
-    for (index, processor) in processors.iter().enumerate() {
-        if index < wanted {
-            processor.switch(true)?;
-        }
+    for processor in processors.iter().take(wanted) {
+        processor.switch(true)?;
     }
     for processor in processors.iter().skip(wanted) {
         processor.switch(false)?;
