@@ -387,27 +387,25 @@ mod tests {
             .map(|(root, unified)| Hierarchy { root: root.clone(), unified })
             .to_vec();
         let group = Cgroup { path: "/engine/a".into(), folders };
+        let files = [&first, &second]
+            .map(|group| [group.join("cgroup.procs"), group.join("init.scope/cgroup.procs")]);
         let joined = |of_init: &str| {
             for mut door in group.doors(of_init).unwrap() {
                 io::Write::write_all(&mut door, b"0").unwrap();
             }
-            let files = [&first, &second]
-                .map(|group| [group.join("cgroup.procs"), group.join("init.scope/cgroup.procs")]);
-            files
-                .as_flattened()
-                .iter()
-                .map(|file| fs::read_to_string(file).unwrap().len())
-                .collect::<Vec<_>>()
+            let entered = files.as_flattened().iter().map(|file| {
+                let count = fs::read_to_string(file).unwrap().len();
+                fs::write(file, "").unwrap();
+                count
+            });
+            entered.collect::<Vec<_>>()
         };
         let of_init = "5:cpu:/engine/a/init.scope\n0::/engine/a/init.scope\n";
         assert_eq!(joined(of_init), [1, 0, 1, 0], "nothing is shared out");
         fs::write(second.join("cgroup.subtree_control"), "cpu memory\n").unwrap();
-        fs::write(second.join("cgroup.procs"), "").unwrap();
         assert_eq!(joined(of_init), [1, 0, 0, 1], "version 2 below, version 1 where it was");
         for elsewhere in ["0::/engine/another\n", ""] {
-            fs::write(second.join("init.scope/cgroup.procs"), "").unwrap();
             assert_eq!(joined(elsewhere), [1, 0, 1, 0], "{elsewhere}");
-            fs::write(second.join("cgroup.procs"), "").unwrap();
         }
     }
 
