@@ -4,6 +4,8 @@
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::PathBuf;
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use tests_harness::{Engine, wait_until};
@@ -90,13 +92,15 @@ fn a_watcher_inside_hears_of_changes_outside(engine: &Engine) -> Result<()> {
 }
 
 fn a_storm_of_changes_ends_with_what_there_is(engine: &Engine) -> Result<()> {
-    const FILES: usize = 60;
+    const FILES: u64 = 200;
     let folder = folder(engine, "storm")?;
     play(engine, &["-d", "--name", "storm"], &folder, &[WATCH, "/app"])?;
     hears(engine, "storm", &["READY"])?;
     for number in 0..FILES {
         fs::write(folder.join(format!("file-{number}")), number.to_string())?;
         if number % 2 == 0 {
+            // Some are gone before they are told of, some between that and the repeating of it.
+            thread::sleep(Duration::from_millis(number % 31));
             fs::remove_file(folder.join(format!("file-{number}")))?;
         }
     }

@@ -1,11 +1,12 @@
 //! What the guest's repeating thread asks: answered from what the guest knows, as if each change were still to come.
 //!
 //! Nothing it asks changes anything. It finds the names that the guest knows, whether or not they are still on the disk; one
-//! that is to appear is not there yet, and one that went without the guest's knowing is made up for it to remove.
+//! that is to appear is not there yet, and one that is gone by now is made up: the guest hears that it came and that it went.
 
 use std::ffi::{CStr, CString};
 use std::sync::atomic::Ordering;
 use std::sync::{MutexGuard, PoisonError};
+use std::time::Duration;
 
 use guest_protocol::changes::{self, Change, Kind, What};
 use rustix::fs::{AtFlags, FileType, Mode, OFlags};
@@ -83,7 +84,7 @@ impl Server {
                         Ok(attributes) => (attributes, node.export.spec.cache.attributes),
                         Err(error) => return Some(Err(error)),
                     },
-                    Err(_) => (self.made_up(number, FileType::RegularFile), std::time::Duration::ZERO),
+                    Err(_) => (self.made_up(number, FileType::RegularFile), Duration::ZERO),
                 };
                 let mut writer = Writer::default();
                 writer.attributes_for(&attributes, time);
@@ -145,12 +146,8 @@ impl Server {
             (Role::Appears | Role::Arrives, None) => Err(Errno::NOENT),
             (_, Some(number)) => self.known_entry(number),
             (Role::Vanishes { folder }, None) => {
-                let number = self.nodes.fresh();
                 let kind = if folder { FileType::Directory } else { FileType::RegularFile };
-                let mut writer = Writer::default();
-                let none = std::time::Duration::ZERO;
-                writer.entry(number, none, none, &self.made_up(number, kind));
-                Ok(writer.done())
+                Ok(self.made_up_entry(self.nodes.fresh(), kind))
             }
             (Role::Leaves { to }, None) => self.moved_entry((parent, name.0), &to),
             (Role::None, None) => {
@@ -168,10 +165,7 @@ impl Server {
         {
             return Ok(entry(&node, &attributes).done());
         }
-        let mut writer = Writer::default();
-        let none = std::time::Duration::ZERO;
-        writer.entry(number, none, none, &self.made_up(number, kind));
-        Ok(writer.done())
+        Ok(self.made_up_entry(number, kind))
     }
 
     /// A file that the guest did not know by its old name: it learns it, if it does not know it by the new one.
@@ -191,13 +185,27 @@ impl Server {
 
     /// What was made on the host is made in the guest: the guest learns it.
     fn make_repeated(&self, parent: u64, name: Name<'_>, kind: FileType) -> Result<Reply, Errno> {
-        let (node, attributes) = self.find(&*self.nodes.get(parent)?, name)?;
-        if node.kind != kind {
-            self.nodes.forget(node.number, 1);
-            return Err(Errno::EXIST);
-        }
+        let found = self.find(&*self.nodes.get(parent)?, name);
+        let appears = matches!(self.role(parent, name.0), Role::Appears);
+        let made = match found {
+            Ok((node, _)) if node.kind != kind => {
+                self.nodes.forget(node.number, 1);
+                return Err(Errno::EXIST);
+            }
+            Ok((node, attributes)) => entry(&node, &attributes).done(),
+            // It went since, which is told next.
+            Err(Errno::NOENT) if appears => self.made_up_entry(self.nodes.fresh(), kind),
+            Err(error) => return Err(error),
+        };
         self.repeating().at = None;
-        Ok(entry(&node, &attributes).done())
+        Ok(made)
+    }
+
+    /// A file that is not there, not to be remembered.
+    fn made_up_entry(&self, number: u64, kind: FileType) -> Reply {
+        let mut writer = Writer::default();
+        writer.entry(number, Duration::ZERO, Duration::ZERO, &self.made_up(number, kind));
+        writer.done()
     }
 
     /// What is told of a file that is not there.
@@ -228,7 +236,9 @@ impl Server {
             })
         };
         let (at, what) = match step {
-            Step::Appeared { at, touch } => (at.clone(), What::Appeared(self.kind_of(at)?, *touch)),
+            Step::Appeared { at, touch, folder } => {
+                (at.clone(), What::Appeared(self.kind_of(at, *folder)?, *touch))
+            }
             Step::Touched { at, touch } => (at.clone(), What::Touched(*touch)),
             Step::Vanished { at, folder } => (at.clone(), What::Vanished { folder: *folder }),
             Step::Renamed { from, to, folder } => {
@@ -240,9 +250,13 @@ impl Server {
         Some(Change { at: spot(at.0, &at.1)?, inode: inode.unwrap_or_default(), what })
     }
 
-    fn kind_of(&self, at: &Spot) -> Option<Kind> {
+    /// Of what is gone by now, only whether it was a folder is known.
+    fn kind_of(&self, at: &Spot, was_folder: bool) -> Option<Kind> {
         let folder = self.nodes.get(at.0).ok()?;
-        let stat = rustix::fs::statat(&folder.file, &*at.1, AtFlags::SYMLINK_NOFOLLOW).ok()?;
+        let stat = match rustix::fs::statat(&folder.file, &*at.1, AtFlags::SYMLINK_NOFOLLOW) {
+            Err(Errno::NOENT) => return Some(if was_folder { Kind::Folder } else { Kind::File }),
+            stat => stat.ok()?,
+        };
         match FileType::from_raw_mode(stat.st_mode) {
             FileType::RegularFile => Some(Kind::File),
             FileType::Directory => Some(Kind::Folder),

@@ -192,10 +192,11 @@ fn note(
     let modified = Touch { modified: true, ..Touch::default() };
     for at in spots {
         match happening {
-            Happening::Created => pending.appeared(at, Touch::default()),
             // A file that comes from elsewhere has something in it.
-            Happening::MovedTo(_) if folder => pending.appeared(at, Touch::default()),
-            Happening::MovedTo(_) => pending.appeared(at, Touch { closed: true, ..modified }),
+            Happening::MovedTo(_) if !folder => {
+                pending.appeared(at, Touch { closed: true, ..modified }, folder);
+            }
+            Happening::Created | Happening::MovedTo(_) => pending.appeared(at, Touch::default(), folder),
             Happening::Modified => pending.touched(at, modified),
             Happening::Attributes => pending.touched(at, attributes),
             Happening::Closed => pending.closed(at),

@@ -14,7 +14,7 @@ pub type Spot = (u64, CString);
 /// What happened.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Step {
-    Appeared { at: Spot, touch: Touch },
+    Appeared { at: Spot, touch: Touch, folder: bool },
     Touched { at: Spot, touch: Touch },
     Vanished { at: Spot, folder: bool },
     Renamed { from: Spot, to: Spot, folder: bool },
@@ -72,10 +72,12 @@ impl Pending {
         self.lost.insert(folder);
     }
 
-    pub fn appeared(&mut self, at: Spot, touch: Touch) {
+    pub fn appeared(&mut self, at: Spot, touch: Touch, folder: bool) {
         match self.last(&at) {
-            Some((_, Step::Appeared { touch: before, .. })) => *before = both(*before, touch),
-            _ => self.push(&at.clone(), Step::Appeared { at, touch }),
+            Some((_, Step::Appeared { touch: before, folder: kind, .. })) => {
+                (*before, *kind) = (both(*before, touch), folder);
+            }
+            _ => self.push(&at.clone(), Step::Appeared { at, touch, folder }),
         }
     }
 
@@ -158,7 +160,7 @@ impl Pending {
             if self.latest.get(at) == Some(&number) {
                 self.latest.remove(at);
             }
-            if let Step::Appeared { at, touch } | Step::Touched { at, touch } = &step {
+            if let Step::Appeared { at, touch, .. } | Step::Touched { at, touch } = &step {
                 if touch.closed {
                     self.written.remove(at);
                 } else if touch.modified {
@@ -199,14 +201,14 @@ mod tests {
     #[test]
     fn many_changes_of_one_file_are_one() {
         let mut pending = Pending::default();
-        pending.appeared(spot("a"), Touch::default());
+        pending.appeared(spot("a"), Touch::default(), false);
         for _ in 0..100 {
             pending.touched(spot("a"), MODIFIED);
             pending.touched(spot("b"), MODIFIED);
         }
         pending.closed(spot("a"));
         let expected = [
-            Step::Appeared { at: spot("a"), touch: WRITTEN },
+            Step::Appeared { at: spot("a"), touch: WRITTEN, folder: false },
             Step::Touched { at: spot("b"), touch: MODIFIED },
         ];
         assert_eq!(all(&mut pending), expected);
@@ -222,15 +224,15 @@ mod tests {
     #[test]
     fn what_came_and_went_is_not_told() {
         let mut pending = Pending::default();
-        pending.appeared(spot("a"), WRITTEN);
+        pending.appeared(spot("a"), WRITTEN, false);
         pending.vanished(spot("a"), false);
         assert!(pending.is_empty());
         pending.touched(spot("a"), MODIFIED);
         pending.vanished(spot("a"), false);
-        pending.appeared(spot("a"), Touch::default());
+        pending.appeared(spot("a"), Touch::default(), false);
         let expected = [
             Step::Vanished { at: spot("a"), folder: false },
-            Step::Appeared { at: spot("a"), touch: Touch::default() },
+            Step::Appeared { at: spot("a"), touch: Touch::default(), folder: false },
         ];
         assert_eq!(all(&mut pending), expected);
     }
@@ -238,7 +240,7 @@ mod tests {
     #[test]
     fn a_file_written_beside_and_renamed_over_is_one_renaming() {
         let mut pending = Pending::default();
-        pending.appeared(spot("new"), WRITTEN);
+        pending.appeared(spot("new"), WRITTEN, false);
         pending.renamed(spot("new"), spot("page"), false);
         let renamed = |from, to| Step::Renamed { from: spot(from), to: spot(to), folder: false };
         assert_eq!(all(&mut pending), [renamed("new", "page")]);
@@ -254,7 +256,7 @@ mod tests {
     fn what_is_too_much_is_told_as_lost() {
         let mut pending = Pending::with_changes_max(2);
         for name in ["a", "b", "c", "d"] {
-            pending.appeared(spot(name), WRITTEN);
+            pending.appeared(spot(name), WRITTEN, false);
         }
         let told = all(&mut pending);
         assert_eq!(told.len(), 3);
@@ -286,7 +288,7 @@ mod tests {
             for (action, one, other) in actions {
                 let (one, other) = (name(one), name(other));
                 match action {
-                    0 if real.insert(one.1.clone()) => pending.appeared(one, Touch::default()),
+                    0 if real.insert(one.1.clone()) => pending.appeared(one, Touch::default(), false),
                     1 if real.contains(&one.1) => pending.touched(one, MODIFIED),
                     2 if real.remove(&one.1) => pending.vanished(one, false),
                     3 if one != other && real.remove(&one.1) => {

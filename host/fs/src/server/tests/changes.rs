@@ -15,6 +15,7 @@ use rustix::io::Errno;
 use super::ROOT;
 use super::files::shared;
 use super::guest::{Guest, text};
+use crate::watch::Step;
 
 const REPEATER: u32 = 4711;
 
@@ -216,6 +217,54 @@ fn repeating_changes_nothing_on_the_host() {
     assert_eq!(asks.unlink(root, "kept"), Ok(()));
     assert!(one.path().join("kept").exists());
     assert_eq!(guest.make_node(root, "to", 0o100_600).unwrap_err(), Errno::EXIST);
+}
+
+/// What is told may be gone by the time it is repeated, and is told to be gone next: who watches hears of both.
+#[test]
+fn what_is_gone_when_it_is_repeated_came_and_went() {
+    let (one, guest, _) = shared();
+    let (mut repeating, root) = Repeating::of(&guest);
+    let path = one.path().join("name");
+    for kind in [Kind::File, Kind::Folder] {
+        let folder = kind == Kind::Folder;
+        if folder {
+            fs::create_dir(&path).unwrap()
+        } else {
+            fs::write(&path, "data").unwrap()
+        }
+        let came = repeating.batch().remove(0);
+        assert!(matches!(came.what, What::Appeared(told, _) if told == kind), "{came:?}");
+        if folder {
+            fs::remove_dir(&path).unwrap()
+        } else {
+            fs::remove_file(&path).unwrap()
+        }
+        // It may be gone before it is described, too.
+        let step = Step::Appeared { at: (root, c"name".into()), touch: Touch::default(), folder };
+        let described = guest.server.describe(&step).unwrap().what;
+        assert_eq!(described, What::Appeared(kind, Touch::default()));
+
+        repeating.announce(0, false);
+        let asks = &repeating.guest;
+        assert_eq!(asks.lookup(root, "name").unwrap_err(), Errno::NOENT);
+        let made = if folder {
+            asks.make_folder(root, "name", 0o755)
+        } else {
+            asks.make_node(root, "name", 0o100_600)
+        };
+        assert_eq!(made.unwrap().attributes.mode >> 12, if folder { 4 } else { 8 });
+        // It has come, and is not there.
+        assert_eq!(asks.lookup(root, "name").unwrap_err(), Errno::NOENT);
+        assert_eq!(guest.lookup(root, "name").unwrap_err(), Errno::NOENT);
+        repeating.done();
+        // What was pending of it went with it.
+        let went = repeating.batch().remove(0);
+        assert_eq!(went.what, What::Vanished { folder });
+        repeating.announce(0, false);
+        repeating.guest.lookup(root, "name").unwrap();
+        repeating.guest.unlink(root, "name").unwrap();
+        repeating.done();
+    }
 }
 
 #[test]
