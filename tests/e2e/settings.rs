@@ -12,6 +12,7 @@ crate::scenarios![
     namespaces_of_another_container_are_joined,
     a_container_is_confined_as_asked,
     an_init_collects_orphans_and_passes_signals_on,
+    an_init_that_shares_resources_out_is_entered,
     kernel_settings_are_the_containers_own,
     memory_file_systems_are_as_large_as_asked,
     inspect_shows_what_nobody_asked_for,
@@ -223,6 +224,26 @@ fn an_init_collects_orphans_and_passes_signals_on(engine: &Engine) -> Result<()>
     let shown = inspect(engine, "waiting")?;
     ensure!(shown["State"]["ExitCode"] == 3 && shown["HostConfig"]["Init"] == true, "{shown}");
     docker(engine, &["rm", "waiting"])?.ok().map(drop)
+}
+
+/// systemd leaves the container's group and hands its resources on to groups of its services; with version 2 no process may
+/// be in the group itself from then on.
+fn an_init_that_shares_resources_out_is_entered(engine: &Engine) -> Result<()> {
+    let script = "cd /sys/fs/cgroup; [ -e cgroup.controllers ] || cd memory; mkdir init.scope a.service; \
+                  echo 1 > init.scope/cgroup.procs; \
+                  [ ! -e cgroup.controllers ] || echo '+memory +pids' > cgroup.subtree_control; echo ready; exec sleep 1000";
+    docker(engine, &["run", "-d", "--name", "system", "--privileged", IMAGE, "sh", "-c", script])?.ok()?;
+    wait_until("the init has shared out", || {
+        Ok(docker(engine, &["logs", "system"])?.stdout.contains("ready").then_some(()))
+    })?;
+    let script = "grep -c '^0::/init.scope$' /proc/self/cgroup; [ -e /sys/fs/cgroup/cgroup.controllers ] && echo 2 || echo 1";
+    let said = docker(engine, &["exec", "system", "sh", "-c", script])?.stdout;
+    ensure!(["1\n2", "0\n1"].contains(&said.trim()), "{said}");
+    docker(engine, &["update", "--memory", "64m", "--memory-swap", "64m", "system"])?.ok()?;
+    let used =
+        docker(engine, &["stats", "--no-stream", "--format", "{{.MemUsage}} {{.PIDs}}", "system"])?.ok()?;
+    ensure!(used.ends_with("/ 64MiB 1"), "{used}");
+    docker(engine, &["rm", "-f", "system"])?.ok().map(drop)
 }
 
 fn kernel_settings_are_the_containers_own(engine: &Engine) -> Result<()> {
