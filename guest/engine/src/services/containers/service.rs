@@ -224,24 +224,15 @@ impl Containers {
     ) -> Result<(), Failure> {
         let held = mounts::take(&self.context, &record.id, wanted).await?;
         record.mounts.clone_from(&held.points);
-        let (snapshotter, key) = (self.context.snapshotter(), record.id.clone());
-        let prepare = run::blocking(move || {
-            let prepared = snapshotter.prepare(&key, chain);
+        let made = async {
+            let (snapshotter, key) = (self.context.snapshotter(), record.id.clone());
+            run::blocking(move || snapshotter.prepare(&key, chain)).await?;
             guest_fault::point("create.after-snapshot");
-            prepared
-        });
-        let made = if record.mounts.is_empty() {
-            // The two slow ones at once.
-            let (prepared, saved) = tokio::join!(prepare, self.context.save(record));
-            prepared.and(saved)
-        } else {
-            async {
-                prepare.await?;
-                mounts::populate(&self.context, record).await?;
-                self.context.save(record).await
-            }
-            .await
-        };
+            mounts::populate(&self.context, record).await?;
+            // The record last: a crash before it leaves a snapshot without an owner, which the next engine sweeps.
+            self.context.save(record).await
+        }
+        .await;
         guest_fault::point("create.after-record");
         let Err(failure) = made else { return Ok(()) };
         if let Err(also) = run::remove(&self.context, record, true).await {
