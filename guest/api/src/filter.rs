@@ -108,6 +108,35 @@ impl Filters {
     }
 }
 
+/// Ports as the filters `publish` and `expose` name them: `80`, `8000-8080/udp`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PortFilter {
+    first: u16,
+    last: u16,
+    protocol: String,
+}
+
+impl PortFilter {
+    /// `None` for what names no port.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
+        let (numbers, protocol) = text.split_once('/').unwrap_or((text, "tcp"));
+        let (first, last) = numbers.split_once('-').unwrap_or((numbers, numbers));
+        let (first, last) = (first.parse().ok()?, last.parse().ok()?);
+        (first <= last && ["tcp", "udp", "sctp"].contains(&protocol)).then(|| Self {
+            first,
+            last,
+            protocol: protocol.to_owned(),
+        })
+    }
+
+    /// Whether this port is among them.
+    #[must_use]
+    pub fn has(&self, number: u16, protocol: &str) -> bool {
+        (self.first..=self.last).contains(&number) && self.protocol == protocol
+    }
+}
+
 fn has_all(labels: &BTreeMap<String, String>, wanted: &BTreeSet<String>) -> bool {
     wanted.iter().all(|filter| match filter.split_once('=') {
         Some((key, value)) => labels.get(key).is_some_and(|actual| actual == value),
@@ -154,6 +183,17 @@ mod tests {
         filters.add("label", "a=b");
         filters.add("label", "c");
         assert_eq!(Filters::parse(&filters.encode()).unwrap(), filters);
+    }
+
+    #[test]
+    fn ports_are_one_or_a_range() {
+        let has =
+            |text: &str, number: u16, protocol: &str| PortFilter::parse(text).unwrap().has(number, protocol);
+        assert!(has("80", 80, "tcp") && !has("80", 80, "udp") && !has("80", 81, "tcp"));
+        assert!(has("80-90/udp", 90, "udp") && !has("80-90/udp", 91, "udp"));
+        for none in ["", "x", "80/", "90-80", "80-", "65536", "80/icmp"] {
+            assert_eq!(PortFilter::parse(none), None, "{none}");
+        }
     }
 
     #[test]

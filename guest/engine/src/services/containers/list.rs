@@ -1,6 +1,7 @@
 //! `ps`: which containers, and what is shown of each.
 
 use guest_api::container::{HostConfigSummary, MountPoint, NetworkSettingsSummary};
+use guest_api::filter::PortFilter;
 use guest_api::health::HealthStatus;
 use guest_api::{ContainerSummary, Filters};
 use jiff::Timestamp;
@@ -40,6 +41,15 @@ const KEYS: [&str; 16] = [
     "removing",
 ];
 
+/// The ports that a filter names.
+pub fn ports(filters: &Filters, key: &str) -> Result<Vec<PortFilter>, Failure> {
+    let parse = |text: &String| {
+        PortFilter::parse(text)
+            .ok_or_else(|| Failure::invalid(format!("error while looking up for {key} {text}: invalid port")))
+    };
+    filters.get(key).into_iter().flatten().map(parse).collect()
+}
+
 /// The containers to show, newest first. `ancestor` tells whether a container's image is, or stands on, the image
 /// named.
 pub fn select(
@@ -71,6 +81,8 @@ pub fn select(
             return Err(Failure::invalid(format!("invalid filter 'exited={code}'")));
         }
     }
+    let tasks = filters.boolean("is-task", false).map_err(|error| Failure::invalid(error.to_string()))?;
+    let exposed = ports(filters, "expose")?;
     views.sort_by(|a, b| b.record.created.cmp(&a.record.created).then_with(|| a.record.id.cmp(&b.record.id)));
     let created_of = |wanted: &str| {
         let bare = wanted.trim_start_matches('/');
@@ -103,12 +115,9 @@ pub fn select(
             })
             && filters.allows("ancestor", |image| ancestor(record, image))
             && filters.allows("volume", |volume| record.mounts.iter().any(|mount| mount.is_called(volume)))
-            && filters.allows("expose", |port| {
-                let port = if port.contains('/') { port.to_owned() } else { format!("{port}/tcp") };
-                record.config.exposed_ports.as_ref().is_some_and(|ports| ports.contains_key(&port))
-            })
-            // No container is a task.
-            && filters.allows("is-task", |value| matches!(value, "false" | "0"))
+            && (exposed.is_empty() || exposes_any(record, &exposed))
+            // No container is.
+            && !tasks
             && filters.allows("health", |wanted| {
                 let health = record.last.health.as_ref().map_or(HealthStatus::None, |health| health.status);
                 HealthStatus::parse(wanted) == Some(health)
@@ -120,6 +129,13 @@ pub fn select(
         chosen.truncate(limit);
     }
     Ok(chosen)
+}
+
+fn exposes_any(record: &Record, wanted: &[PortFilter]) -> bool {
+    record.config.exposed_ports.iter().flatten().any(|(port, _)| {
+        let (number, protocol) = port.split_once('/').unwrap_or((port, "tcp"));
+        number.parse().is_ok_and(|number| wanted.iter().any(|wanted| wanted.has(number, protocol)))
+    })
 }
 
 /// Docker takes a regular expression, of the name with its slash or without; one that is none has to be the name.
@@ -231,5 +247,7 @@ mod tests {
         assert_eq!(refusal(r#"{"colour":["red"]}"#), "invalid filter 'colour'");
         assert_eq!(refusal(r#"{"status":["tired"]}"#), "invalid filter 'status=tired'");
         assert_eq!(refusal(r#"{"before":["ghost"]}"#), "No such container: ghost");
+        assert_eq!(refusal(r#"{"is-task":["x"]}"#), "invalid filter 'is-task=[x]'");
+        assert_eq!(refusal(r#"{"expose":["x"]}"#), "error while looking up for expose x: invalid port");
     }
 }

@@ -42,6 +42,10 @@ pub struct Shared {
 /// Finds the processes to join. Their containers must run.
 pub fn find(context: &Context, record: &Record) -> Result<Shared, Failure> {
     let mut shared = Shared::default();
+    if let Some(name) = named(&record.host.network_mode) {
+        // That it runs is checked when the network is joined.
+        context.index.find(name)?;
+    }
     if let Some(name) = named(&record.host.pid_mode) {
         shared.peers.pid = Some(running(&context.index, name, "PID")?.1);
     }

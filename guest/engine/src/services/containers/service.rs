@@ -419,8 +419,9 @@ impl Containers {
         if let Some(names) = query.filters.get("network") {
             views.retain(|view| self.context.networks.is_on_any(view, names));
         }
-        if let Some(ports) = query.filters.get("publish") {
-            views.retain(|view| self.context.networks.publishes_any(view, ports));
+        let published = list::ports(&query.filters, "publish")?;
+        if !published.is_empty() {
+            views.retain(|view| self.context.networks.publishes_any(view, &published));
         }
         let chosen = list::select(views, query, ancestor)?;
         Ok(chosen.iter().map(|view| list::summary(view, &self.context.networks, now)).collect())

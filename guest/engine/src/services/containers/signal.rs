@@ -51,7 +51,11 @@ const NAMES: &[(&str, i32)] = &[
 pub fn parse(text: &str) -> Result<i32, Failure> {
     let invalid = || Failure::invalid(format!("invalid signal: {text}"));
     if let Ok(number) = text.parse::<i32>() {
-        return if (1..=SIGNAL_MAX).contains(&number) { Ok(number) } else { Err(invalid()) };
+        return match number {
+            1..=SIGNAL_MAX => Ok(number),
+            0 => Err(invalid()),
+            _ => Err(Failure::invalid(format!("the linux daemon does not support signal {number}"))),
+        };
     }
     let upper = text.to_ascii_uppercase();
     let name = upper.strip_prefix("SIG").unwrap_or(&upper);
@@ -91,7 +95,11 @@ mod tests {
 
     #[test]
     fn others_are_refused_by_name() {
-        for text in ["", "0", "65", "-1", "SIGNOPE", "RTMIN+99", "RTMIN-1", "RTMAX+1", "SIGRTMIN+é"] {
+        for text in ["65", "-1"] {
+            let refusal = format!("the linux daemon does not support signal {text}");
+            assert_eq!(parse(text).unwrap_err().message, refusal);
+        }
+        for text in ["", "0", "SIGNOPE", "RTMIN+99", "RTMIN-1", "RTMAX+1", "SIGRTMIN+é"] {
             assert_eq!(parse(text).unwrap_err().message, format!("invalid signal: {text}"));
         }
     }

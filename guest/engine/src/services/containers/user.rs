@@ -66,8 +66,8 @@ pub fn resolve(wanted: &str, extra_groups: &[String], passwd: &str, group: &str)
         }
         (None, _) if user_part.is_empty() => User { home: "/root".to_owned(), ..User::default() },
         (None, Some(uid)) if uid <= i32::MAX as u32 => User { uid, home: "/".to_owned(), ..User::default() },
-        (None, Some(_)) => return Err(Failure::invalid("uids and gids must be in range 0-2147483647")),
-        (None, None) => {
+        (None, _) if is_number(user_part) => return Err(out_of_range()),
+        (None, _) => {
             return Err(Failure::invalid(format!(
                 "unable to find user {user_part}: no matching entries in passwd file"
             )));
@@ -93,15 +93,24 @@ pub fn resolve(wanted: &str, extra_groups: &[String], passwd: &str, group: &str)
     Ok(user)
 }
 
+/// However long.
+fn is_number(text: &str) -> bool {
+    !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit())
+}
+
+fn out_of_range() -> Failure {
+    Failure::invalid("uids and gids must be in range 0-2147483647")
+}
+
 fn group_id(wanted: &str, group: &str) -> Result<u32, Failure> {
     if let Some(line) = group_lines(group).find(|line| line.name == wanted) {
         return Ok(line.gid);
     }
     match wanted.parse::<u32>() {
         Ok(gid) if gid <= i32::MAX as u32 => Ok(gid),
-        Ok(_) => Err(Failure::invalid("uids and gids must be in range 0-2147483647")),
-        Err(_) => {
-            Err(Failure::invalid(format!("unable to find group {wanted}: no matching entries in group file")))
+        _ if is_number(wanted) => Err(out_of_range()),
+        _ => {
+            Err(Failure::invalid(format!("Unable to find group {wanted}: no matching entries in group file")))
         }
     }
 }
@@ -153,7 +162,8 @@ mod tests {
     fn unknown_names_have_dockers_sentences() {
         let message = |wanted: &str| resolve(wanted, &[], PASSWD, GROUP).unwrap_err().message;
         assert_eq!(message("ghost"), "unable to find user ghost: no matching entries in passwd file");
-        assert_eq!(message("www:ghost"), "unable to find group ghost: no matching entries in group file");
+        assert_eq!(message("www:ghost"), "Unable to find group ghost: no matching entries in group file");
         assert_eq!(message("4294967295"), "uids and gids must be in range 0-2147483647");
+        assert_eq!(message("www:4294967296"), "uids and gids must be in range 0-2147483647");
     }
 }

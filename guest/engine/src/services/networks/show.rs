@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use guest_api::Filters;
 use guest_api::container::PortSummary;
+use guest_api::filter::PortFilter;
 use guest_api::network::{
     EndpointSettings, Ipam, IpamPool, Network, NetworkContainer, NetworkReference, NetworkSettings,
     PortBinding,
@@ -180,15 +181,9 @@ impl Networks {
     }
 
     /// Whether a container publishes one of these: `8080`, `8080/tcp`, `8000-8010`.
-    pub fn publishes_any(&self, view: &View, wanted: &std::collections::BTreeSet<String>) -> bool {
-        let summaries = self.port_summaries(view);
-        wanted.iter().any(|wanted| {
-            let (numbers, kind) = wanted.split_once('/').unwrap_or((wanted, "tcp"));
-            let (first, last) = numbers.split_once('-').unwrap_or((numbers, numbers));
-            let (Ok(first), Ok(last)) = (first.parse::<u16>(), last.parse::<u16>()) else { return false };
-            summaries.iter().any(|port| {
-                port.kind == kind && port.public_port.is_some_and(|public| (first..=last).contains(&public))
-            })
+    pub fn publishes_any(&self, view: &View, wanted: &[PortFilter]) -> bool {
+        self.port_summaries(view).iter().any(|port| {
+            port.public_port.is_some_and(|public| wanted.iter().any(|wanted| wanted.has(public, &port.kind)))
         })
     }
 

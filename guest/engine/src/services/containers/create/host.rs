@@ -4,7 +4,7 @@ use guest_api::{ContainerConfig, HostConfig};
 
 use super::super::capacity::Capacity;
 use super::super::spec;
-use super::{limits, unsupported};
+use super::limits;
 use crate::failure::Failure;
 
 /// Size of /dev/shm unless asked otherwise.
@@ -32,9 +32,6 @@ pub fn check(
     }
     if host.io_maximum_iops != 0 {
         return refuse("invalid option: QoS maximum IOPs configuration is not supported on linux".to_owned());
-    }
-    if host.device_requests.as_ref().is_some_and(|requests| !requests.is_empty()) {
-        return Err(unsupported("devices of drivers (DeviceRequests)"));
     }
     spec::capabilities(host, &capacity.grantable)?;
     if host.annotations.contains_key("") {
@@ -66,6 +63,9 @@ pub fn check(
         warnings.push(
             "Your kernel does not support cgroup namespaces.  Cgroup namespace setting discarded.".to_owned(),
         );
+    }
+    if host.network_mode == "host" && host.port_bindings.as_ref().is_some_and(|ports| !ports.is_empty()) {
+        warnings.push("Published ports are discarded when using host network mode".to_owned());
     }
     spec::security(host)?;
     spec::device_rules(host)?;

@@ -76,7 +76,3 @@ pub fn resolve(
     host::fill_defaults(&mut host_config, capacity);
     Ok(Resolved { config, host: host_config, networks })
 }
-
-fn unsupported(what: &str) -> Failure {
-    Failure::invalid(format!("{what}: not supported by this version of the engine"))
-}

@@ -60,7 +60,6 @@ fn entry_point_and_command_combine_as_dockers() {
 #[test]
 fn what_cannot_be_honoured_is_refused_by_name() {
     let cases = [
-        (json!({"HostConfig": {"DeviceRequests": [{"Driver": "nvidia"}]}}), "DeviceRequests"),
         (json!({"HostConfig": {"LogConfig": {"Type": "gelf"}}}), "no log driver named 'gelf'"),
         (json!({"Healthcheck": {"Test": ["CMD", "true"], "Interval": 1}}), "Healthcheck"),
     ];

@@ -42,6 +42,16 @@ impl Devices {
                 devices.add(mapping)?;
             }
         }
+        // None of the drivers that hand out devices (GPUs) is here.
+        if let Some(request) = host.device_requests.iter().flatten().next() {
+            let capabilities =
+                request.capabilities.iter().flatten().map(|all| format!("[{}]", all.join(" ")));
+            return Err(Failure::broken(format!(
+                "could not select device driver {:?} with capabilities: [{}]",
+                request.driver,
+                capabilities.collect::<Vec<_>>().join(" ")
+            )));
+        }
         devices.rules.extend(rules(host)?);
         let weights = host.blkio_weight_device.iter().flatten().map(|device| &device.path);
         let limits = [
@@ -248,6 +258,7 @@ fn node(path: &Path, metadata: &std::fs::Metadata) -> Option<LinuxDevice> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use guest_api::container::DeviceRequest;
 
     fn asking(source: &str, target: &str) -> HostConfig {
         let mapping = DeviceMapping {
@@ -280,6 +291,16 @@ mod tests {
         let limit = ThrottleDevice { path: "/no/such".into(), rate: 5 };
         let host = HostConfig { blkio_device_read_bps: Some(vec![limit]), ..HostConfig::default() };
         assert_eq!(Devices::look_up(&host).unwrap_err().message, "stat /no/such: no such file or directory");
+        let gpus = DeviceRequest {
+            count: -1,
+            capabilities: Some(vec![vec!["gpu".into()]]),
+            ..DeviceRequest::default()
+        };
+        let host = HostConfig { device_requests: Some(vec![gpus]), ..HostConfig::default() };
+        assert_eq!(
+            Devices::look_up(&host).unwrap_err().message,
+            "could not select device driver \"\" with capabilities: [[gpu]]"
+        );
     }
 
     #[test]
