@@ -74,7 +74,7 @@ pub fn resolve(wanted: &str, extra_groups: &[String], passwd: &str, group: &str)
         }
     };
     match group_part {
-        Some(wanted) => user.gid = group_id(wanted, group)?,
+        Some(wanted) => user.gid = group_id(wanted, group, "unable")?,
         // With a group named, the user's other groups are not taken.
         None => {
             if let Some(line) = &entry {
@@ -85,7 +85,7 @@ pub fn resolve(wanted: &str, extra_groups: &[String], passwd: &str, group: &str)
         }
     }
     for extra in extra_groups {
-        user.additional.push(group_id(extra, group)?);
+        user.additional.push(group_id(extra, group, "Unable")?);
     }
     user.additional.retain(|gid| *gid != user.gid);
     user.additional.sort_unstable();
@@ -102,16 +102,17 @@ fn out_of_range() -> Failure {
     Failure::invalid("uids and gids must be in range 0-2147483647")
 }
 
-fn group_id(wanted: &str, group: &str) -> Result<u32, Failure> {
+/// `unable`: how dockerd begins the sentence; it depends on where the group is named.
+fn group_id(wanted: &str, group: &str, unable: &str) -> Result<u32, Failure> {
     if let Some(line) = group_lines(group).find(|line| line.name == wanted) {
         return Ok(line.gid);
     }
     match wanted.parse::<u32>() {
         Ok(gid) if gid <= i32::MAX as u32 => Ok(gid),
         _ if is_number(wanted) => Err(out_of_range()),
-        _ => {
-            Err(Failure::invalid(format!("Unable to find group {wanted}: no matching entries in group file")))
-        }
+        _ => Err(Failure::invalid(format!(
+            "{unable} to find group {wanted}: no matching entries in group file"
+        ))),
     }
 }
 
@@ -162,7 +163,9 @@ mod tests {
     fn unknown_names_have_dockers_sentences() {
         let message = |wanted: &str| resolve(wanted, &[], PASSWD, GROUP).unwrap_err().message;
         assert_eq!(message("ghost"), "unable to find user ghost: no matching entries in passwd file");
-        assert_eq!(message("www:ghost"), "Unable to find group ghost: no matching entries in group file");
+        let more = resolve("www", &["ghost".into()], PASSWD, GROUP).unwrap_err().message;
+        assert_eq!(more, "Unable to find group ghost: no matching entries in group file");
+        assert_eq!(message("www:ghost"), "unable to find group ghost: no matching entries in group file");
         assert_eq!(message("4294967295"), "uids and gids must be in range 0-2147483647");
         assert_eq!(message("www:4294967296"), "uids and gids must be in range 0-2147483647");
     }

@@ -37,6 +37,13 @@ pub fn settings(
     }
     for (name, value) in host.sysctls.iter().flatten() {
         check(name, host)?;
+        // An interface's settings are there when it is.
+        let of_interface =
+            ["conf", "neigh"].iter().any(|part| name.split(['.', '/']).any(|found| found == *part));
+        if !of_interface && !exists(name) {
+            let path = name.replace('.', "/");
+            return Err(refused(&format!("open /proc/sys/{path}: no such file or directory")));
+        }
         settings.insert(name.clone(), value.clone());
     }
     Ok(Some(settings.into_iter().collect()).filter(|settings: &HashMap<_, _>| !settings.is_empty()))
@@ -44,9 +51,7 @@ pub fn settings(
 
 /// Refuses what would be set for the whole host, in the runtime's words.
 fn check(name: &str, host: &HostConfig) -> Result<(), Failure> {
-    let refuse = |reason: &str| {
-        Err(Failure::broken(super::super::run::runtime_text(&format!("sysctl {name:?} {reason}"))))
-    };
+    let refuse = |reason: &str| Err(refused(&format!("sysctl {name:?} {reason}")));
     let dotted = name.replace('/', ".");
     if IPC.contains(&dotted.as_str()) || dotted.starts_with("fs.mqueue.") {
         return match host.ipc_mode.as_str() {
@@ -68,6 +73,10 @@ fn check(name: &str, host: &HostConfig) -> Result<(), Failure> {
     }
 }
 
+fn refused(reason: &str) -> Failure {
+    Failure::broken(super::super::run::runtime_text(reason))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -76,7 +85,7 @@ mod tests {
         let given = names.iter().map(|name| ((*name).to_owned(), "1".to_owned())).collect();
         let mut host = HostConfig { sysctls: Some(given), ..HostConfig::default() };
         change(&mut host);
-        let settings = settings(&host, host.network_mode != "host", |_| true);
+        let settings = settings(&host, host.network_mode != "host", |name| !name.ends_with("none"));
         settings.map(Option::unwrap_or_default).map_err(|failure| failure.message)
     }
 
@@ -91,6 +100,9 @@ mod tests {
         assert_eq!(given["net.ipv4.ip_unprivileged_port_start"], "1");
         assert_eq!(given.len(), 4);
         assert_eq!(of(&[], |host| host.network_mode = "host".into()), Ok(HashMap::new()));
+        let missing = of(&["net.core.none"], |_| {}).unwrap_err();
+        assert!(missing.contains("open /proc/sys/net/core/none: no such file or directory"), "{missing}");
+        assert!(of(&["net.ipv4.conf.eth7.none"], |_| {}).is_ok());
     }
 
     #[test]
