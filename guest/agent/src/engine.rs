@@ -321,7 +321,7 @@ mod tests {
         wanted: impl Fn(&EngineState) -> bool,
     ) -> EngineState {
         let found = status.wait_for(|status| wanted(&status.engine));
-        let found = tokio::time::timeout(Duration::from_secs(20), found).await.expect("the state in time");
+        let found = tokio::time::timeout(Duration::from_secs(60), found).await.expect("the state in time");
         found.unwrap().engine.clone()
     }
 

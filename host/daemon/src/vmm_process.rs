@@ -170,7 +170,7 @@ mod tests {
         })
         .unwrap();
         process.kill();
-        match received.recv_timeout(Duration::from_secs(20)).unwrap() {
+        match received.recv_timeout(Duration::from_secs(60)).unwrap() {
             Report::Gone(status) => assert!(status.contains("signal: 9"), "{status}"),
             Report::Event(event, _) => panic!("{event:?}"),
         }

@@ -108,7 +108,7 @@ mod tests {
 
     async fn taken(receiver: mpsc::Receiver<(Header, OwnedFd)>) -> (Header, OwnedFd) {
         tokio::task::spawn_blocking(move || {
-            receiver.recv_timeout(std::time::Duration::from_secs(20)).unwrap()
+            receiver.recv_timeout(std::time::Duration::from_secs(60)).unwrap()
         })
         .await
         .unwrap()

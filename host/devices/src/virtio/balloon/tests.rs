@@ -121,7 +121,7 @@ fn the_target_is_told_and_the_driver_follows() {
     let mut machine = machine(0);
     let handle = machine.device.handle();
     handle.set_target((1 << 20) + 100);
-    driver::wait(&[&machine.queues[0].config], Duration::from_secs(10));
+    driver::wait(&[&machine.queues[0].config], Duration::from_secs(60));
     let mut target = [0; 4];
     machine.device.read_config(0, &mut target);
     assert_eq!((u32::from_le_bytes(target), machine.device.config_generation()), (256, 1));

@@ -128,7 +128,7 @@ fn a_new_size_is_told() {
     machine.device.read_config(0, &mut config);
     assert_eq!(config[..4], [132, 0, 43, 0]);
     assert_eq!(machine.device.config_generation(), 1);
-    driver::wait(&[&machine.receive.config], std::time::Duration::from_secs(10));
+    driver::wait(&[&machine.receive.config], std::time::Duration::from_secs(60));
     let saved = machine.device.save();
     let (_, guest) = UnixStream::pair().unwrap();
     let mut other = Console::new(guest).unwrap();

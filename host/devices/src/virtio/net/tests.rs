@@ -285,7 +285,7 @@ fn the_link_goes_down_with_the_socket() {
     assert_eq!(config, [2, 0, 0, 0, 0, 2, 1, 0, 1, 0, 0xdc, 5]);
     let (other, _) = UnixStream::pair().unwrap();
     drop(std::mem::replace(&mut machine.host, other));
-    driver::wait(&[&machine.receive.config], Duration::from_secs(10));
+    driver::wait(&[&machine.receive.config], Duration::from_secs(60));
     machine.device.read_config(0, &mut config);
     assert_eq!(config[6..8], [0, 0]);
     machine.send(Offload::NONE, &plain(60));
@@ -297,7 +297,7 @@ fn a_lost_framing_closes_the_link() {
     let mut machine = machine(true, 0);
     machine.offer(4, 2048);
     machine.host.write_all(&[0xff; 8]).unwrap();
-    driver::wait(&[&machine.receive.config], Duration::from_secs(10));
+    driver::wait(&[&machine.receive.config], Duration::from_secs(60));
     machine.send(Offload::NONE, &plain(60));
     assert_eq!(machine.device.counters().dropped_from_guest.get(), 1);
 }

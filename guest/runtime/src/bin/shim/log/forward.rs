@@ -185,7 +185,7 @@ mod tests {
     #[test]
     fn lines_reach_a_receiver_of_datagrams() {
         let receiver = UdpSocket::bind("127.0.0.1:0").unwrap();
-        receiver.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        receiver.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
         let syslog = Syslog {
             address: format!("udp://{}", receiver.local_addr().unwrap()),
             facility: 3,
