@@ -14,16 +14,13 @@
 //! ```
 
 use std::collections::BTreeMap;
-use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use serde_json::{Value, json};
+use tests_harness::wait_until;
 
 use crate::client::{Answer, Client};
 use crate::normal;
-
-/// How long a step may be said again.
-const PATIENCE: Duration = Duration::from_secs(120);
 
 /// One step.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -79,24 +76,18 @@ pub fn hold(steps: &[Step], client: &Client) -> Result<Vec<Value>> {
 
 fn say(step: &Step, client: &Client, variables: &mut BTreeMap<String, String>) -> Result<Value> {
     let line = filled(&step.line, variables);
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        let (status, body) = match line.strip_prefix("docker ") {
+    let (status, body) = wait_until(&format!("the status {:?}", step.until), || {
+        let answer = match line.strip_prefix("docker ") {
             Some(words) => command(step, client, words)?,
             None => request(step, client, &line, variables)?,
         };
-        if step.until.is_none_or(|until| until == status) {
-            let mut answer = json!({"step": step.line, "status": status});
-            if let (Value::Object(answer), Value::Object(more)) = (&mut answer, body) {
-                answer.extend(more);
-            }
-            return Ok(answer);
-        }
-        if Instant::now() > deadline {
-            bail!("the status is {status} for ever");
-        }
-        std::thread::sleep(Duration::from_millis(100));
+        Ok(Some(answer).filter(|(status, _)| step.until.is_none_or(|until| until == *status)))
+    })?;
+    let mut answer = json!({"step": step.line, "status": status});
+    if let (Value::Object(answer), Value::Object(more)) = (&mut answer, body) {
+        answer.extend(more);
     }
+    Ok(answer)
 }
 
 fn filled(text: &str, variables: &BTreeMap<String, String>) -> String {

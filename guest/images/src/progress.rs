@@ -5,7 +5,7 @@ use crate::{Digest, Reference};
 /// One step. Everything a client prints can be made from these.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Progress {
-    /// `Pulling from library/debian`, with the tag or digest as id.
+    /// `Pulling from library/debian`, with the tag, or the whole reference by digest, as id.
     PullingFrom(Reference),
     /// One layer moved on. `id` is the short form of the blob's digest (12 digits).
     Layer {
@@ -163,11 +163,11 @@ impl LayerProgress {
 }
 
 impl Progress {
-    /// The id of Docker's progress line: a layer, or the tag of a `Pulling from` line.
+    /// The id of Docker's progress line: a layer, or what a `Pulling from` line is about.
     pub fn id(&self) -> Option<String> {
         match self {
             Self::PullingFrom(reference) => Some(match (reference.digest(), reference.tag()) {
-                (Some(digest), _) => digest.to_string(),
+                (Some(digest), _) => format!("{}@{digest}", reference.name()),
                 (None, tag) => tag.unwrap_or("latest").to_owned(),
             }),
             Self::Layer { id, .. } | Self::Upload { id, .. } => Some(id.clone()),
@@ -218,6 +218,9 @@ mod tests {
             (line.id().as_deref(), line.status().as_str()),
             (Some("latest"), "Pulling from library/debian")
         );
+        let digest = format!("sha256:{}", "a".repeat(64));
+        let pinned = Progress::PullingFrom(format!("debian@{digest}").parse().expect("a name"));
+        assert_eq!(pinned.id(), Some(format!("docker.io/library/debian@{digest}")));
         assert_eq!(
             Progress::Downloaded(reference).status(),
             "Status: Downloaded newer image for debian:latest"
