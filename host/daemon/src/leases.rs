@@ -16,7 +16,7 @@ use guest_protocol::{
 use host_forward::{BindError, Forwarder, Sink};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, MutexGuard};
 use tracing::{debug, info, warn};
 
 use crate::shares::Shares;
@@ -30,9 +30,17 @@ const WAIT_MAX: Duration = Duration::from_secs(60);
 pub(crate) struct Leases {
     sink: Sink,
     shares: Arc<Shares>,
-    held: Mutex<HashMap<String, Forwarder>>,
+    held: Mutex<Held>,
     /// Counts sessions, so that the end of an old one does not take away what a new one holds.
     sessions: AtomicU64,
+}
+
+/// The leases by container.
+#[derive(Default)]
+struct Held {
+    forwarders: HashMap<String, Forwarder>,
+    /// The machine has ended: what an engine asked for before and is answered only now is not held for anybody.
+    closed: bool,
 }
 
 impl Leases {
@@ -44,7 +52,7 @@ impl Leases {
     /// Speaks with an engine on `stream` until it hangs up.
     pub(crate) async fn serve(self: Arc<Self>, stream: UnixStream) {
         let session = self.sessions.fetch_add(1, Ordering::Relaxed) + 1;
-        let why = self.drive(stream).await;
+        let why = self.drive(session, stream).await;
         info!(%why, "the engine's session ended");
         tokio::time::sleep(ABSENCE_MAX).await;
         if self.sessions.load(Ordering::Relaxed) == session {
@@ -52,7 +60,7 @@ impl Leases {
         }
     }
 
-    async fn drive(&self, stream: UnixStream) -> String {
+    async fn drive(&self, number: u64, stream: UnixStream) -> String {
         let start = Instant::now();
         let hello = Hello::new(concat!("engined ", env!("CARGO_PKG_VERSION")), "");
         let mut session = Session::new(Role::Host, hello, Duration::ZERO);
@@ -65,7 +73,7 @@ impl Leases {
                         info!(engine = %hello.program, "session established")
                     }
                     SessionEvent::Request { id, request } => {
-                        let answer = self.answer(request).await;
+                        let answer = self.answer(number, request).await;
                         if let Err(error) = session.respond(id, answer) {
                             debug!(%error, "an answer to the engine was dropped");
                         }
@@ -96,14 +104,15 @@ impl Leases {
         }
     }
 
-    async fn answer(&self, request: Request) -> Result<Response, Failure> {
+    async fn answer(&self, session: u64, request: Request) -> Result<Response, Failure> {
+        let refused = |why| Failure::new(FailureKind::Failed, why);
         match request {
-            Request::Acquire { container, ports } => match self.acquire(container, &ports).await {
-                Ok(ports) => Ok(Response::Granted { ports }),
-                Err(why) => Err(Failure::new(FailureKind::Failed, why)),
-            },
+            Request::Acquire { container, ports } => {
+                let ports = self.acquire(session, container, &ports).await.map_err(refused)?;
+                Ok(Response::Granted { ports })
+            }
             Request::Release { container } => {
-                self.release(&container).await;
+                self.release(session, &container).await.map_err(refused)?;
                 Ok(Response::Done)
             }
             Request::Locate { sources } => {
@@ -111,11 +120,13 @@ impl Leases {
                 let located = tokio::task::spawn_blocking(move || {
                     sources.iter().map(|source| shares.locate(source)).collect()
                 });
-                let places =
-                    located.await.map_err(|error| Failure::new(FailureKind::Failed, error.to_string()))?;
+                let places = located.await.map_err(|error| refused(error.to_string()))?;
                 Ok(Response::Located { places })
             }
-            Request::Reconcile { leases } => Ok(Response::Reconciled { lost: self.reconcile(leases).await }),
+            Request::Reconcile { leases } => {
+                let lost = self.reconcile(session, leases).await.map_err(refused)?;
+                Ok(Response::Reconciled { lost })
+            }
             Request::SetClock { .. }
             | Request::Configure { .. }
             | Request::PowerOff
@@ -128,30 +139,51 @@ impl Leases {
         }
     }
 
-    async fn acquire(&self, container: String, ports: &[PortRequest]) -> Result<Vec<GrantedPort>, String> {
-        let mut held = self.held.lock().await;
+    /// The table, for what is asked on a session. One that has ended, or that another follows, changes nothing any
+    /// more: nobody would let go of it.
+    async fn table(&self, session: u64) -> Result<MutexGuard<'_, Held>, String> {
+        let held = self.held.lock().await;
+        if held.closed {
+            return Err("the machine has ended".into());
+        }
+        if self.sessions.load(Ordering::Relaxed) != session {
+            return Err("the engine has been restarted".into());
+        }
+        Ok(held)
+    }
+
+    async fn acquire(
+        &self,
+        session: u64,
+        container: String,
+        ports: &[PortRequest],
+    ) -> Result<Vec<GrantedPort>, String> {
+        let mut held = self.table(session).await?;
+        let held = &mut held.forwarders;
         if let Some(before) = held.remove(&container) {
             before.close().await;
         }
         let forwarder =
-            Forwarder::bind(&container, ports, &self.sink).map_err(|error| refusal(&error, &held))?;
+            Forwarder::bind(&container, ports, &self.sink).map_err(|error| refusal(&error, held))?;
         let granted = forwarder.ports().to_vec();
         debug!(container, ports = ?granted, "lease granted");
         held.insert(container, forwarder);
         Ok(granted)
     }
 
-    async fn release(&self, container: &str) {
-        if let Some(forwarder) = self.held.lock().await.remove(container) {
+    async fn release(&self, session: u64, container: &str) -> Result<(), String> {
+        if let Some(forwarder) = self.table(session).await?.forwarders.remove(container) {
             forwarder.close().await;
             debug!(container, "lease released");
         }
+        Ok(())
     }
 
     /// Makes the table equal to `leases`; what cannot be held any more is returned as sentences.
-    async fn reconcile(&self, leases: Vec<Lease>) -> Vec<String> {
-        let mut held = self.held.lock().await;
-        let mut before = std::mem::take(&mut *held);
+    async fn reconcile(&self, session: u64, leases: Vec<Lease>) -> Result<Vec<String>, String> {
+        let mut held = self.table(session).await?;
+        let held = &mut held.forwarders;
+        let mut before = std::mem::take(held);
         let mut wanted = Vec::new();
         for lease in leases {
             match before.remove(&lease.container) {
@@ -180,14 +212,20 @@ impl Leases {
                 }
             }
         }
-        lost
+        Ok(lost)
     }
 
     /// Lets go of everything.
-    pub(crate) async fn release_all(&self) {
-        for (_, forwarder) in self.held.lock().await.drain() {
+    async fn release_all(&self) {
+        for (_, forwarder) in self.held.lock().await.forwarders.drain() {
             forwarder.close().await;
         }
+    }
+
+    /// Lets go of everything for ever: the machine has ended.
+    pub(crate) async fn close(&self) {
+        self.held.lock().await.closed = true;
+        self.release_all().await;
     }
 }
 
@@ -281,18 +319,22 @@ mod tests {
         }
 
         async fn acquire(&mut self, container: &str, port: u16) -> Result<Vec<GrantedPort>, Failure> {
-            let request = PortRequest {
-                transport: Transport::Tcp,
-                addresses: vec![IpAddr::V4(Ipv4Addr::LOCALHOST)],
-                first: port,
-                last: port,
-                container_port: 80,
-            };
-            match self.ask(Request::Acquire { container: container.into(), ports: vec![request] }).await? {
+            match self.ask(acquire(container, port)).await? {
                 Response::Granted { ports } => Ok(ports),
                 other => panic!("{other:?}"),
             }
         }
+    }
+
+    fn acquire(container: &str, port: u16) -> Request {
+        let request = PortRequest {
+            transport: Transport::Tcp,
+            addresses: vec![IpAddr::V4(Ipv4Addr::LOCALHOST)],
+            first: port,
+            last: port,
+            container_port: 80,
+        };
+        Request::Acquire { container: container.into(), ports: vec![request] }
     }
 
     fn leases() -> Arc<Leases> {
@@ -344,14 +386,62 @@ mod tests {
             panic!("not reconciled")
         };
         assert!(matches!(lost.as_slice(), [why] if why.contains("container lost")), "{lost:?}");
-        let held = leases.held.lock().await;
+        let guard = leases.held.lock().await;
+        let held = &guard.forwarders;
         let mut names: Vec<&str> = held.keys().map(String::as_str).collect();
         names.sort_unstable();
         assert_eq!(names, ["kept", "moved"]);
         assert_eq!(held["moved"].ports(), gone);
-        drop(held);
+        drop(guard);
         leases.release_all().await;
         assert!(is_free(kept[0].port) && is_free(gone[0].port));
+    }
+
+    /// A lease that was asked for by an engine that died before it heard the answer is nobody's.
+    #[tokio::test]
+    async fn an_engine_that_dies_while_it_asks_leaves_no_listener() {
+        let leases = leases();
+        let mut engine = Engine::connect(&leases).await;
+        let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port();
+        engine.session.request(acquire("asked", port), Duration::ZERO).unwrap();
+        engine.stream.write_all(&engine.session.take_output()).await.unwrap();
+        drop(engine);
+        let mut engine = Engine::connect(&leases).await;
+        // Whether the daemon comes to the question before or after this: the new engine decides.
+        let told = Request::Reconcile { leases: Vec::new() };
+        assert_eq!(engine.ask(told).await, Ok(Response::Reconciled { lost: Vec::new() }));
+        assert_eq!(engine.acquire("again", port).await.unwrap()[0].port, port);
+    }
+
+    #[tokio::test]
+    async fn what_an_engine_asked_before_another_came_is_refused() {
+        let leases = leases();
+        let mut before = Engine::connect(&leases).await;
+        let held = before.acquire("held", 0).await.unwrap();
+        let mut engine = Engine::connect(&leases).await;
+        let refused = before.acquire("late", 0).await.unwrap_err();
+        assert_eq!(refused.message, "the engine has been restarted");
+        let refused = before.ask(Request::Release { container: "held".into() }).await.unwrap_err();
+        assert_eq!(refused.message, "the engine has been restarted");
+        assert!(!is_free(held[0].port));
+        assert_eq!(engine.ask(Request::Release { container: "held".into() }).await, Ok(Response::Done));
+        assert!(is_free(held[0].port));
+    }
+
+    #[tokio::test]
+    async fn a_machine_that_ends_while_its_engine_asks_leaves_no_listener() {
+        let leases = leases();
+        let mut engine = Engine::connect(&leases).await;
+        let held = engine.acquire("held", 0).await.unwrap();
+        leases.close().await;
+        assert!(is_free(held[0].port));
+        // The session outlives the machine by what was on its way.
+        let refused = engine.acquire("late", held[0].port).await.unwrap_err();
+        assert_eq!(refused.message, "the machine has ended");
+        let told = vec![Lease { container: "held".into(), ports: held.clone() }];
+        let refused = engine.ask(Request::Reconcile { leases: told }).await.unwrap_err();
+        assert_eq!(refused.message, "the machine has ended");
+        assert!(is_free(held[0].port));
     }
 
     #[tokio::test(start_paused = true)]

@@ -436,7 +436,7 @@ impl Supervisor {
                 self.measurements.clear();
                 self.growths.clear();
                 if let Some(leases) = self.leases.take() {
-                    tokio::spawn(async move { leases.release_all().await });
+                    tokio::spawn(async move { leases.close().await });
                 }
                 let reason = match self.stop_reason.take() {
                     Some(StopReason::PoweredOff) => "the guest powered itself off".into(),
