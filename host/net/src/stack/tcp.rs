@@ -11,7 +11,7 @@ use crate::counters::DropReason;
 use crate::dns::DNS_PORT;
 use crate::flow::{Flow, FlowId, Key};
 use crate::icmp::{Notice, Reason, Trouble};
-use crate::tcp::{Connection, Verdict};
+use crate::tcp::{Connection, Verdict, WIDE_FLOWS};
 
 impl Stack {
     pub(super) fn tcp(&mut self, envelope: &Envelope, bytes: &[u8], now: Duration) -> Dropped {
@@ -41,6 +41,10 @@ impl Stack {
             Connection::new(&segment, self.config.mtu.saturating_sub(headers), self.random.next() as u32);
         if self.config.offloads {
             connection.send_large();
+        }
+        // So there are never more of them than that.
+        if self.table.len() < WIDE_FLOWS {
+            connection.buffer_more();
         }
         match self.table.insert(key, Flow::Tcp(Box::new(connection))) {
             Some(flow) => {

@@ -38,6 +38,11 @@ use crate::seq::Seq;
 /// Bytes kept in each direction. With the guest's software CPU a round trip takes up to some milliseconds; this
 /// carries some 100 MB/s then. Buffers grow only as they are used.
 pub(crate) const BUFFER: usize = 256 * 1024;
+/// The same while connections are few: a busy host gives the processor to others for ten milliseconds and more, and a guest
+/// that waits for nothing else should not run dry by that.
+pub(crate) const BUFFER_WIDE: usize = 1024 * 1024;
+/// As long as there are fewer flows than this, new connections are such.
+pub(crate) const WIDE_FLOWS: usize = 32;
 /// Our window's unit is 2⁷ bytes: fine enough to announce small rooms, coarse enough for `BUFFER`.
 const WINDOW_SCALE: u8 = 7;
 /// Segment size of a guest that names none (RFC 9293 §3.7.1), and the least we believe (Linux' own minimum).
@@ -109,6 +114,8 @@ pub(crate) struct Connection {
     mss: usize,
     /// Largest payload that is handed over at once, for others to cut: as many segments as fit a packet, or one.
     large: usize,
+    /// Bytes kept in each direction.
+    buffer: usize,
     /// What we announce as ours.
     our_mss: u16,
     /// Whether both ends scale windows.
@@ -167,6 +174,7 @@ impl Connection {
             state: State::Connecting,
             mss,
             large: mss,
+            buffer: BUFFER,
             our_mss,
             scaled: syn.window_scale.is_some(),
             to_guest: VecDeque::new(),
@@ -244,7 +252,7 @@ impl Connection {
         let Some(ack) = segment.ack_number.map(|ack| Seq(ack.0.cast_unsigned())) else {
             return Verdict::Continue;
         };
-        if ack.is_after(self.next) || self.una.distance(ack) > BUFFER as i32 {
+        if ack.is_after(self.next) || self.una.distance(ack) > self.buffer as i32 {
             self.challenge(now);
             return Verdict::Continue;
         }
@@ -380,6 +388,11 @@ impl Connection {
         self.large = self.mss * (LARGE_MAX / self.mss).max(1);
     }
 
+    /// Keeps [`BUFFER_WIDE`] bytes instead of [`BUFFER`]. Before anything is announced.
+    pub(crate) fn buffer_more(&mut self) {
+        self.buffer = BUFFER_WIDE;
+    }
+
     /// The next segment for the guest, if any is due.
     pub(crate) fn next_segment(&mut self, now: Duration) -> Option<Segment> {
         match self.state {
@@ -409,7 +422,7 @@ impl Connection {
         self.next = self.una + 1;
         self.deadline = Some(now + self.rto);
         // The window of a SYN is never scaled.
-        let window = BUFFER.min(u16::MAX.into());
+        let window = self.buffer.min(u16::MAX.into());
         self.announced = self.received + window;
         Segment {
             control: TcpControl::Syn,
@@ -501,7 +514,7 @@ impl Connection {
     }
 
     fn window_room(&self) -> usize {
-        BUFFER.saturating_sub(self.to_host.len())
+        self.buffer.saturating_sub(self.to_host.len())
     }
 
     /// When to look at the connection although nothing happened.
@@ -544,7 +557,7 @@ impl Connection {
     /// Room for bytes from the host. Remembers when there is none, for [`Connection::wants_receive`].
     pub(crate) fn room(&mut self) -> usize {
         let room = if self.state == State::Open || self.state == State::Accepting {
-            BUFFER.saturating_sub(self.to_guest.len())
+            self.buffer.saturating_sub(self.to_guest.len())
         } else {
             0
         };
@@ -554,8 +567,8 @@ impl Connection {
 
     /// True once when the driver, having found no room, may read again.
     pub(crate) fn wants_receive(&mut self) -> bool {
-        let wants =
-            self.receive_wanted && self.state == State::Open && self.to_guest.len() <= BUFFER - BUFFER / 4;
+        let worth_it = self.to_guest.len() <= self.buffer - self.buffer / 4;
+        let wants = self.receive_wanted && self.state == State::Open && worth_it;
         if wants {
             self.receive_wanted = false;
         }
@@ -564,7 +577,7 @@ impl Connection {
 
     /// Bytes from the host; no more than [`Connection::room`].
     pub(crate) fn host_sent(&mut self, bytes: &[u8]) {
-        debug_assert!(!self.host_ended && bytes.len() <= BUFFER - self.to_guest.len());
+        debug_assert!(!self.host_ended && bytes.len() <= self.buffer - self.to_guest.len());
         self.to_guest.extend(bytes);
     }
 
@@ -593,7 +606,7 @@ impl Connection {
         // The guest hears of new room when it is worth a segment: a quarter of the buffer, or the end of a standstill.
         let known = self.announced.since(self.received);
         let gain = self.window_room().saturating_sub(known);
-        if gain >= BUFFER / 4 || (known < 2 * self.mss && gain >= 2 * self.mss) {
+        if gain >= self.buffer / 4 || (known < 2 * self.mss && gain >= 2 * self.mss) {
             self.ack_due |= !self.guest_ended;
         }
     }
