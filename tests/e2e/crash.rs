@@ -166,6 +166,11 @@ fn published_ports_come_back(engine: &Engine) -> Result<()> {
 fn a_killed_engine_in_the_machine_returns(engine: &Engine) -> Result<()> {
     let in_machine = |script: &str| engine.engine(["machine", "shell", "-i", IMAGE, "sh", "-c", script]);
     engine.engine(["run", "-d", "--name", "stays", IMAGE, "sleep", "1000"])?.ok()?;
+    // Somebody else is just being published.
+    let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string();
+    let publish = format!("{address}:80");
+    let starting =
+        engine.spawn(["run", "-d", "--name", "published", "-p", &publish, IMAGE, "sleep", "1000"])?;
     // The shell is a container too: what becomes of its own connection does not matter.
     in_machine(
         "for p in /proc/[0-9]*; do [ \"$(cat $p/comm 2>/dev/null)\" = guest-engine ] && kill -9 ${p#/proc/}; done",
@@ -174,8 +179,13 @@ fn a_killed_engine_in_the_machine_returns(engine: &Engine) -> Result<()> {
     ensure!(state == "running 0", "{state}");
     let said = engine.engine(["exec", "stays", "echo", "alive"])?.ok()?;
     ensure!(said == "alive", "{said}");
-    engine.engine(["rm", "-f", "stays"])?.ok()?;
-    engine.engine(["run", "--rm", IMAGE, "true"])?.ok().map(drop)
+    // Done or not: it runs with its port, or nobody has it.
+    starting.finish()?;
+    let mut published = Acknowledged::default();
+    published.ports.push(("published".into(), address));
+    published.nobody_holds_a_port_in_vain(engine, 1)?;
+    engine.engine(["run", "--rm", IMAGE, "true"])?.ok()?;
+    published.clean_up(engine)
 }
 
 /// Deterministic noise for choosing moments; the seed is printed with a failure.
@@ -193,6 +203,8 @@ impl Dice {
 struct Acknowledged {
     images: BTreeSet<String>,
     containers: BTreeSet<String>,
+    /// Where each round's container is published, acknowledged or not.
+    ports: Vec<(String, String)>,
 }
 
 impl Acknowledged {
@@ -215,8 +227,21 @@ impl Acknowledged {
         engine.engine(["run", "--rm", IMAGE, "true"])?.ok().map(drop)
     }
 
+    /// Of the last `count`, whoever does not run holds no port: not one who was killed, nor one who was about to get it.
+    fn nobody_holds_a_port_in_vain(&self, engine: &Engine, count: usize) -> Result<()> {
+        for (name, address) in self.ports.iter().rev().take(count) {
+            wait_until("a port is free, or its container runs", || {
+                let free = || TcpListener::bind(address).is_ok();
+                Ok((free() || state(engine, name).is_ok_and(|state| state == "running 0")).then_some(()))
+            })
+            .with_context(|| format!("{address} of {name}"))?;
+        }
+        Ok(())
+    }
+
     fn clean_up(&self, engine: &Engine) -> Result<()> {
         engine.remove_containers()?;
+        self.nobody_holds_a_port_in_vain(engine, usize::MAX)?;
         for image in &self.images {
             engine.engine(["rmi", "-f", image])?.ok()?;
         }
@@ -234,7 +259,10 @@ fn rounds(engine: &Engine, rounds: u64, moment_ms_max: u64, kill: impl Fn(u64) -
         engine.registry().push(&image, &name, "1")?;
         let reference = format!("{}/{name}:1", engine.registry_name());
         let pull = engine.spawn(["pull", "-q", &reference])?;
-        let start = engine.spawn(["run", "-d", "--name", &name, IMAGE, "sleep", "1000"])?;
+        let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string();
+        let publish = format!("{address}:80");
+        let start = engine.spawn(["run", "-d", "--name", &name, "-p", &publish, IMAGE, "sleep", "1000"])?;
+        acknowledged.ports.push((name.clone(), address));
         let begun = Instant::now();
         let moment = Duration::from_millis(dice.roll(moment_ms_max));
         std::thread::sleep(moment.saturating_sub(begun.elapsed()));
@@ -251,6 +279,7 @@ fn rounds(engine: &Engine, rounds: u64, moment_ms_max: u64, kill: impl Fn(u64) -
         }
         acknowledged
             .check(engine)
+            .and_then(|()| acknowledged.nobody_holds_a_port_in_vain(engine, 1))
             .with_context(|| format!("round {round}, killed after {} ms", moment.as_millis()))?;
     }
     acknowledged.clean_up(engine)

@@ -21,6 +21,7 @@ mod nat;
 mod network;
 mod networks;
 mod ports;
+mod proxies;
 mod registries;
 mod run;
 mod settings;
@@ -118,6 +119,7 @@ fn test(arguments: &Arguments) -> Result<ExitCode> {
     scenarios.extend(compose::scenarios());
     scenarios.extend(docker::scenarios());
     scenarios.extend(registries::scenarios());
+    scenarios.extend(proxies::scenarios());
     scenarios.extend(files::scenarios());
     scenarios.extend(volumes::scenarios());
     scenarios.extend(shares::scenarios());
@@ -129,7 +131,6 @@ fn test(arguments: &Arguments) -> Result<ExitCode> {
     scenarios.extend(borrowed::scenarios());
     if stage == Stage::Native {
         scenarios.extend(nat::native_scenarios());
-        scenarios.extend(ports::native_scenarios());
     }
     // Last: these kill what the others stand on.
     scenarios.extend(match stage {

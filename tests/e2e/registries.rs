@@ -2,6 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+use std::path::Path;
 use tests_harness::{Engine, Finished, IMAGE, Registry, Stage, wait_until};
 
 crate::scenarios![
@@ -108,28 +109,55 @@ fn a_login_is_checked(engine: &Engine) -> Result<()> {
     Ok(())
 }
 
+/// Who signs the certificates of a registry and of its client.
+pub(crate) struct Authority {
+    issuer: Issuer<'static, KeyPair>,
+    root: String,
+}
+
+impl Authority {
+    pub(crate) fn new() -> Result<Self> {
+        let mut authority = CertificateParams::new(Vec::new())?;
+        authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let key = KeyPair::generate()?;
+        let root = authority.self_signed(&key)?.pem();
+        Ok(Self { issuer: Issuer::new(authority, key), root })
+    }
+
+    fn signed(&self, name: &str) -> Result<(String, String)> {
+        let key = KeyPair::generate()?;
+        let certificate = CertificateParams::new(vec![name.to_owned()])?.signed_by(&key, &self.issuer)?;
+        Ok((certificate.pem(), key.serialize_pem()))
+    }
+
+    /// Starts a registry of this name, which wants to see a client's certificate.
+    pub(crate) fn registry(&self, engine: &Engine, name: &str) -> Result<Registry> {
+        let (certificate, key) = self.signed(name)?;
+        let files = ["registry.crt", "registry.key", "clients.crt"].map(|name| engine.path(name));
+        for (file, text) in files.iter().zip([&certificate, &key, &self.root]) {
+            std::fs::write(file, text)?;
+        }
+        Registry::start_secure(&files[0], &files[1], &files[2])
+    }
+
+    /// Puts what a client of the registry needs into the registry's folder.
+    pub(crate) fn show_client(&self, folder: &Path) -> Result<()> {
+        let (certificate, key) = self.signed("client")?;
+        for (file, text) in [("ca.crt", &self.root), ("client.cert", &certificate), ("client.key", &key)] {
+            std::fs::write(folder.join(file), text)?;
+        }
+        Ok(())
+    }
+}
+
 /// Through the machine; natively the folder is the same, and what is in it has tests of its own.
 fn a_registry_is_shown_the_certificate_it_asks_for(engine: &Engine) -> Result<()> {
     if engine.stage == Stage::Native {
         return Ok(());
     }
-    let mut authority = CertificateParams::new(Vec::new())?;
-    authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    let authority_key = KeyPair::generate()?;
-    let root = authority.self_signed(&authority_key)?.pem();
-    let issuer = Issuer::new(authority, authority_key);
-    let signed = |name: &str| -> Result<(String, String)> {
-        let key = KeyPair::generate()?;
-        let certificate = CertificateParams::new(vec![name.to_owned()])?.signed_by(&key, &issuer)?;
-        Ok((certificate.pem(), key.serialize_pem()))
-    };
     let host = engine.outside_address();
-    let (certificate, key) = signed(host)?;
-    let files = ["registry.crt", "registry.key", "clients.crt"].map(|name| engine.path(name));
-    for (file, text) in files.iter().zip([&certificate, &key, &root]) {
-        std::fs::write(file, text)?;
-    }
-    let registry = Registry::start_secure(&files[0], &files[1], &files[2])?;
+    let authority = Authority::new()?;
+    let registry = authority.registry(engine, host)?;
     let domain = format!("{host}:{}", registry.port());
     let name = format!("{domain}/secure:1");
     docker(engine, &["tag", IMAGE, &name])?.ok()?;
@@ -138,10 +166,7 @@ fn a_registry_is_shown_the_certificate_it_asks_for(engine: &Engine) -> Result<()
     // The machine runs, and sees them all the same; what it knows not to be there it looks for again after a second.
     let folder = engine.path("certs.d").join(&domain);
     std::fs::create_dir(&folder)?;
-    let (certificate, key) = signed("client")?;
-    for (file, text) in [("ca.crt", root), ("client.cert", certificate), ("client.key", key)] {
-        std::fs::write(folder.join(file), text)?;
-    }
+    authority.show_client(&folder)?;
     wait_until("the certificate is shown", || {
         Ok((docker(engine, &["push", "-q", &name])?.code == 0).then_some(()))
     })?;

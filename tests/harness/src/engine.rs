@@ -127,16 +127,36 @@ impl Engine {
     /// Starts the engine, or the machine with the engine in it, and waits until it answers.
     pub fn boot(&self) -> Result<()> {
         match self.stage {
-            Stage::Native => self.boot_native(&[], None),
+            Stage::Native => self.boot_native(&[], &[]),
             Stage::Qemu | Stage::Kvm => {
                 self.engine(["machine", "start"])?.ok().map(drop).with_context(|| self.logs())
             }
         }
     }
 
+    /// The same after it has ended with all its programs, in an environment with these variables.
+    pub fn boot_again_with_environment(&self, variables: &[(&str, &str)]) -> Result<()> {
+        if self.stage == Stage::Native {
+            self.end_native(false)?;
+            return self.boot_native(&[], variables);
+        }
+        self.engine(["machine", "shutdown"])?.ok()?;
+        let mut start = self.command(["machine", "start"]);
+        start.envs(variables.iter().copied());
+        run(start)?.ok().map(drop).with_context(|| self.logs())
+    }
+
+    /// Where certificates of registries are looked for.
+    pub fn certificates(&self) -> PathBuf {
+        match self.stage {
+            Stage::Native => self.path("data/certs.d"),
+            Stage::Qemu | Stage::Kvm => self.path("certs.d"),
+        }
+    }
+
     /// Starts the native engine so that it ends, as if killed, when it comes to this fault point.
     pub fn boot_with_fault(&self, point: &str) -> Result<()> {
-        self.boot_native(&[], Some(point))
+        self.boot_native(&[], &[("ENGINE_FAULT", point)])
     }
 
     /// Starts the native engine with a dockerd's settings file of this content.
@@ -144,7 +164,7 @@ impl Engine {
         let path = self.path("daemon.json");
         std::fs::write(&path, daemon_json.to_string())?;
         let path = path.to_str().context("a temporary path that is no text")?;
-        self.boot_native(&["--config", path], None)
+        self.boot_native(&["--config", path], &[])
     }
 
     /// Waits until the native engine has ended by itself.
@@ -153,7 +173,7 @@ impl Engine {
         wait_until("the engine ends at its fault point", || Ok(child.try_wait()?)).map(drop)
     }
 
-    fn boot_native(&self, more: &[&str], fault: Option<&str>) -> Result<()> {
+    fn boot_native(&self, more: &[&str], variables: &[(&str, &str)]) -> Result<()> {
         let log = std::fs::File::options().create(true).append(true).open(self.path("guest-engine.log"))?;
         let mut child = Command::new(self.program("guest-engine"))
             .arg("--native")
@@ -165,7 +185,7 @@ impl Engine {
             .arg(self.path("bundled"))
             .args(["--insecure-registry", &self.registry_name()])
             .args(more)
-            .envs(fault.map(|point| ("ENGINE_FAULT", point)))
+            .envs(variables.iter().copied())
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 /// Idle threads of tokio's blocking pool end after ten seconds, and every question keeps one of them from it.
 const POOL_LINGERS: Duration = Duration::from_secs(11);
+const TASKS: &str = "the engine's tasks";
 
 /// Descriptors, threads, tasks and streams by name, in every process between a client and the engine.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,12 +32,18 @@ impl Usage {
         let inside = engine.engine(["info", "--format", "{{.NFd}} {{.NGoroutines}}"])?.ok()?;
         let (descriptors, tasks) = inside.split_once(' ').with_context(|| format!("info: {inside}"))?;
         counts.insert("the engine's own count of its descriptors".into(), descriptors.parse()?);
-        counts.insert("the engine's tasks".into(), tasks.parse()?);
+        counts.insert(TASKS.into(), tasks.parse()?);
         if engine.stage != Stage::Native {
             let open = engine.engine(["machine", "info", "--format", "{{.open_streams}}"])?.ok()?;
             counts.insert("vsock streams".into(), open.parse().with_context(|| open.clone())?);
         }
         Ok(Self(counts))
+    }
+
+    /// The descriptors and streams alone: they are back at once, where threads and tasks linger.
+    pub fn without_threads(mut self) -> Self {
+        self.0.retain(|name, _| !name.starts_with("threads") && name != TASKS);
+        self
     }
 
     /// What `engine` holds once nothing has changed for a while.
@@ -54,10 +61,11 @@ impl Usage {
     /// Waits until `engine` holds no more of anything than this.
     pub fn comes_back(&self, engine: &Engine) -> Result<()> {
         let mut more = String::new();
+        let lingers = if self.0.contains_key(TASKS) { POOL_LINGERS } else { Duration::ZERO };
         wait_until("the engine holds no more than before", || {
             more = self.exceeded_by(&Self::of(engine)?);
             if !more.is_empty() {
-                std::thread::sleep(POOL_LINGERS);
+                std::thread::sleep(lingers);
             }
             Ok(more.is_empty().then_some(()))
         })
@@ -67,7 +75,7 @@ impl Usage {
     fn exceeded_by(&self, now: &Self) -> String {
         now.0
             .iter()
-            .filter(|(name, count)| **count > self.0.get(*name).copied().unwrap_or(0))
+            .filter(|(name, count)| self.0.get(*name).is_some_and(|before| *count > before))
             .map(|(name, count)| format!("{name}: {count}, before {:?}; ", self.0.get(name)))
             .collect()
     }
