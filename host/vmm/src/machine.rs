@@ -222,7 +222,7 @@ pub fn build(
     let has_stopped = || stopped.load(Ordering::Relaxed);
     let mut context = Context {
         plug: match &backend.provider {
-            Provider::Qemu(_) => Plug::Qemu(Qemu::default()),
+            Provider::Qemu(_) => Plug::Qemu(Qemu::new().map_err(BuildError::Sockets)?),
             Provider::InProcess => Plug::InProcess(InProcess::new(memory::allocate(spec.memory_mib)?)),
         },
         signals: signals.clone(),

@@ -62,12 +62,14 @@ pub enum Device {
         /// Entries per queue.
         queue_size: u16,
     },
-    /// A network card whose frames go over a stream socket (`u32` big-endian length before each).
-    Network {
-        /// QEMU's end of the frame socket.
-        fd: RawFd,
+    /// A network card served over vhost-user. QEMU connects to it by itself.
+    VhostUserNet {
+        /// The abstract name of the vhost-user socket.
+        name: String,
         /// The card's address.
         mac: [u8; 6],
+        /// The largest packet on the link.
+        mtu: u16,
     },
 }
 
@@ -81,6 +83,11 @@ const TRANSLATION_MIB: u32 = 256;
 /// processor's thread replaces it keeps a stale breakpoint for ever, and the kernel dies of it: `Oops: int3`. Most
 /// patching is over when the boot is, and most code has been translated then.
 pub const TCG_CMDLINE: &str = " maxcpus=1";
+
+/// What a network card of ours is told for the software processor: an interrupt line, and no vectors. QEMU (7.2 at least)
+/// dies of it when a driver unmasks a vector of a card that is served over vhost-user and there is no KVM
+/// (`kvm_virtio_pci_irqfd_use` of a null pointer).
+const CARD_VECTORS_TCG: &str = ",vectors=0";
 
 /// The arguments after the program's name.
 pub fn arguments(machine: &Machine) -> Vec<OsString> {
@@ -109,7 +116,7 @@ pub fn arguments(machine: &Machine) -> Vec<OsString> {
         },
     );
     for (index, device) in machine.devices.iter().enumerate() {
-        line.device(index, device);
+        line.device(index, device, machine.accelerator);
     }
     if let Some(fd) = machine.monitor {
         line.option("-chardev", format!("socket,id=monitor,fd={fd}"));
@@ -130,7 +137,7 @@ impl CommandLine {
         self.flag(name).flag(value)
     }
 
-    fn device(&mut self, index: usize, device: &Device) {
+    fn device(&mut self, index: usize, device: &Device, accelerator: Accelerator) {
         let id = format!("device{index}");
         match device {
             Device::Serial { fd } => {
@@ -161,11 +168,14 @@ impl CommandLine {
                     format!("vhost-user-fs-pci,chardev={id},tag={tag},queue-size={queue_size}"),
                 );
             }
-            Device::Network { fd, mac } => {
+            Device::VhostUserNet { name, mac, mtu } => {
                 let mac = mac.map(|byte| format!("{byte:02x}")).join(":");
-                self.option("-netdev", format!("stream,id={id},server=off,addr.type=fd,addr.str={fd}"));
+                self.option("-chardev", format!("socket,id=peer{index},path={name},abstract=on"));
+                self.option("-netdev", format!("vhost-user,id={id},chardev=peer{index}"));
+                let vectors = if accelerator == Accelerator::Tcg { CARD_VECTORS_TCG } else { "" };
                 // No boot ROM: nothing boots from the network, and the ROMs are a package of their own.
-                self.option("-device", format!("virtio-net-pci,netdev={id},mac={mac},romfile="));
+                let card = format!("virtio-net-pci,netdev={id},mac={mac},host_mtu={mtu},romfile={vectors}");
+                self.option("-device", card);
             }
         }
     }
@@ -187,7 +197,7 @@ mod tests {
                 Device::Serial { fd: 10 },
                 Device::Rng,
                 Device::VhostUserBlock { fd: 11, queues: 1, queue_size: 256 },
-                Device::Network { fd: 12, mac: [2, 0, 0, 0, 0, 0x1f] },
+                Device::VhostUserNet { name: "0001f".into(), mac: [2, 0, 0, 0, 0, 0x1f], mtu: 1500 },
                 Device::VhostUserVsock { fd: 13 },
                 Device::VhostUserFs { fd: 15, tag: "host", queue_size: 1024 },
                 Device::Balloon,
@@ -219,8 +229,9 @@ mod tests {
             "-device virtio-rng-pci",
             "-chardev socket,id=device2,fd=11",
             "-device vhost-user-blk-pci,chardev=device2,num-queues=1,queue-size=256",
-            "-netdev stream,id=device3,server=off,addr.type=fd,addr.str=12",
-            "-device virtio-net-pci,netdev=device3,mac=02:00:00:00:00:1f,romfile=",
+            "-chardev socket,id=peer3,path=0001f,abstract=on",
+            "-netdev vhost-user,id=device3,chardev=peer3",
+            "-device virtio-net-pci,netdev=device3,mac=02:00:00:00:00:1f,host_mtu=1500,romfile=,vectors=0",
             "-chardev socket,id=device4,fd=13",
             "-device vhost-user-vsock-pci,chardev=device4",
             "-chardev socket,id=device5,fd=15",
@@ -246,6 +257,7 @@ mod tests {
         let accel = line.iter().position(|argument| argument == "-accel").unwrap();
         assert_eq!(line[accel + 1], "kvm");
         assert!(line.iter().any(|argument| argument == "console=ttyS0 quiet"));
+        assert!(!line.iter().any(|argument| argument.to_string_lossy().contains("vectors=0")));
         assert!(!line.iter().any(|argument| argument == "-mon"));
     }
 }

@@ -1,4 +1,4 @@
-//! The network card: QEMU's virtio-net or ours on one end of a frame socket, the user-space NAT on the other.
+//! The network card: on one end of a frame socket, with the user-space NAT on the other.
 
 use std::error::Error;
 use std::os::unix::net::UnixStream;
@@ -28,8 +28,7 @@ impl Attachment {
 
 struct Net {
     nat: host_net::Handle,
-    /// The card, unless it is QEMU's.
-    card: Option<Box<dyn Attached>>,
+    card: Box<dyn Attached>,
 }
 
 impl super::Attachment for Attachment {
@@ -46,17 +45,14 @@ impl super::Attachment for Attachment {
         context: &mut Context<'_>,
     ) -> Result<Box<dyn Attached>, Box<dyn Error + Send + Sync>> {
         let (ours, theirs) = UnixStream::pair()?;
-        let (card, config) = match &mut context.plug {
+        let config = Config { offloads: true, ..Config::default() };
+        let mtu = config.mtu;
+        let card = Box::new(Card::new(Backend { stream: theirs, offloads: true, mac: MAC, mtu })?);
+        let card = match &mut context.plug {
             Plug::Qemu(qemu) => {
-                let fd = qemu.fds.pass(theirs);
-                qemu.devices.push(Device::Network { fd, mac: MAC });
-                (None, Config::default())
+                qemu.serve_card("net", card, |name| Device::VhostUserNet { name, mac: MAC, mtu })?
             }
-            Plug::InProcess(machine) => {
-                let config = Config { offloads: true, ..Config::default() };
-                let backend = Backend { stream: theirs, offloads: true, mac: MAC, mtu: config.mtu };
-                (Some(machine.serve("net", Box::new(Card::new(backend)?))?), config)
-            }
+            Plug::InProcess(machine) => machine.serve("net", card)?,
         };
         let signals = context.signals.clone();
         // Nobody is left to tell only when the machine ends.
@@ -74,13 +70,11 @@ impl Attached for Net {
 
     fn fault(&self) -> Option<String> {
         let nat = || self.nat.is_finished().then(|| "the thread of its NAT has ended".into());
-        self.card.as_ref().and_then(|card| card.fault()).or_else(nat)
+        self.card.fault().or_else(nat)
     }
 
     fn detach(self: Box<Self>) {
         self.nat.stop();
-        if let Some(card) = self.card {
-            card.detach();
-        }
+        self.card.detach();
     }
 }

@@ -23,10 +23,11 @@ pub(crate) enum Plug {
 }
 
 /// What QEMU will be told and given.
-#[derive(Default)]
 pub(crate) struct Qemu {
     /// The devices on its command line.
     pub devices: Vec<Device>,
+    /// Where it comes to for the network card, until that is attached. Threads that attach may not listen.
+    waiting: Option<vhost_user::Waiting>,
     /// The descriptors it inherits.
     pub fds: PassedFds,
 }
@@ -63,6 +64,26 @@ impl Plug {
 }
 
 impl Qemu {
+    pub fn new() -> io::Result<Self> {
+        let waiting = Some(vhost_user::Waiting::new()?);
+        Ok(Self { devices: Vec::new(), waiting, fds: PassedFds::default() })
+    }
+
+    /// Puts a network card into the machine. QEMU is told about it in the words of `describe`, from the name at which it
+    /// finds it.
+    pub fn serve_card(
+        &mut self,
+        name: &'static str,
+        card: Box<dyn VirtioDevice>,
+        describe: impl FnOnce(String) -> Device,
+    ) -> Result<Box<dyn Attached>, Box<dyn Error + Send + Sync>> {
+        let waiting = self.waiting.take().ok_or("a machine has one network card")?;
+        self.devices.push(describe(waiting.name().to_owned()));
+        let life = card.life();
+        let server = vhost_user::serve_waiting(card, waiting)?;
+        Ok(Box::new(Served { name, life, server }))
+    }
+
     /// Adds a device that QEMU has itself.
     pub fn own(&mut self, name: &'static str, device: Device) -> Box<dyn Attached> {
         self.devices.push(device);

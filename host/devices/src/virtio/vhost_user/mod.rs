@@ -1,4 +1,4 @@
-//! Serves a device model to QEMU over vhost-user: one connected socket, one thread, one model.
+//! Serves a device model to QEMU over vhost-user: one connection, one thread, one model.
 //!
 //! The front end (QEMU) owns the guest's memory and configuration; it sends the memory as file descriptors, the queues'
 //! addresses, and one event descriptor per queue and direction. This file turns that into the verbs of
@@ -21,13 +21,14 @@
 
 #![expect(unsafe_code, reason = "received descriptors become event descriptors")]
 
+mod early;
 #[cfg(test)]
 mod tests;
+mod waiting;
 mod way_back;
 
 use std::fs::File;
 use std::io;
-use std::net::Shutdown;
 use std::os::fd::{FromRawFd, IntoRawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -49,13 +50,15 @@ use vm_memory::{
 };
 use vmm_sys_util::eventfd::EventFd;
 
+use self::waiting::Connection;
+pub use self::waiting::Waiting;
 use self::way_back::WayBack;
 use crate::virtio::device::{DeviceKind, Interrupt, Memory, QueueResources, VirtioDevice};
 use crate::virtio::ring::{self, Addresses};
 
 /// A device that is being served. Dropping it closes the connection and waits for the thread.
 pub struct Server {
-    connection: UnixStream,
+    connection: Arc<Connection>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -86,44 +89,90 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // Already closed by the other side: then the thread is ending anyway.
-        let _closed = self.connection.shutdown(Shutdown::Both);
+        self.connection.close();
         self.wait();
     }
 }
 
 /// Serves `device` on a connected socket, on a thread of its own, until the front end closes it.
 pub fn serve(device: Box<dyn VirtioDevice>, stream: UnixStream) -> io::Result<Server> {
+    let connection = Arc::new(Connection::new(stream.try_clone()?.into()));
+    let thread = spawn(device, move |device| converse(device, stream))?;
+    Ok(Server { connection, thread: Some(thread) })
+}
+
+/// The same for a front end that is still to come.
+pub fn serve_waiting(device: Box<dyn VirtioDevice>, waiting: Waiting) -> io::Result<Server> {
+    let connection = Arc::new(Connection::new(waiting.try_clone()?));
+    let there = Arc::clone(&connection);
+    let thread = spawn(device, move |device| {
+        let stream = match waiting.accept() {
+            Ok(stream) => stream,
+            Err(_) if there.is_closed() => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        there.moves_to(stream.try_clone()?.into());
+        converse(device, stream)
+    })?;
+    Ok(Server { connection, thread: Some(thread) })
+}
+
+fn spawn(
+    device: Box<dyn VirtioDevice>,
+    work: impl FnOnce(Box<dyn VirtioDevice>) -> io::Result<()> + Send + 'static,
+) -> io::Result<JoinHandle<()>> {
     let kind = device.kind();
-    let connection = stream.try_clone()?;
+    thread::Builder::new().name(format!("vhost-{kind}")).spawn(move || {
+        if let Err(error) = work(device) {
+            warn!(device = %kind, %error, "the vhost-user connection did not come about");
+        }
+    })
+}
+
+/// Answers the front end until it leaves.
+fn converse(device: Box<dyn VirtioDevice>, stream: UnixStream) -> io::Result<()> {
+    let kind = device.kind();
     let requests = stream.try_clone()?;
     let session = Session::new(device);
     let way_back = Arc::clone(&session.way_back);
     let session = Arc::new(Mutex::new(session));
     let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(&session));
-    let thread = thread::Builder::new().name(format!("vhost-{kind}")).spawn(move || {
-        loop {
-            if has_way_back(kind) {
-                way_back.look_at_next(&requests);
+    loop {
+        if has_way_back(kind) {
+            way_back.look_at_next(&requests);
+        }
+        if kind == DeviceKind::Net && take_early(&requests, &session)? {
+            continue;
+        }
+        match handler.handle_request() {
+            Ok(()) => {}
+            Err(VhostError::SocketRetry(_)) => {}
+            Err(VhostError::Disconnected) => {
+                info!(device = %kind, "the front end has disconnected");
+                break;
             }
-            match handler.handle_request() {
-                Ok(()) => {}
-                Err(VhostError::SocketRetry(_)) => {}
-                Err(VhostError::Disconnected) => {
-                    info!(device = %kind, "the front end has disconnected");
-                    break;
-                }
-                Err(error) => {
-                    warn!(device = %kind, %error, "the vhost-user connection has failed");
-                    break;
-                }
+            Err(error) => {
+                warn!(device = %kind, %error, "the vhost-user connection has failed");
+                break;
             }
         }
-        // Closes the socket, so that the front end learns of a failure, before the reset that may take longer.
-        drop((handler, requests));
-        session.lock().unwrap_or_else(PoisonError::into_inner).device.reset();
-    })?;
-    Ok(Server { connection, thread: Some(thread) })
+    }
+    // Closes the socket, so that the front end learns of a failure, before the reset that may take longer.
+    drop((handler, requests));
+    session.lock().unwrap_or_else(PoisonError::into_inner).device.reset();
+    Ok(())
+}
+
+/// Takes the next message if it comes too early for the protocol; `true` when it did.
+fn take_early(requests: &UnixStream, session: &Mutex<Session>) -> io::Result<bool> {
+    let lock = || session.lock().unwrap_or_else(PoisonError::into_inner);
+    if lock().knows_protocol_features() {
+        return Ok(false);
+    }
+    let Some(early) = early::take(requests)? else { return Ok(false) };
+    lock().set_vring_enable(early.ring, early.enable).map_err(io::Error::other)?;
+    early.answer(requests)?;
+    Ok(true)
 }
 
 /// Whether the front end wants to hear of changes in configuration space. QEMU does for disks, which may have become
@@ -219,9 +268,14 @@ impl Session {
             .ok_or(VhostError::InvalidParam)
     }
 
+    /// Whether the front end has said that it knows about states of rings.
+    fn knows_protocol_features(&self) -> bool {
+        self.features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() != 0
+    }
+
     /// Brings one queue of the model to the state the front end wants.
     fn update(&mut self, index: usize) -> VhostResult<()> {
-        let protocol = self.features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() != 0;
+        let protocol = self.knows_protocol_features();
         let vring = self.vring(index)?;
         let wanted = vring.kick.is_some() && (vring.enabled || !protocol);
         match (wanted, vring.running) {
