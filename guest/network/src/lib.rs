@@ -58,7 +58,10 @@ pub use endpoint::{
     Endpoint, EndpointError, EndpointSpec, Gateway, Gateways, HostEnds, Ipvlan, Macvlan, SLOTS_MAX, Uplink,
     ensure_driver,
 };
-pub use firewall::{Firewall, FirewallError, FirewallLink, FirewallNetwork, FirewallPort, Protocol, Rules};
+pub use firewall::{
+    Firewall, FirewallError, FirewallLink, FirewallNetwork, FirewallPort, GenerationError, Protocol, Rules,
+    Written,
+};
 pub use ipam::{Ipam, IpamError};
 pub use mac::Mac;
 pub use netlink::NetlinkError;

@@ -1,9 +1,9 @@
-//! The one writer of the firewall: whoever changed something asks it to say the table again and waits for that.
+//! The one writer of the firewall: whoever changed something asks it to say what is true now and waits for that.
 //! Requests that came while it was writing are answered by the next transaction together.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use guest_network::Firewall;
+use guest_network::{Firewall, Written};
 use tokio::sync::{mpsc, oneshot};
 
 use super::state::State;
@@ -47,14 +47,19 @@ async fn write(
     state: Arc<Mutex<State>>,
     mut queue: mpsc::Receiver<oneshot::Sender<Result<(), Failure>>>,
 ) {
+    let mut last: Option<Written> = None;
     while let Some(first) = queue.recv().await {
         let mut waiting = vec![first];
         while let Ok(next) = queue.try_recv() {
             waiting.push(next);
         }
         let rules = state.lock().unwrap_or_else(PoisonError::into_inner).rules();
-        let written = firewall.apply(&rules).await;
+        let written = match last.take() {
+            Some(last) => firewall.change(last, &rules).await,
+            None => firewall.apply(&rules).await,
+        };
         let written = written.map_err(|error| Failure::internal("cannot write the firewall", &error));
+        let written = written.map(|written| last = Some(written));
         for reply in waiting {
             // One that was dropped while it waited needs no answer.
             let _ = reply.send(written.clone());

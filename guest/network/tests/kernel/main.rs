@@ -1,6 +1,8 @@
 //! The kernel objects for real, each test in network and mount namespaces of its own that end with it.
 #![forbid(unsafe_code)]
 
+mod firewall;
+
 use std::fs::File;
 use std::future::Future;
 use std::io::Read;

@@ -1,252 +1,14 @@
-//! The engine's own nftables table, written as a whole in one transaction.
-//!
-//! What the table should say follows from the networks and the published ports, so every change is "say it all again":
-//! no drift, no half state, and a table that somebody flushed or that an engine left when it died is whole afterwards.
-//! The rules never change; they look things up in sets and maps, which hold the networks. Starting a container without
-//! published ports writes nothing. No other table is read or touched.
-//!
-//! ```text
-//! raw          what comes from a container for a loopback address of the host: dropped
-//! prerouting   for an address of the host and a published port: to the container, unless a relay is to carry it
-//! output       the same, from the host itself, IPv4 loopback addresses included
-//! forward      replies; between containers of a network, or what links of one open; published ports; trusted
-//!              interfaces; out: accepted. Into or out of an internal network, between containers of a network whose
-//!              containers are apart, and anything else that is for a container: dropped
-//! postrouting  what leaves a network, and what a container sends to its own published port: from our address
-//! ```
+//! What `nft` is told: the table as a whole, or what is different.
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
-use std::io;
-use std::net::{IpAddr, Ipv4Addr};
-use std::process::Stdio;
-use std::time::Duration;
 
 use ipnet::IpNet;
-use tokio::io::AsyncWriteExt;
-use tokio::process::Command;
-use tokio::time::timeout;
 
-use crate::bridge::is_interface_name;
+use super::{FirewallLink, FirewallNetwork, FirewallPort, Rules};
 
-/// Longest a transaction may take; `nft` needs milliseconds, a hung one must not hold a container's start for ever.
-const NFT_DEADLINE: Duration = Duration::from_secs(20);
-
-/// The table of one engine. Engines on one computer use different names.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Firewall {
-    table: String,
-}
-
-/// What the firewall knows.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Rules {
-    /// The networks.
-    pub networks: Vec<FirewallNetwork>,
-    /// The published ports.
-    pub ports: Vec<FirewallPort>,
-    /// What is open between containers of a network that are otherwise apart.
-    pub links: Vec<FirewallLink>,
-}
-
-/// What the firewall knows of a network.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct FirewallNetwork {
-    /// The bridge's interface name.
-    pub bridge: String,
-    /// The network's addresses.
-    pub subnets: Vec<IpNet>,
-    /// Nothing goes in or out.
-    pub internal: bool,
-    /// Its containers reach each other.
-    pub direct: bool,
-    /// What its containers send to published ports is for a program of the host that carries it on.
-    pub relayed: bool,
-    /// Those of its addresses that hide behind the outgoing interface's.
-    pub hidden: Vec<IpNet>,
-    /// Its containers can be reached directly from everywhere.
-    pub open: bool,
-    /// Interfaces of the host from which its containers may be reached directly.
-    pub trusted: Vec<String>,
-}
-
-/// One port of a container that is open to one other.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub struct FirewallLink {
-    /// The network's bridge.
-    pub bridge: String,
-    /// Who asks.
-    pub from: Ipv4Addr,
-    /// Who answers.
-    pub to: Ipv4Addr,
-    /// `tcp`, `udp` or `sctp`.
-    pub protocol: Protocol,
-    /// The port.
-    pub port: u16,
-}
-
-/// One published port.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub struct FirewallPort {
-    /// `tcp`, `udp` or `sctp`.
-    pub protocol: Protocol,
-    /// The host's address, or the unspecified one for all.
-    pub host: IpAddr,
-    /// The host's port.
-    pub host_port: u16,
-    /// The container's address, of the same family.
-    pub container: IpAddr,
-    /// The container's port.
-    pub container_port: u16,
-}
-
-/// A transport with ports.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Protocol {
-    /// TCP.
-    Tcp,
-    /// UDP.
-    Udp,
-    /// SCTP.
-    Sctp,
-}
-
-impl Protocol {
-    /// `tcp`, `udp` or `sctp`.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Tcp => "tcp",
-            Self::Udp => "udp",
-            Self::Sctp => "sctp",
-        }
-    }
-}
-
-impl std::fmt::Display for Protocol {
-    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter.write_str(self.name())
-    }
-}
-
-impl std::str::FromStr for Protocol {
-    type Err = ();
-
-    fn from_str(text: &str) -> Result<Self, ()> {
-        [Self::Tcp, Self::Udp, Self::Sctp]
-            .into_iter()
-            .find(|protocol| text.eq_ignore_ascii_case(protocol.name()))
-            .ok_or(())
-    }
-}
-
-/// Why the rules could not be written.
-#[derive(Debug, thiserror::Error)]
-pub enum FirewallError {
-    /// `nft` cannot be run.
-    #[error("cannot run `nft` to write firewall table `{table}`")]
-    Run {
-        /// The table.
-        table: String,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-    /// `nft` did not like the rules.
-    #[error("cannot write firewall table `{table}`: {reason}")]
-    Refused {
-        /// The table.
-        table: String,
-        /// What `nft` printed.
-        reason: String,
-    },
-    /// `nft` hangs.
-    #[error("cannot write firewall table `{table}`: `nft` did not answer within {} s", NFT_DEADLINE.as_secs())]
-    Deadline {
-        /// The table.
-        table: String,
-    },
-}
-
-impl Firewall {
-    /// The table called `table` in the family `inet`. Nothing is written yet.
-    pub fn new(table: impl Into<String>) -> Self {
-        Self { table: table.into() }
-    }
-
-    /// Makes the table say exactly these rules, in one transaction: before it the old ones count, after it the new.
-    /// Connections that exist go on. Dropped halfway, either nothing or everything is done.
-    ///
-    /// # Errors
-    /// When `nft` is missing, refuses or hangs; then nothing has changed.
-    pub async fn apply(&self, rules: &Rules) -> Result<(), FirewallError> {
-        let trusted = rules.networks.iter().flat_map(|network| &network.trusted);
-        let bridges = rules.networks.iter().map(|network| &network.bridge);
-        let refused = trusted
-            .chain(bridges)
-            .chain(rules.links.iter().map(|link| &link.bridge))
-            .find(|name| !is_interface_name(name))
-            .map(|name| format!("`{name}` cannot name an interface"));
-        if let Some(reason) = refused {
-            return Err(FirewallError::Refused { table: self.table.clone(), reason });
-        }
-        self.run(script(&self.table, rules)).await
-    }
-
-    /// Removes the table. One that is not there is fine.
-    ///
-    /// # Errors
-    /// When `nft` is missing, refuses or hangs.
-    pub async fn remove(&self) -> Result<(), FirewallError> {
-        let table = &self.table;
-        self.run(format!("add table inet {table}\ndelete table inet {table}\n")).await
-    }
-
-    /// Whether the table is there; what it says is not looked at.
-    ///
-    /// # Errors
-    /// When `nft` is missing or hangs.
-    pub async fn stands(&self) -> Result<bool, FirewallError> {
-        match self.run(format!("list table inet {}\n", self.table)).await {
-            Ok(()) => Ok(true),
-            Err(FirewallError::Refused { .. }) => Ok(false),
-            Err(error) => Err(error),
-        }
-    }
-
-    async fn run(&self, script: String) -> Result<(), FirewallError> {
-        let table = || self.table.clone();
-        let failed = |source| FirewallError::Run { table: table(), source };
-        let mut child = Command::new("nft")
-            .args(["-f", "-"])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .kill_on_drop(true)
-            .spawn()
-            .map_err(failed)?;
-        let mut stdin = child.stdin.take().ok_or_else(|| failed(io::ErrorKind::BrokenPipe.into()))?;
-        let conversation = async {
-            // Should nft leave early, its exit status and message say more than the broken pipe.
-            let written = stdin.write_all(script.as_bytes()).await;
-            drop(stdin);
-            let output = child.wait_with_output().await?;
-            if output.status.success() { written.map(|()| output) } else { Ok(output) }
-        };
-        let output = timeout(NFT_DEADLINE, conversation)
-            .await
-            .map_err(|_| FirewallError::Deadline { table: table() })?
-            .map_err(failed)?;
-        if output.status.success() {
-            return Ok(());
-        }
-        let text = String::from_utf8_lossy(&output.stderr);
-        let reason = match text.trim() {
-            "" => output.status.to_string(),
-            text => text.to_owned(),
-        };
-        Err(FirewallError::Refused { table: table(), reason })
-    }
-}
+/// What each set and map holds, as `nft` writes it.
+pub type Elements = Vec<(&'static str, BTreeSet<String>)>;
 
 /// Sets and maps, by name and type. `direct` and `apart` hold each network's bridge twice; `own` holds each network's addresses with its bridge, `hidden` the addresses to
 /// masquerade; `ports` is for published ports on every address of the host, `ports_at` for those on one.
@@ -331,8 +93,8 @@ const CHAINS: [(&str, &str, &[&str]); 5] = [
     ),
 ];
 
-/// The transaction's text.
-fn script(table: &str, rules: &Rules) -> String {
+/// The transaction that makes a table say this and nothing else, whatever it said before.
+pub fn whole(table: &str, elements: &Elements) -> String {
     let mut text = format!("add table inet {table}\n");
     let mut say = |line: std::fmt::Arguments<'_>| {
         // Writing to a string cannot fail.
@@ -355,12 +117,38 @@ fn script(table: &str, rules: &Rules) -> String {
             say(format_args!("add rule inet {table} {name} {line}"));
         }
     }
-    for (name, elements) in elements(rules) {
-        if !elements.is_empty() {
-            say(format_args!("add element inet {table} {name} {{ {} }}", elements.join(", ")));
-        }
+    for (name, elements) in elements {
+        element(&mut text, "add", table, name, elements.iter());
     }
     text
+}
+
+/// The transaction that changes what a table says. Empty when nothing is different.
+pub fn difference(table: &str, before: &Elements, after: &Elements) -> String {
+    let mut text = String::new();
+    // What goes first: a port that leads elsewhere has the key of the one before.
+    for ((name, before), (_, after)) in before.iter().zip(after) {
+        element(&mut text, "delete", table, name, before.difference(after));
+    }
+    for ((name, before), (_, after)) in before.iter().zip(after) {
+        element(&mut text, "add", table, name, after.difference(before));
+    }
+    text
+}
+
+fn element<'a>(
+    text: &mut String,
+    what: &str,
+    table: &str,
+    name: &str,
+    elements: impl Iterator<Item = &'a String>,
+) {
+    let mut elements = elements.map(String::as_str).peekable();
+    if elements.peek().is_some() {
+        let elements: Vec<&str> = elements.collect();
+        // Writing to a string cannot fail.
+        let _ = writeln!(text, "{what} element inet {table} {name} {{ {} }}", elements.join(", "));
+    }
 }
 
 fn with_table(name: &str, table: &str) -> String {
@@ -368,7 +156,8 @@ fn with_table(name: &str, table: &str) -> String {
     format!("{what} inet {table} {name}")
 }
 
-fn elements(rules: &Rules) -> Vec<(&'static str, Vec<String>)> {
+/// What the sets and maps hold for these rules, the same ones in the same order each time.
+pub fn elements(rules: &Rules) -> Elements {
     let networks = &rules.networks;
     let named = |wanted: fn(&FirewallNetwork) -> bool| -> Vec<String> {
         networks.iter().filter(|network| wanted(network)).map(|network| quoted(&network.bridge)).collect()
@@ -404,7 +193,7 @@ fn elements(rules: &Rules) -> Vec<(&'static str, Vec<String>)> {
         };
         wanted.map(one).collect()
     };
-    vec![
+    let all: Vec<(&'static str, Vec<String>)> = vec![
         ("bridges", named(|_| true)),
         ("direct", within(|network| network.direct)),
         ("apart", within(|network| !network.direct)),
@@ -438,7 +227,8 @@ fn elements(rules: &Rules) -> Vec<(&'static str, Vec<String>)> {
         ("ports6", ports(true, true)),
         ("ports4_at", ports(false, false)),
         ("ports6_at", ports(true, false)),
-    ]
+    ];
+    all.into_iter().map(|(name, elements)| (name, elements.into_iter().collect())).collect()
 }
 
 fn quoted(name: &str) -> String {
@@ -447,6 +237,7 @@ fn quoted(name: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::super::Protocol;
     use super::*;
 
     fn network(bridge: &str, subnet: &str) -> FirewallNetwork {
@@ -468,7 +259,7 @@ mod tests {
             networks: vec![network("engine0", "172.17.0.0/16"), network("six0", "fd00::/64")],
             ..Rules::default()
         };
-        for line in script("engine-test", &rules).lines() {
+        for line in whole("engine-test", &elements(&rules)).lines() {
             let words: Vec<&str> = line.split_whitespace().collect();
             assert_eq!(words[2..4], ["inet", "engine-test"], "{line}");
         }
@@ -497,7 +288,7 @@ mod tests {
             ports: vec![port("0.0.0.0", "10.0.0.2"), port("127.0.0.1", "10.0.0.2"), port("::1", "fd00::2")],
             links: vec![link],
         };
-        let text = script("engine", &rules);
+        let text = whole("engine", &elements(&rules));
         for line in [
             "add element inet engine bridges { \"a0\", \"in0\" }",
             "add element inet engine direct { \"a0\" . \"a0\" }",
@@ -517,10 +308,42 @@ mod tests {
         assert!(!text.contains("add element inet engine open"));
     }
 
-    #[tokio::test]
-    async fn names_that_would_be_rules_are_refused() {
-        let firewall = Firewall::new("engine");
-        let rules = Rules { networks: vec![network("a\" drop", "10.0.0.0/8")], ..Rules::default() };
-        assert!(matches!(firewall.apply(&rules).await, Err(FirewallError::Refused { .. })));
+    #[test]
+    fn only_what_is_different_is_said() {
+        let port = |container: &str| FirewallPort {
+            protocol: Protocol::Tcp,
+            host: [0, 0, 0, 0].into(),
+            host_port: 8080,
+            container: container.parse().unwrap(),
+            container_port: 80,
+        };
+        let one = Rules {
+            networks: vec![network("a0", "10.0.0.0/24"), network("b0", "10.0.1.0/24")],
+            ports: vec![port("10.0.0.2")],
+            ..Rules::default()
+        };
+        let other = Rules {
+            networks: vec![network("c0", "10.0.2.0/24"), network("a0", "10.0.0.0/24")],
+            ports: vec![port("10.0.0.3")],
+            ..Rules::default()
+        };
+        let text = difference("engine", &elements(&one), &elements(&other));
+        let expected = [
+            "delete element inet engine bridges { \"b0\" }",
+            "delete element inet engine direct { \"b0\" . \"b0\" }",
+            "delete element inet engine trusted { \"wg0\" . \"b0\" }",
+            "delete element inet engine own4 { 10.0.1.0/24 . \"b0\" }",
+            "delete element inet engine hidden4 { 10.0.1.0/24 }",
+            "delete element inet engine ports4 { tcp . 8080 : 10.0.0.2 . 80 }",
+            "add element inet engine bridges { \"c0\" }",
+            "add element inet engine direct { \"c0\" . \"c0\" }",
+            "add element inet engine trusted { \"wg0\" . \"c0\" }",
+            "add element inet engine own4 { 10.0.2.0/24 . \"c0\" }",
+            "add element inet engine hidden4 { 10.0.2.0/24 }",
+            "add element inet engine ports4 { tcp . 8080 : 10.0.0.3 . 80 }",
+        ];
+        assert_eq!(text.lines().collect::<Vec<_>>(), expected);
+        let order = Rules { networks: one.networks.iter().rev().cloned().collect(), ..one.clone() };
+        assert_eq!(difference("engine", &elements(&one), &elements(&order)), "");
     }
 }
