@@ -16,6 +16,7 @@ use tokio_util::task::TaskTracker;
 use crate::config::Settings;
 use crate::host::{self, Changes, HostLeases, Shares};
 use crate::http::{Listeners, Services, bind_unix};
+use crate::run_root::RunRoot;
 use crate::services::containers::{Capacity, Containers, Context};
 use crate::services::events::Events;
 use crate::services::exec::Execs;
@@ -35,7 +36,7 @@ pub async fn run(settings: Settings, ready: Option<OwnedFd>) -> anyhow::Result<(
     // First of all, so that a second engine ends here and touches nothing of the first one's.
     let outside = settings.vsock.map(|_| HostLeases::new());
     let (outside, keeper) = outside.unzip();
-    let (services, tasks) = open(&settings, outside).await?;
+    let (services, tasks, run_root) = open(&settings, outside).await?;
     services.networks.republish_all();
     let listeners = Listeners {
         unix: settings
@@ -77,18 +78,19 @@ pub async fn run(settings: Settings, ready: Option<OwnedFd>) -> anyhow::Result<(
     if tokio::time::timeout(DRAIN_DEADLINE, tasks.wait()).await.is_err() {
         tracing::debug!(tasks = tasks.len(), "open connections are cut");
     }
+    run_root.close();
     Ok(())
 }
 
 async fn open(
     settings: &Arc<Settings>,
     outside: Option<HostLeases>,
-) -> anyhow::Result<(Arc<Services>, TaskTracker)> {
-    for folder in [&settings.data_root, &settings.run_root] {
-        std::fs::create_dir_all(folder)
-            .with_context(|| format!("cannot make the folder `{}`", folder.display()))?;
-    }
+) -> anyhow::Result<(Arc<Services>, TaskTracker, RunRoot)> {
+    std::fs::create_dir_all(&settings.data_root)
+        .with_context(|| format!("cannot make the folder `{}`", settings.data_root.display()))?;
     let store = Store::open(&settings.data_root.join("engine.redb"))?;
+    // After the store, which an engine that runs already would not have let us open.
+    let run_root = RunRoot::open(&settings.run_root)?;
     let engine_id = engine_id(&store).await?;
     let images = {
         let (root, database) = (settings.data_root.join("images"), store.database());
@@ -133,6 +135,7 @@ async fn open(
         defaults: settings.containers.clone(),
         data: settings.data_root.join("containers"),
         run: settings.run_root.join("containers"),
+        mounts: run_root.mount(),
         capacity: Capacity::detect().context("cannot tell what this engine can grant")?,
         index: Arc::default(),
     };
@@ -150,7 +153,7 @@ async fn open(
     };
     let services =
         Services { containers, images, execs, events, networks, system, volumes, tasks: tasks.clone() };
-    Ok((Arc::new(services), tasks))
+    Ok((Arc::new(services), tasks, run_root))
 }
 
 /// How images are kept and fetched.

@@ -16,6 +16,7 @@ mod moment;
 mod pieces;
 mod plan;
 mod relay;
+mod run_root;
 mod services;
 mod store;
 

@@ -10,7 +10,7 @@ use std::{
 };
 
 use rustix::{
-    fs::{CWD, Mode, OFlags},
+    fs::{AtFlags, CWD, Mode, OFlags, StatxAttributes, StatxFlags, statx},
     io::Errno,
     mount::{
         FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags,
@@ -171,15 +171,13 @@ pub(crate) fn bind(folder: &Path, target: &Path) -> Result<()> {
     by_tree().map_err(|source| Error::io("mount a folder at", target, source))
 }
 
-/// Whether something is mounted at `target`.
+/// Whether something is mounted at `target`. The table of mounts would tell as well, the longer it is the later.
 pub(crate) fn is_mounted(target: &Path) -> Result<bool> {
-    let target = match fs::canonicalize(target) {
-        Err(source) if source.kind() == io::ErrorKind::NotFound => return Ok(false),
-        result => result.map_err(|source| Error::io("find", target, source))?,
-    };
-    let mounts = guest_mountinfo::read()
-        .map_err(|source| Error::io("read", Path::new("/proc/thread-self/mountinfo"), source))?;
-    Ok(mounts.iter().any(|mount| mount.point == target))
+    match statx(CWD, target, AtFlags::NO_AUTOMOUNT, StatxFlags::empty()) {
+        Ok(found) => Ok(found.stx_attributes.contains(StatxAttributes::MOUNT_ROOT)),
+        Err(Errno::NOENT) => Ok(false),
+        Err(error) => Err(Error::io("look at", target, error)),
+    }
 }
 
 #[cfg(test)]

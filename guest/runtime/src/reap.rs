@@ -73,6 +73,12 @@ pub fn reap(dir: &Path) -> Result<Option<Exit>, ReapError> {
 
 /// Ends the container of a record and removes its cgroup.
 pub fn release(dir: &Path, state: &StateRecord) -> Result<(), ReapError> {
+    let cgroup = state.cgroup.as_ref().map(|path| Cgroup::open(path)).transpose()?;
+    release_from(dir, state, cgroup.as_ref())
+}
+
+/// The same, from a cgroup that has been opened.
+pub fn release_from(dir: &Path, state: &StateRecord, cgroup: Option<&Cgroup>) -> Result<(), ReapError> {
     if let Some(runtime) = &state.runtime
         && dir.join(RUNTIME_DIR).exists()
     {
@@ -82,8 +88,7 @@ pub fn release(dir: &Path, state: &StateRecord) -> Result<(), ReapError> {
     if let Some(init) = &state.init {
         signal(init)?;
     }
-    if let Some(path) = &state.cgroup {
-        let cgroup = Cgroup::open(path)?;
+    if let Some(cgroup) = cgroup {
         cgroup.kill()?;
         cgroup.remove()?;
     }

@@ -31,6 +31,10 @@ pub struct ShimSpec {
     /// Each engine begins with an empty one.
     #[serde(default)]
     pub filters: Option<PathBuf>,
+    /// A mount with those of all containers below it. Where it is told, the container is made in a place where the
+    /// others' are not to be seen: what making takes then does not depend on how many there are.
+    #[serde(default)]
+    pub mounts: Option<PathBuf>,
     /// Who makes the container, when it is not the shim itself.
     #[serde(default)]
     pub runtime: Option<ExternalRuntime>,

@@ -268,6 +268,28 @@ pub fn in_mount_namespace<T: Send>(
     })
 }
 
+/// Does something in a mount namespace that is made for it: a copy of this process's, which ends when this returns unless
+/// a process that was started there goes on in it. `prepare` comes first and changes the copy; all its mounts pass their
+/// changes on to this process's peers as before until it says otherwise.
+///
+/// The caller must have one thread only: the kernel moves no other one, and takes no process of several back. Its current
+/// folder is the root afterwards.
+pub fn in_mounts_of_its_own<T>(
+    prepare: impl FnOnce() -> io::Result<()>,
+    work: impl FnOnce() -> T,
+) -> io::Result<T> {
+    let namespace = fs::File::open("/proc/self/ns/mnt")?;
+    // A namespace is entered at its root, which need not be ours.
+    let root = fs::File::open("/")?;
+    // SAFETY: the danger is in unsharing the table of descriptors, which is not asked for.
+    unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) }?;
+    let done = prepare().map(|()| work());
+    move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Mount))?;
+    rustix::process::fchdir(&root)?;
+    rustix::process::chroot(".")?;
+    done
+}
+
 /// Gives free heap pages back. A shim lives as long as its container and needs little after creating it.
 pub fn trim_heap() {
     // SAFETY: malloc_trim has no preconditions; it only releases memory the allocator considers free.

@@ -142,6 +142,7 @@ impl Bench {
             log,
             console_size: None,
             filters: Some(self.folder.clone()),
+            mounts: None,
             runtime: None,
         };
         change(&mut shim_spec, &mut spec);

@@ -3,6 +3,7 @@
 //! Needs root, `/bin/busybox` (Debian's busybox-static) and `unshare`. Each test runs itself again in mount and network
 //! namespaces of its own, and leaves no process, cgroup, mount or file behind.
 
+mod apart;
 mod bench;
 mod external;
 

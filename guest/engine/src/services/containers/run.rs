@@ -67,6 +67,8 @@ pub struct Context {
     pub data: PathBuf,
     /// `<run root>/containers`.
     pub run: PathBuf,
+    /// The mount below which all mounts of containers are, if they are below one.
+    pub mounts: Option<PathBuf>,
     /// What this engine can grant.
     pub capacity: Capacity,
     pub index: Arc<Index>,
@@ -336,6 +338,7 @@ fn shim_spec(context: &Context, record: &Record) -> Result<ShimSpec, Failure> {
         log: logging::plan(&context.data_folder(&record.id), record)?,
         console_size: (height > 0 && width > 0).then_some(ConsoleSize { width, height }),
         filters: Some(context.filters()),
+        mounts: context.mounts.clone(),
         runtime: runtime::choose(&record.host.runtime, &context.defaults)?,
     })
 }

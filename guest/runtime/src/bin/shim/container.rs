@@ -35,6 +35,7 @@ use oci_spec::runtime::{
 use rustix::process::{getpid, set_child_subreaper};
 use thiserror::Error;
 
+use crate::apart::Apart;
 use crate::enter::{Ends, Entry};
 use crate::external;
 use crate::filter::{Confinement, FilterError};
@@ -112,6 +113,7 @@ pub struct Runtime {
     id: String,
     bundle: PathBuf,
     filters: Option<PathBuf>,
+    mounts: Option<PathBuf>,
     grantable: Capabilities,
     events: Events,
     /// Makes the container instead of libcontainer.
@@ -140,6 +142,7 @@ impl Runtime {
             id: spec.container.clone(),
             bundle: spec.bundle.clone(),
             filters: spec.filters.clone(),
+            mounts: spec.mounts.clone(),
             grantable: defaults::grantable()?,
             events,
             created: None,
@@ -156,7 +159,22 @@ impl Runtime {
 
     /// Makes the container. After a failure nothing of it is left.
     pub fn create(&mut self, wanted: &Wanted, foreign: &[RawFd]) -> Result<Made, RuntimeError> {
-        let mut spec = self.load_spec()?;
+        let spec = self.load_spec()?;
+        let mounts = self.mounts.as_ref().filter(|_| self.external.is_none());
+        match mounts.and_then(|mounts| Apart::of(mounts, &self.dir, &spec)) {
+            Some(apart) => apart
+                .during(|| self.create_here(spec, wanted, foreign))
+                .map_err(setup("make the container apart from the mounts of others"))?,
+            None => self.create_here(spec, wanted, foreign),
+        }
+    }
+
+    fn create_here(
+        &mut self,
+        mut spec: Spec,
+        wanted: &Wanted,
+        foreign: &[RawFd],
+    ) -> Result<Made, RuntimeError> {
         let process = spec.process().clone().ok_or_else(|| invalid("it has no process"))?;
         let score = process.oom_score_adj();
         spec.set_process(Some(self.correct(process, wanted.terminal)?));
@@ -495,7 +513,7 @@ impl Runtime {
     /// Removes the cgroup and the runtime's state. Nothing of the container may be running.
     pub fn delete(&mut self) -> Result<(), RuntimeError> {
         if let Some(created) = &self.created {
-            reap::release(&self.dir, &created.record)?;
+            reap::release_from(&self.dir, &created.record, Some(&created.cgroup))?;
         }
         reap::remove_files(&self.dir)?;
         self.created = None;

@@ -10,6 +10,7 @@
 //! | `client` | one connection: frames, or a stream with a bounded queue |
 //! | `process` | one process: its descriptors, input queue and end |
 //! | `container` | the container, by libcontainer or another runtime: create and start; what a spec needs corrected |
+//! | `apart` | a place for making the container where the mounts of others are not |
 //! | `external` | the calls of another runtime |
 //! | `streams` | pipes and terminals, both ends |
 //! | `enter` | running another process in the container |
@@ -22,6 +23,7 @@
 
 #![forbid(unsafe_code)]
 
+mod apart;
 mod client;
 mod container;
 mod enter;
