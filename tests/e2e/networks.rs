@@ -16,6 +16,7 @@ crate::scenarios![
     links_of_the_default_network,
     without_icc_only_the_gateway_is_reached,
     a_parent_that_leads_nowhere_is_made_and_removed,
+    a_vlan_parent_is_made_and_removed,
     one_container_uses_anothers_network,
     ports_are_published,
     published_ports_carry_streams_and_datagrams,
@@ -278,6 +279,36 @@ fn a_parent_that_leads_nowhere_is_made_and_removed(engine: &Engine) -> Result<()
     Ok(())
 }
 
+/// A VLAN of the host's interface is made with the first network on it, and goes with the last.
+fn a_vlan_parent_is_made_and_removed(engine: &Engine) -> Result<()> {
+    let host = |words: &[&str]| -> Result<Finished> {
+        docker(engine, &[&["run", "--rm", "--network", "host", IMAGE][..], words].concat())
+    };
+    let routes = host(&["ip", "route", "show", "default"])?.ok()?;
+    let uplink = routes.split_whitespace().skip_while(|word| *word != "dev").nth(1);
+    let vlan = format!("{}.77", uplink.context("there is no way out")?);
+    let parent = format!("parent={vlan}");
+    let create = |driver: &str, subnet: &str, name: &str| {
+        docker(engine, &["network", "create", "-d", driver, "--subnet", subnet, "-o", &parent, name])
+    };
+    let made = create("macvlan", "10.92.2.0/24", "tagged")?;
+    if made.code != 0 {
+        let why =
+            ["8021q", "macvlan"].map(|kind| format!("this kernel has no {kind} driver (module `{kind}`)"));
+        ensure!(why.iter().any(|why| made.stderr.contains(why)), "{made:?}");
+        crate::skip(&made.stderr);
+        return host(&["ip", "link", "show", &vlan])?.fails_with(1, "can't find device").map(drop);
+    }
+    host(&["ip", "link", "show", &vlan])?.ok()?;
+    sleeper(engine, "tagged-one", "--network tagged --ip 10.92.2.10")?;
+    ok(engine, &format!("run --rm --network tagged {IMAGE} ping -c 1 -w 30 10.92.2.10"))?;
+    create("macvlan", "10.92.3.0/24", "tagged-too")?.ok()?;
+    clear(engine, "tagged-one", "tagged")?;
+    host(&["ip", "link", "show", &vlan])?.ok()?;
+    clear(engine, "", "tagged-too")?;
+    host(&["ip", "link", "show", &vlan])?.fails_with(1, "can't find device").map(drop)
+}
+
 fn links_of_the_default_network(engine: &Engine) -> Result<()> {
     sleeper(engine, "db", "-e FOO=1 --expose 5432")?;
     let address = ok(engine, "inspect -f {{.NetworkSettings.IPAddress}} db")?;
@@ -533,6 +564,14 @@ fn refused_requests_leave_nothing(engine: &Engine) -> Result<()> {
         1,
         "there is no interface `none0`",
     )?;
+    for (parent, why) in [
+        ("none0.10", "-o parent interface was not found on the host: none0"),
+        ("lo.4095", "vlan id must be between 1-4094, received: 4095"),
+        ("lo.1.2", "required interface name format is: name.vlan_id"),
+    ] {
+        let parent = format!("parent={parent}");
+        refused(&["network", "create", "-d", "macvlan", "-o", &parent, "x"], 1, why)?;
+    }
     refused(&["network", "create", "tight"], 1, "network with name tight already exists")?;
     refused(&["network", "create", "bridge"], 1, "operation is not permitted on predefined bridge network")?;
     refused(&["network", "rm", "bridge"], 1, "bridge is a pre-defined network and cannot be removed")?;

@@ -23,7 +23,7 @@ use rtnetlink::{
 use crate::blocking;
 use crate::bridge::{add_address, enable_ipv6, is_interface_name};
 use crate::mac::Mac;
-use crate::netlink::{Netlink, NetlinkError, Request, inside, name_of};
+use crate::netlink::{Netlink, NetlinkError, Request, index_of, inside, name_of};
 use crate::sandbox::{OWN_NAMESPACE, Sandbox, SandboxError};
 
 /// Digits of the container id in an interface name; what `docker ps` shows of an id.
@@ -703,12 +703,6 @@ fn remove_link(netlink: &mut Netlink, name: &str) -> Result<bool, NetlinkError> 
         format!("remove interface `{name}`"),
         RouteNetlinkMessage::DelLink(message),
     ))
-}
-
-fn index_of(netlink: &mut Netlink, name: &str) -> Result<u32, NetlinkError> {
-    let link = netlink.link(name)?;
-    link.map(|link| link.header.index)
-        .ok_or_else(|| NetlinkError::refused(format!("find interface `{name}`"), nix::libc::ENODEV))
 }
 
 fn hardware_address(link: &LinkMessage) -> Option<Mac> {

@@ -5,7 +5,7 @@
 //! This crate owns the kernel objects and their names, and nothing that lasts beyond them: which container has which
 //! address is the caller's record. Every name follows from the container id, so that what an engine killed at any
 //! moment left behind is found and removed from the outside: [`Sandbox::list`] finds namespaces,
-//! [`Endpoint::cleanup`] removes interfaces, [`Firewall::apply`] says the table again as a whole.
+//! [`Endpoint::cleanup`] removes interfaces, [`Firewall::apply`] says the table as a whole.
 //!
 //! The kernel is reached by netlink; the firewall by one `nft` transaction. Where the caller may not run in the host's
 //! network namespace (tests, native mode), everything here acts on the namespace the calling process is in.
@@ -43,17 +43,16 @@
 
 mod bridge;
 pub mod dns;
-mod dummy;
 mod endpoint;
 mod firewall;
 pub mod forwarding;
 mod ipam;
 mod mac;
 mod netlink;
+mod parent;
 mod sandbox;
 
 pub use bridge::{Bridge, BridgeError, BridgeSpec, is_interface_name};
-pub use dummy::{ensure_dummy, remove_dummy};
 pub use endpoint::{
     Endpoint, EndpointError, EndpointSpec, Gateway, Gateways, HostEnds, Ipvlan, Macvlan, SLOTS_MAX, Uplink,
     ensure_driver,
@@ -65,6 +64,7 @@ pub use firewall::{
 pub use ipam::{Ipam, IpamError};
 pub use mac::Mac;
 pub use netlink::NetlinkError;
+pub use parent::{ensure_dummy, ensure_vlan, remove_dummy, remove_vlan};
 pub use sandbox::{Sandbox, SandboxError};
 
 /// Runs work that blocks away from the async threads. The outer error: the program is ending.

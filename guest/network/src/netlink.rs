@@ -264,6 +264,13 @@ pub(crate) fn in_own_thread<T: Send>(work: impl FnOnce() -> T + Send) -> io::Res
     })
 }
 
+/// The kernel's number of the link of this name, which has to be there.
+pub(crate) fn index_of(netlink: &mut Netlink, name: &str) -> Result<u32, NetlinkError> {
+    let link = netlink.link(name)?;
+    link.map(|link| link.header.index)
+        .ok_or_else(|| NetlinkError::refused(format!("find interface `{name}`"), nix::libc::ENODEV))
+}
+
 /// The name of a link.
 pub(crate) fn name_of(link: &LinkMessage) -> Option<&str> {
     link.attributes.iter().find_map(|attribute| match attribute {

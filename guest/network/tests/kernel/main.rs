@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod firewall;
+mod parent;
 
 use std::fs::File;
 use std::future::Future;

@@ -26,6 +26,7 @@ mod settle;
 mod show;
 mod state;
 mod unfinished;
+mod vlan;
 mod why;
 
 pub use attach::{Attached, lookup_key};

@@ -1,11 +1,14 @@
 //! The kernel's side of a network: its interface and its rules, made and taken away.
 
-use guest_network::{Bridge, BridgeSpec, ensure_driver, ensure_dummy, forwarding, remove_dummy};
+use guest_network::{
+    Bridge, BridgeSpec, ensure_driver, ensure_dummy, ensure_vlan, forwarding, remove_dummy, remove_vlan,
+};
 use ipnet::IpNet;
 
 use super::options::Kind;
 use super::record::{Driver, NetworkRecord};
 use super::service::Networks;
+use super::vlan::Vlan;
 use crate::failure::Failure;
 
 /// Largest packet where nobody says otherwise.
@@ -33,7 +36,7 @@ impl Networks {
         match record.driver {
             Driver::Bridge => self.raise_bridge(record).await,
             Driver::Macvlan | Driver::Ipvlan if has_own_parent(record) => self.raise_parent(record).await,
-            Driver::Macvlan | Driver::Ipvlan => check_parent(record),
+            Driver::Macvlan | Driver::Ipvlan => self.find_parent(record).await,
             Driver::Host | Driver::Null => Ok(()),
         }
     }
@@ -47,6 +50,33 @@ impl Networks {
             net.guarded = true;
         }
         Ok(())
+    }
+
+    /// The parent that a network was given is an interface of the host, or a VLAN of one, which is made.
+    async fn find_parent(&self, record: &NetworkRecord) -> Result<(), Failure> {
+        if is_interface(&record.interface) {
+            return Ok(());
+        }
+        let Some(Vlan { parent, id }) = Vlan::of(&record.interface)? else {
+            return Err(Failure::invalid(format!(
+                "there is no interface `{}` on this computer for the {} network {} to hang on; make it first, or name \
+                 another one with `-o parent=`",
+                record.interface,
+                record.driver.name(),
+                record.name
+            )));
+        };
+        if !is_interface(&parent) {
+            return Err(Failure::invalid(format!("-o parent interface was not found on the host: {parent}")));
+        }
+        ensure_vlan(&parent, id, &record.interface, &self.mark())
+            .await
+            .map_err(|error| Failure::internal(format!("cannot set up network {}", record.name), &error))
+    }
+
+    /// What interfaces that this engine made bear.
+    pub(super) fn mark(&self) -> String {
+        format!("made for networks of {}", self.choice.firewall_table)
     }
 
     async fn raise_bridge(&self, record: &NetworkRecord) -> Result<(), Failure> {
@@ -98,16 +128,26 @@ impl Networks {
 
     /// Takes a network's rules and interface away. What is not there is fine.
     pub(super) async fn lower(&self, id: &str) -> Result<(), Failure> {
-        let record = {
+        let (record, was_guarded, is_shared) = {
             let mut state = self.state();
             let Some(net) = state.networks.get_mut(id) else { return Ok(()) };
             let was_guarded = std::mem::take(&mut net.guarded);
             net.raised = std::sync::Arc::default();
-            if !was_guarded {
-                return Ok(());
-            }
-            net.record.clone()
+            let record = net.record.clone();
+            let same =
+                |net: &super::state::Net| net.record.id != id && net.record.interface == record.interface;
+            let is_shared = state.networks.values().any(same);
+            (record, was_guarded, is_shared)
         };
+        let hangs = matches!(record.driver, Driver::Macvlan | Driver::Ipvlan) && !has_own_parent(&record);
+        if hangs && !is_shared && Vlan::is_named(&record.interface) {
+            remove_vlan(&record.interface, &self.mark()).await.map_err(|error| {
+                Failure::internal(format!("cannot remove the interface of network {}", record.name), &error)
+            })?;
+        }
+        if !was_guarded {
+            return Ok(());
+        }
         if record.driver == Driver::Bridge && record.owns_interface {
             Bridge::remove(&record.interface).await.map_err(|error| {
                 Failure::internal(format!("cannot remove the interface of network {}", record.name), &error)
@@ -151,20 +191,7 @@ pub(super) fn is_interface(wanted: &str) -> bool {
 }
 
 /// A macvlan or ipvlan network without an interface of the host.
-fn has_own_parent(record: &NetworkRecord) -> bool {
-    matches!(record.driver, Driver::Macvlan | Driver::Ipvlan) && !record.options.contains_key("parent")
-}
-
-/// A macvlan or ipvlan network hangs on an interface of the host, which has to be there.
-fn check_parent(record: &NetworkRecord) -> Result<(), Failure> {
-    if is_interface(&record.interface) {
-        return Ok(());
-    }
-    Err(Failure::invalid(format!(
-        "there is no interface `{}` on this computer for the {} network {} to hang on; make it first, or name another \
-         one with `-o parent=`",
-        record.interface,
-        record.driver.name(),
-        record.name
-    )))
+pub(super) fn has_own_parent(record: &NetworkRecord) -> bool {
+    matches!(record.driver, Driver::Macvlan | Driver::Ipvlan)
+        && record.options.get("parent").is_none_or(String::is_empty)
 }

@@ -3,12 +3,13 @@
 
 use std::path::PathBuf;
 
-use guest_network::{Bridge, remove_dummy};
+use guest_network::{Bridge, remove_dummy, remove_vlan};
 
-use super::raise::is_interface;
+use super::raise::{has_own_parent, is_interface};
 use super::record::{Driver, NetworkRecord};
 use super::service::Networks;
 use super::state::Phase;
+use super::vlan::Vlan;
 use crate::failure::Failure;
 
 impl Networks {
@@ -20,8 +21,10 @@ impl Networks {
     pub(super) fn note_unfinished(&self, record: &NetworkRecord) -> Result<(), Failure> {
         let is_new = self.state().networks.get(&record.id).is_some_and(|net| net.phase == Phase::Making);
         if !matches!(record.driver, Driver::Bridge | Driver::Macvlan | Driver::Ipvlan)
-            // Never taken for ours: the note would have it removed.
-            || (record.driver != Driver::Bridge && record.options.contains_key("parent"))
+            // Never taken for ours, but for a VLAN's: the note would have it removed.
+            || (record.driver != Driver::Bridge
+                && !has_own_parent(record)
+                && !Vlan::is_named(&record.interface))
             || !record.owns_interface
             // Somebody else's.
             || (is_new && is_interface(&record.interface))
@@ -50,6 +53,10 @@ impl Networks {
         }
     }
 
+    fn hangs_on(&self, interface: &str) -> bool {
+        self.state().networks.values().any(|net| net.record.interface == interface)
+    }
+
     /// Removes the interfaces of networks that an engine which was killed had not yet recorded, or not any more.
     pub(super) async fn sweep_unfinished(&self) -> Vec<Failure> {
         let mut failures = Vec::new();
@@ -65,9 +72,16 @@ impl Networks {
                             .await
                             .map(drop)
                             .map_err(std::io::Error::other)?,
-                        _ => {
+                        _ if has_own_parent(&record) => {
                             remove_dummy(&record.interface).await.map(drop).map_err(std::io::Error::other)?
                         }
+                        _ if !self.hangs_on(&record.interface) => {
+                            remove_vlan(&record.interface, &self.mark())
+                                .await
+                                .map(drop)
+                                .map_err(std::io::Error::other)?
+                        }
+                        _ => {}
                     }
                 }
                 std::fs::remove_file(entry.path())
