@@ -8,16 +8,11 @@
 
 use std::collections::BTreeSet;
 use std::io;
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
+use guest_runtime::apart::Kept;
 use guest_runtime::sys;
 use oci_spec::runtime::Spec;
-use rustix::fs::CWD;
-use rustix::mount::{
-    MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount_change, move_mount, open_tree,
-    unmount,
-};
 
 /// What is taken away, and what is put back.
 #[derive(Debug, PartialEq, Eq)]
@@ -60,39 +55,9 @@ impl Apart {
     /// # Errors
     /// When the kernel refuses a step; the work has then not been done, or this process cannot come back from it.
     pub fn during<T>(&self, work: impl FnOnce() -> T) -> io::Result<T> {
-        let bare = tree(&self.mounts, OpenTreeFlags::empty())?;
-        let needed = self
-            .needed
-            .iter()
-            .map(|path| tree(path, OpenTreeFlags::AT_RECURSIVE).map(|tree| (tree, path)))
-            .collect::<io::Result<Vec<_>>>()?;
-        let prepare = || -> io::Result<()> {
-            // It is private: nobody else's goes.
-            unmount(&self.mounts, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)
-                .map_err(|error| at(&self.mounts, error))?;
-            // From here on nothing that is mounted here shows elsewhere.
-            mount_change("/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC)
-                .map_err(|error| at(Path::new("/"), error))?;
-            put(&bare, &self.mounts)?;
-            needed.iter().try_for_each(|(tree, path)| put(tree, path))
-        };
-        sys::in_mounts_of_its_own(prepare, work)
+        let kept = Kept::take(&self.mounts, &self.needed)?;
+        sys::in_mounts_of_its_own(|| kept.alone(), work)
     }
-}
-
-/// A copy of what is seen at a path, that is nowhere yet.
-fn tree(path: &Path, depth: OpenTreeFlags) -> io::Result<OwnedFd> {
-    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-    open_tree(CWD, path, flags | depth).map_err(|error| at(path, error))
-}
-
-fn put(tree: &OwnedFd, path: &Path) -> io::Result<()> {
-    move_mount(tree, "", CWD, path, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH).map_err(|error| at(path, error))
-}
-
-fn at(path: &Path, error: rustix::io::Errno) -> io::Error {
-    let error = io::Error::from(error);
-    io::Error::new(error.kind(), format!("{}: {error}", path.display()))
 }
 
 #[cfg(test)]

@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::Context as _;
 use guest_images::Snapshotter;
+use guest_runtime::apart::Kept;
 use guest_volumes::make_folders;
 use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags, Stat};
 use rustix::io::Errno;
@@ -158,12 +159,12 @@ pub async fn inside<T: Send + 'static>(
         Failure::broken(format!("cannot look into the container's files: {}", chain(error.as_ref())))
     };
     let place = Place::mount(context, id).await?;
-    let (path, engines) = (place.path.clone(), views(context).with_file_name(""));
+    let (path, engines) = (place.path.clone(), context.mounts.clone());
     let (done, result) = oneshot::channel();
     std::thread::Builder::new()
         .name("files".to_owned())
         .spawn(move || {
-            let result = alone(&path, &engines, &mounts).map(|tree| work(&tree));
+            let result = alone(&path, engines.as_deref(), &mounts).map(|tree| work(&tree));
             // Whoever waits for it may have gone with the engine.
             let _ = done.send(result);
         })
@@ -176,19 +177,19 @@ pub async fn inside<T: Send + 'static>(
 }
 
 /// Gives this thread mounts of its own, with the container's volumes among them. They end with the thread.
-fn alone(place: &Path, engines: &Path, mounts: &[Mounted]) -> anyhow::Result<Tree> {
-    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).context("cannot make a mount namespace")?;
-    let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
-    rustix::mount::mount_change("/", private).context("cannot make mounts private")?;
+fn alone(place: &Path, engines: Option<&Path>, mounts: &[Mounted]) -> anyhow::Result<Tree> {
     // Other containers' roots and networks are not to live longer because this thread has copies of their mounts.
-    for point in mount_points().context("cannot read the table of mounts")? {
-        if point != place && point.starts_with(engines) {
-            let flags = UnmountFlags::DETACH | UnmountFlags::NOFOLLOW;
-            if let Err(error) = rustix::mount::unmount(&point, flags) {
-                tracing::debug!(mount = %point.display(), %error, "a copy of a mount stays for a while");
-            }
+    let take = |engines: &Path| Kept::take(&engines.canonicalize()?, &[place.canonicalize()?]);
+    let kept = engines.map(take).transpose().context("cannot copy the mount of the container's files")?;
+    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).context("cannot make a mount namespace")?;
+    match kept {
+        Some(kept) => kept.alone(),
+        None => {
+            let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+            rustix::mount::mount_change("/", private).map_err(io::Error::from)
         }
     }
+    .context("cannot make mounts private")?;
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let root = rustix::fs::openat(CWD, place, flags, Mode::empty())
         .with_context(|| format!("cannot open `{}`", place.display()))?;
@@ -219,11 +220,6 @@ fn show(tree: &Tree, mount: &Mounted) -> io::Result<()> {
         rustix::mount::mount_remount(named(&target), MountFlags::BIND | MountFlags::RDONLY, "")?;
     }
     Ok(())
-}
-
-/// Where things are mounted, as this thread sees it; the last mounted first.
-fn mount_points() -> io::Result<Vec<PathBuf>> {
-    Ok(guest_mountinfo::read()?.into_iter().rev().map(|mount| mount.point).collect())
 }
 
 /// The folder of all places.
