@@ -297,7 +297,7 @@ fn a_vlan_parent_is_made_and_removed(engine: &Engine) -> Result<()> {
             ["8021q", "macvlan"].map(|kind| format!("this kernel has no {kind} driver (module `{kind}`)"));
         ensure!(why.iter().any(|why| made.stderr.contains(why)), "{made:?}");
         crate::skip(&made.stderr);
-        return host(&["ip", "link", "show", &vlan])?.fails_with(1, "can't find device").map(drop);
+        return host(&["ip", "link", "show", &vlan])?.fails_with(2, "can't find device").map(drop);
     }
     host(&["ip", "link", "show", &vlan])?.ok()?;
     sleeper(engine, "tagged-one", "--network tagged --ip 10.92.2.10")?;
@@ -306,7 +306,7 @@ fn a_vlan_parent_is_made_and_removed(engine: &Engine) -> Result<()> {
     clear(engine, "tagged-one", "tagged")?;
     host(&["ip", "link", "show", &vlan])?.ok()?;
     clear(engine, "", "tagged-too")?;
-    host(&["ip", "link", "show", &vlan])?.fails_with(1, "can't find device").map(drop)
+    host(&["ip", "link", "show", &vlan])?.fails_with(2, "can't find device").map(drop)
 }
 
 fn links_of_the_default_network(engine: &Engine) -> Result<()> {
