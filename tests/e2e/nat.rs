@@ -9,9 +9,10 @@ use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tests_harness::{Engine, Timed, World, wait_until};
 
 pub(crate) fn native_scenarios() -> Vec<Scenario> {
@@ -31,8 +32,10 @@ const GATEWAY: &str = "198.18.0.1";
 const GATEWAY6: &str = "fdc7:9a1e:5d28::1";
 /// Bytes fetched with a checksum. An unoptimised build takes its time.
 const FILE_BYTES: u64 = if cfg!(debug_assertions) { 64 << 20 } else { 1 << 30 };
-/// A lossy way loses one frame of so many.
+/// A lossy way loses one frame of so many. Done here: not every kernel has netem.
 const LOST: u32 = 97;
+/// Milliseconds of a long way, each way.
+const DELAY: u64 = 25;
 const LIMIT: Duration = Duration::from_secs(600);
 
 /// A process that ends with this.
@@ -52,6 +55,30 @@ fn background(mut command: Command) -> Result<Ended> {
     Ok(Ended(command.spawn().with_context(|| format!("cannot start `{name}`: run installer/setup --tests"))?))
 }
 
+/// When a frame that comes now is to arrive.
+fn due(delay: &AtomicU64) -> Instant {
+    Instant::now() + Duration::from_millis(delay.load(Ordering::Relaxed))
+}
+
+/// A frame, and when it is to arrive.
+type Dated = (Instant, Vec<u8>);
+
+/// Delivers frames at their time, in their order, until nobody sends or `deliver` says no.
+fn after_a_while(
+    mut deliver: impl FnMut(&[u8]) -> bool + Send + 'static,
+) -> (SyncSender<Dated>, JoinHandle<()>) {
+    let (sender, frames) = sync_channel::<Dated>(4096);
+    let thread = std::thread::spawn(move || {
+        for (due, frame) in frames {
+            std::thread::sleep(due.saturating_duration_since(Instant::now()));
+            if !deliver(&frame) {
+                return;
+            }
+        }
+    });
+    (sender, thread)
+}
+
 /// The namespace that plays the machine, and the NAT it is behind.
 struct Guest {
     _tap: Ended,
@@ -59,6 +86,8 @@ struct Guest {
     stop: Arc<AtomicBool>,
     /// Every [`LOST`]th frame is lost, both ways.
     lossy: Arc<AtomicBool>,
+    /// Milliseconds that a frame is under way, both ways.
+    delay: Arc<AtomicU64>,
     pumps: Vec<JoinHandle<()>>,
     holder: World,
 }
@@ -101,6 +130,9 @@ impl Guest {
             }
         };
         let (mut loses_up, mut loses_down) = (loser(), loser());
+        let delay = Arc::new(AtomicU64::new(0));
+        let (long, later) = (delay.clone(), delay.clone());
+        let (climbing, upper) = after_a_while(move |frame| up.write_all(frame).is_ok());
         let upwards = std::thread::spawn(move || {
             let mut frame = vec![0; 4 + 65_535];
             while !stopping.load(Ordering::Relaxed) {
@@ -110,10 +142,15 @@ impl Guest {
                     continue;
                 }
                 frame[..4].copy_from_slice(&(length as u32).to_be_bytes());
-                if up.write_all(&frame[..4 + length]).is_err() {
+                if climbing.send((due(&long), frame[..4 + length].to_vec())).is_err() {
                     return;
                 }
             }
+        });
+        // A device that is gone takes no frames, as a pulled cable would not.
+        let (falling, lower) = after_a_while(move |frame| {
+            let _ = frames.send_to(frame, &far);
+            true
         });
         let downwards = std::thread::spawn(move || {
             let (mut prefix, mut frame) = ([0; 4], vec![0; 65_553]);
@@ -122,13 +159,13 @@ impl Guest {
                 if down.read_exact(&mut frame[..length]).is_err() {
                     return;
                 }
-                if !loses_down() {
-                    // A device that is gone takes no frames, as a pulled cable would not.
-                    let _ = frames.send_to(&frame[..length], &far);
+                if !loses_down() && falling.send((due(&later), frame[..length].to_vec())).is_err() {
+                    return;
                 }
             }
         });
-        Ok(Self { _tap: tap, nat: Some(nat), stop, lossy, pumps: vec![upwards, downwards], holder })
+        let pumps = vec![upwards, upper, downwards, lower];
+        Ok(Self { _tap: tap, nat: Some(nat), stop, lossy, delay, pumps, holder })
     }
 
     /// Runs a shell command as the machine would; it has to succeed.
@@ -193,6 +230,7 @@ fn real_peers_talk_through_it(engine: &Engine) -> Result<()> {
     let noise = tests_harness::Layer::noise("noise", FILE_BYTES as usize, 7)?;
     std::fs::write(folder.join("file"), &noise.tar)?;
     std::fs::write(folder.join("small"), &noise.tar[..4 << 20])?;
+    std::fs::write(folder.join("tiny"), &noise.tar[..256 << 10])?;
     let sum = |name: &str| {
         let mut command = Command::new("sha256sum");
         command.arg(folder.join(name));
@@ -239,9 +277,13 @@ fn real_peers_talk_through_it(engine: &Engine) -> Result<()> {
     the_hosts_resolver_changes(&guest, &folder.join("resolv.conf"))?;
     in_ipv6(&guest, &sum("small")?)?;
     errors_on_the_way(&guest)?;
-    // Over a lossy way: slower, and still whole.
-    guest.lossy.store(true, Ordering::Relaxed);
-    ensure!(fetch("small")?.starts_with(&sum("small")?), "not the same over a lossy way");
+    // Over a long way, a lossy one, and one that is both: slower, and still whole.
+    for (delay, lossy) in [(DELAY, false), (0, true), (DELAY, true)] {
+        guest.delay.store(delay, Ordering::Relaxed);
+        guest.lossy.store(lossy, Ordering::Relaxed);
+        let name = if delay > 0 && lossy { "tiny" } else { "small" };
+        ensure!(fetch(name)?.starts_with(&sum(name)?), "not the same with {delay} ms, lossy: {lossy}");
+    }
     let counters = guest.end()?;
     ensure!(counters.frames_in > 0 && counters.frames_out > 0, "{counters}");
     std::fs::remove_dir_all(&folder)?;
