@@ -141,6 +141,7 @@ impl Engine {
             return self.boot_native(&[], variables);
         }
         self.engine(["machine", "shutdown"])?.ok()?;
+        self.processes().expect_none()?;
         let mut start = self.command(["machine", "start"]);
         start.envs(variables.iter().copied());
         run(start)?.ok().map(drop).with_context(|| self.logs())
