@@ -16,6 +16,7 @@
 //! postrouting  what leaves a network, and what a container sends to its own published port: from our address
 //! ```
 
+mod foreign;
 mod generation;
 mod script;
 
@@ -29,6 +30,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::process::Command;
 use tokio::time::timeout;
 
+pub use self::foreign::{Foreign, Incoming, dropped_by};
 use self::generation::Generation;
 pub use self::generation::GenerationError;
 use self::script::Elements;
@@ -277,6 +279,25 @@ impl Firewall {
             Err(FirewallError::Refused { .. }) => Ok(false),
             Err(error) => Err(error),
         }
+    }
+
+    /// The chain of another program that drops such packets, if one does.
+    ///
+    /// # Errors
+    /// When `nft` is missing, refuses or hangs.
+    pub async fn dropped_by_others(&self, packet: &Incoming) -> Result<Option<Foreign>, FirewallError> {
+        let table = || self.table.clone();
+        let mut nft = Command::new("nft");
+        let list = nft.args(["--json", "list", "ruleset"]).stdin(Stdio::null()).kill_on_drop(true).output();
+        let output = timeout(NFT_DEADLINE, list)
+            .await
+            .map_err(|_| FirewallError::Deadline { table: table() })?
+            .map_err(|source| FirewallError::Run { table: table(), source })?;
+        if !output.status.success() {
+            let reason = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+            return Err(FirewallError::Refused { table: table(), reason });
+        }
+        Ok(dropped_by(&output.stdout, &self.table, packet))
     }
 
     async fn run(&self, script: String) -> Result<(), FirewallError> {

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod firewall;
+mod foreign;
 mod parent;
 
 use std::fs::File;

@@ -3,7 +3,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use guest_network::{Firewall, Written};
+use guest_network::{Firewall, Foreign, Incoming, Written};
 use tokio::sync::{mpsc, oneshot};
 
 use super::state::State;
@@ -31,6 +31,12 @@ impl FirewallWriter {
     pub async fn stands(&self) -> Result<bool, Failure> {
         let stands = self.firewall.stands().await;
         stands.map_err(|error| Failure::internal("cannot look at the firewall", &error))
+    }
+
+    /// The chain of another program that drops such packets, if one does.
+    pub async fn dropped_by_others(&self, packet: &Incoming) -> Result<Option<Foreign>, Failure> {
+        let found = self.firewall.dropped_by_others(packet).await;
+        found.map_err(|error| Failure::internal("cannot look at the firewalls of others", &error))
     }
 
     /// Returns once the table says what is true now, or later.

@@ -12,6 +12,7 @@
 mod attach;
 mod create;
 mod firewall;
+mod foreign;
 mod listening;
 mod names;
 mod options;

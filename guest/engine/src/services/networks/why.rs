@@ -16,11 +16,11 @@ use crate::services::containers::{Phase, View};
 pub type Port = (Protocol, u16);
 
 /// Adds a link that holds.
-fn holds(link: &str, says: String) -> WayLink {
+pub(super) fn holds(link: &str, says: String) -> WayLink {
     WayLink { link: link.to_owned(), holds: true, says, cure: String::new() }
 }
 
-fn broken(link: &str, says: String, cure: String) -> WayLink {
+pub(super) fn broken(link: &str, says: String, cure: String) -> WayLink {
     WayLink { link: link.to_owned(), holds: false, says, cure }
 }
 
@@ -155,7 +155,7 @@ impl Networks {
             links.push(broken("name", format!("{name} is paused"), format!("`engine unpause {name}`")));
             return links;
         }
-        let (mut found, is_host, published) = {
+        let (mut found, is_host, published, way_in) = {
             let state = self.state();
             let Some(member) = state.members.get(&view.record.id) else {
                 let says = format!("the engine has no network for {name}");
@@ -167,7 +167,8 @@ impl Networks {
                 Place::Shared(other) => state.members.get(other).unwrap_or(member),
                 Place::Own | Place::Host => member,
             };
-            (address(&state, owner), owner.place == Place::Host, owner.ports.clone())
+            let way_in = super::foreign::way_in(&state, owner);
+            (address(&state, owner), owner.place == Place::Host, owner.ports.clone(), way_in)
         };
         links.append(&mut found);
         if links.iter().any(|link| !link.holds) {
@@ -176,6 +177,8 @@ impl Networks {
         let Some(port) = port else { return links };
         if !is_host {
             links.push(self.rules(&published).await);
+            let is_published = published.iter().any(|one| (one.protocol, one.container_port) == port);
+            links.extend(self.foreign_rules(way_in, port, is_published).await);
         }
         links.push(listener(port, live.pid, &name, is_host));
         if !is_host {
