@@ -177,8 +177,12 @@ impl Networks {
         let Some(port) = port else { return links };
         if !is_host {
             links.push(self.rules(&published).await);
-            let is_published = published.iter().any(|one| (one.protocol, one.container_port) == port);
-            links.extend(self.foreign_rules(way_in, port, is_published).await);
+            let hosts = published.iter().filter(|one| (one.protocol, one.container_port) == port);
+            let hosts: Vec<IpAddr> = hosts.map(|one| one.host).collect();
+            // What comes from the host itself is not passed on.
+            if hosts.is_empty() || !hosts.iter().all(IpAddr::is_loopback) {
+                links.extend(self.foreign_rules(way_in, port, !hosts.is_empty()).await);
+            }
         }
         links.push(listener(port, live.pid, &name, is_host));
         if !is_host {
