@@ -352,7 +352,7 @@ mod tests {
 
     #[test]
     fn the_command_line_is_checked() {
-        check(|spec| spec.cmdline = "a".repeat(3000), "the limit is 2037");
+        check(|spec| spec.cmdline = "a".repeat(3000), &format!("the limit is {CMDLINE_BYTES_MAX}"));
         check(|spec| spec.cmdline = "quiet\nrdinit=/bin/sh".into(), "control character");
     }
 

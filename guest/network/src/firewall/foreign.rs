@@ -156,7 +156,7 @@ fn matches(comparison: &Value, packet: &Incoming) -> Option<bool> {
         match key {
             "iifname" => one_of(right, &|value| Some(names(value.as_str()?, &packet.from))),
             "oifname" => one_of(right, &|value| Some(names(value.as_str()?, &packet.bridge))),
-            "l4proto" => one_of(right, &|value| Some(value.as_str()? == packet.protocol.name())),
+            "l4proto" => one_of(right, &|value| is_protocol(value, packet.protocol)),
             "nfproto" => {
                 let family = if packet.address.is_ipv6() { "ipv6" } else { "ipv4" };
                 one_of(right, &|value| Some(value.as_str()? == family))
@@ -176,7 +176,7 @@ fn matches(comparison: &Value, packet: &Incoming) -> Option<bool> {
             ("ip" | "ip6", _) if protocol != own => Some(false),
             ("ip" | "ip6", "daddr") => one_of(right, &|value| contains(value, packet.address)),
             ("ip", "protocol") | ("ip6", "nexthdr") => {
-                one_of(right, &|value| Some(value.as_str()? == packet.protocol.name()))
+                one_of(right, &|value| is_protocol(value, packet.protocol))
             }
             ("tcp" | "udp" | "sctp" | "icmp" | "icmpv6", _) if protocol != packet.protocol.name() => {
                 Some(false)
@@ -202,6 +202,14 @@ fn one_of(right: &Value, is: &dyn Fn(&Value) -> Option<bool>) -> Option<bool> {
     };
     let found: Vec<Option<bool>> = set.iter().map(is).collect();
     if found.contains(&Some(true)) { Some(true) } else { (!found.contains(&None)).then_some(false) }
+}
+
+/// By name, or by number where the computer has no list of names (`/etc/protocols`).
+fn is_protocol(value: &Value, protocol: Protocol) -> Option<bool> {
+    match value.as_u64() {
+        Some(number) => Some(number == u64::from(protocol.number())),
+        None => Some(value.as_str()? == protocol.name()),
+    }
 }
 
 fn names(pattern: &str, interface: &str) -> bool {

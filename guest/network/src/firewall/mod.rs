@@ -136,6 +136,15 @@ impl Protocol {
             Self::Sctp => "sctp",
         }
     }
+
+    /// The number in an IP header (IANA's protocol numbers).
+    pub fn number(self) -> u8 {
+        match self {
+            Self::Tcp => 6,
+            Self::Udp => 17,
+            Self::Sctp => 132,
+        }
+    }
 }
 
 impl std::fmt::Display for Protocol {

@@ -31,6 +31,7 @@ fn a_foreign_chain_that_drops_is_found_and_one_that_may_not_is_not() {
             ("ip saddr 192.0.2.0/24 accept", None),
             ("ip saddr 192.0.2.0/24 drop; meta mark 1 jump there", Some(true)),
             ("meta l4proto tcp return; accept", Some(true)),
+            ("ip protocol udp accept; ip protocol tcp return; accept", Some(true)),
             ("iifname \"up0\" goto other; accept", Some(true)),
             ("tcp dport 80 jump accepting", None),
         ] {
