@@ -86,7 +86,7 @@ fn the_stock_client_sees_events_and_versions(engine: &Engine) -> Result<()> {
     let driver = docker(engine, &["info", "--format", "{{.OSType}} {{.Driver}}"])?.ok()?;
     ensure!(driver.starts_with("linux "), "{driver}");
     docker(engine, &["run", "--rm", "--name", "eventful", IMAGE, "true"])?.ok()?;
-    let now = unix_now();
+    let now = engine_now(engine)?;
     let events = docker(
         engine,
         &[
@@ -109,17 +109,16 @@ fn the_stock_client_sees_events_and_versions(engine: &Engine) -> Result<()> {
     Ok(())
 }
 
-/// Seconds since the epoch, as `--until` takes them.
-fn unix_now() -> String {
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-    (now.as_secs() + 1).to_string()
+/// The time of the engine, which its events bear; a machine's clock may be some milliseconds before this computer's.
+fn engine_now(engine: &Engine) -> Result<String> {
+    docker(engine, &["info", "--format", "{{.SystemTime}}"])?.ok()
 }
 
 /// The same words, columns and order from both clients.
 fn our_lists_read_like_the_stock_clients(engine: &Engine) -> Result<()> {
-    let since = unix_now();
+    let since = engine_now(engine)?;
     engine.engine(["run", "--name", "compared", IMAGE, "sh", "-c", "exit 3"])?.exits(3)?;
-    let until = unix_now();
+    let until = engine_now(engine)?;
     let commands: [&[&str]; 7] = [
         &["ps", "-a"],
         &["ps", "-aq"],
