@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use guest_api::network::WayLink;
 use guest_network::{Foreign, Incoming};
 
+use super::routes;
 use super::service::Networks;
 use super::state::{Member, State};
 use super::why::{Port, broken, holds};
@@ -21,7 +22,7 @@ impl Networks {
         published: bool,
     ) -> Option<WayLink> {
         let (bridge, address) = way.filter(|_| self.outside.is_none())?;
-        let from = uplink(&std::fs::read_to_string("/proc/thread-self/net/route").unwrap_or_default())?;
+        let from = routes::uplink()?;
         let packet = Incoming { from, bridge, address, protocol: port.0, port: port.1, published };
         Some(match self.firewall.dropped_by_others(&packet).await {
             Ok(None) => holds(LINK, format!("no other program's rules drop packets to {}", packet.bridge)),
@@ -41,13 +42,6 @@ pub(super) fn way_in(state: &State, member: &Member) -> Option<(String, IpAddr)>
         net.settings.bridge().filter(|_| !net.record.internal)?;
         Some((net.record.interface.clone(), endpoint.ipv4()?.addr()))
     })
-}
-
-/// The interface of the default route, in the kernel's table for IPv4.
-fn uplink(table: &str) -> Option<String> {
-    let rows = table.lines().skip(1).map(|line| line.split_whitespace().collect::<Vec<_>>());
-    let mut rows = rows.filter(|row| row.get(1) == Some(&"00000000"));
-    rows.find_map(|row| row.first().map(|name| (*name).to_owned()))
 }
 
 fn told(foreign: &Foreign, packet: &Incoming) -> WayLink {
@@ -115,13 +109,5 @@ mod tests {
             assert!(!link.holds && link.says.contains(who) && link.cure.contains(cure), "{link:?}");
             assert!(link.says.contains("packets from eth0 to engine0 are lost"), "{link:?}");
         }
-    }
-
-    #[test]
-    fn the_default_route_names_the_way_out() {
-        let table =
-            "Iface Destination Gateway Flags\nengine0 000011AC 00000000 0001\neth0 00000000 0101A8C0 0003\n";
-        assert_eq!(uplink(table).as_deref(), Some("eth0"));
-        assert_eq!(uplink("Iface Destination\n"), None);
     }
 }
