@@ -65,7 +65,7 @@ pub struct Written {
 }
 
 /// What the firewall knows of a network.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct FirewallNetwork {
     /// The bridge's interface name.
     pub bridge: String,
@@ -351,16 +351,7 @@ mod tests {
     #[tokio::test]
     async fn names_that_would_be_rules_are_refused() {
         let firewall = Firewall::new("engine");
-        let network = FirewallNetwork {
-            bridge: "a\" drop".into(),
-            subnets: Vec::new(),
-            internal: false,
-            direct: true,
-            relayed: false,
-            hidden: Vec::new(),
-            open: false,
-            trusted: Vec::new(),
-        };
+        let network = FirewallNetwork { bridge: "a\" drop".into(), ..FirewallNetwork::default() };
         let rules = Rules { networks: vec![network], ..Rules::default() };
         assert!(matches!(firewall.apply(&rules).await, Err(FirewallError::Refused { .. })));
     }

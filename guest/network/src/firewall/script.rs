@@ -10,8 +10,9 @@ use super::{FirewallLink, FirewallNetwork, FirewallPort, Rules};
 /// What each set and map holds, as `nft` writes it.
 pub type Elements = Vec<(&'static str, BTreeSet<String>)>;
 
-/// Sets and maps, by name and type. `direct` and `apart` hold each network's bridge twice; `own` holds each network's addresses with its bridge, `hidden` the addresses to
-/// masquerade; `ports` is for published ports on every address of the host, `ports_at` for those on one.
+/// Sets and maps, by name and type. `direct` and `apart` hold each network's bridge twice; `own` holds each network's
+/// addresses with its bridge, `hidden` the addresses to masquerade; `ports` is for published ports on every address of
+/// the host, `ports_at` for those on one.
 const SETS: [(&str, &str); 14] = [
     ("set bridges", "type ifname"),
     ("set direct", "type ifname . ifname"),
@@ -102,15 +103,14 @@ pub fn whole(table: &str, elements: &Elements) -> String {
         text.push('\n');
     };
     for (name, kind) in SETS.iter().chain(&SETS_AT) {
-        let (what, name) = name.split_once(' ').unwrap_or(("set", name));
-        say(format_args!("add {what} inet {table} {name} {{ {kind}; }}"));
+        say(format_args!("add {} {{ {kind}; }}", with_table(name, table)));
     }
     for (name, hook, _) in CHAINS {
         say(format_args!("add chain inet {table} {name} {{ {hook}; policy accept; }}"));
         say(format_args!("flush chain inet {table} {name}"));
     }
     for (name, _) in SETS.iter().chain(&SETS_AT) {
-        say(format_args!("flush {name_with_table}", name_with_table = with_table(name, table)));
+        say(format_args!("flush {}", with_table(name, table)));
     }
     for (name, _, lines) in CHAINS {
         for line in lines {
@@ -244,12 +244,10 @@ mod tests {
         FirewallNetwork {
             bridge: bridge.into(),
             subnets: vec![subnet.parse().unwrap()],
-            internal: false,
             direct: true,
-            relayed: false,
             hidden: vec![subnet.parse().unwrap()],
-            open: false,
             trusted: vec!["wg0".into()],
+            ..FirewallNetwork::default()
         }
     }
 

@@ -102,12 +102,9 @@ fn network(bridge: &str, subnet: &str) -> FirewallNetwork {
     FirewallNetwork {
         bridge: bridge.into(),
         subnets: vec![subnet.parse().unwrap()],
-        internal: false,
         direct: true,
-        relayed: false,
         hidden: vec![subnet.parse().unwrap()],
-        open: false,
-        trusted: Vec::new(),
+        ..FirewallNetwork::default()
     }
 }
 
