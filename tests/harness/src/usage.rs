@@ -61,9 +61,11 @@ impl Usage {
     /// Waits until `engine` holds no more of anything than this.
     pub fn comes_back(&self, engine: &Engine) -> Result<()> {
         let mut more = String::new();
-        let lingers = if self.0.contains_key(TASKS) { POOL_LINGERS } else { Duration::ZERO };
+        let with_threads = self.0.contains_key(TASKS);
+        let lingers = if with_threads { POOL_LINGERS } else { Duration::ZERO };
         wait_until("the engine holds no more than before", || {
-            more = self.exceeded_by(&Self::of(engine)?);
+            let now = Self::of(engine)?;
+            more = self.exceeded_by(&if with_threads { now } else { now.without_threads() });
             if !more.is_empty() {
                 std::thread::sleep(lingers);
             }
@@ -75,8 +77,9 @@ impl Usage {
     fn exceeded_by(&self, now: &Self) -> String {
         now.0
             .iter()
-            .filter(|(name, count)| self.0.get(*name).is_some_and(|before| *count > before))
-            .map(|(name, count)| format!("{name}: {count}, before {:?}; ", self.0.get(name)))
+            .map(|(name, count)| (name, count, self.0.get(name).copied().unwrap_or(0)))
+            .filter(|(_, count, before)| *count > before)
+            .map(|(name, count, before)| format!("{name}: {count}, before {before}; "))
             .collect()
     }
 }
