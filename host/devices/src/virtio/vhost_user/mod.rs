@@ -141,10 +141,13 @@ fn converse(device: Box<dyn VirtioDevice>, stream: UnixStream) -> io::Result<()>
         if has_way_back(kind) {
             way_back.look_at_next(&requests);
         }
-        if kind == DeviceKind::Net && take_early(&requests, &session)? {
-            continue;
-        }
-        match handler.handle_request() {
+        let early = if kind == DeviceKind::Net { take_early(&requests, &session) } else { Ok(false) };
+        let taken = match early {
+            Ok(true) => continue,
+            Ok(false) => handler.handle_request(),
+            Err(error) => Err(VhostError::ReqHandlerError(error)),
+        };
+        match taken {
             Ok(()) => {}
             Err(VhostError::SocketRetry(_)) => {}
             Err(VhostError::Disconnected) => {
