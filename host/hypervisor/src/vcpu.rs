@@ -51,11 +51,15 @@ pub enum Exit<'a> {
 ///
 /// What nobody answers reads as all ones, as on a PC's bus.
 pub trait Bus: Send + Sync {
-    /// Answers `in`.
-    fn port_read(&self, port: u16, data: &mut [u8]);
+    /// Answers `in`, an instruction of x86 only.
+    fn port_read(&self, _port: u16, data: &mut [u8]) {
+        data.fill(0xff);
+    }
 
-    /// Takes `out`, which may end the machine.
-    fn port_write(&self, port: u16, data: &[u8]) -> Option<End>;
+    /// Takes `out`, an instruction of x86 only, which may end the machine.
+    fn port_write(&self, _port: u16, _data: &[u8]) -> Option<End> {
+        None
+    }
 
     /// Answers a load.
     fn mmio_read(&self, address: u64, data: &mut [u8]);

@@ -5,15 +5,17 @@ use std::io::{self, Write};
 use std::path::Path;
 use std::sync::Arc;
 
-use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
+use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::vcpu::KvmVcpu;
-use super::{Error, os_error, setup, x86_64};
-use crate::arch::x86_64::board::{Board, Registers};
-use crate::arch::x86_64::{boot, layout};
+use super::{Error, os_error, setup, sys};
+use crate::arch::boot::Parameters;
+use crate::arch::native::board::Board;
+use crate::arch::native::{boot, layout};
+use crate::arch::slots::{self, Registers};
 use crate::threads::Threads;
 
 /// Where the guest's serial line goes.
@@ -25,7 +27,7 @@ pub struct Spec<'a> {
     pub cpus: u32,
     /// Its RAM, from [`memory::allocate`](crate::memory::allocate).
     pub memory: GuestMemoryMmap,
-    /// A vmlinux or a bzImage.
+    /// A kernel of this architecture: on x86-64 a vmlinux or a bzImage, on arm64 an Image.
     pub kernel: &'a Path,
     /// The initial root file system.
     pub initramfs: &'a Path,
@@ -70,17 +72,21 @@ impl Machine {
         check_capabilities(&kvm)?;
         let vm = kvm.create_vm().map_err(setup("create a virtual machine"))?;
         map_memory(&vm, &spec.memory)?;
-        create_interrupt_controllers(&vm)?;
+        let vcpus = sys::create_processors(&kvm, &vm, spec.cpus)?;
         let serial_interrupt = eventfd()?;
         vm.register_irqfd(&serial_interrupt, layout::SERIAL_GSI).map_err(setup("wire the serial line"))?;
         let places =
             spec.slots.iter().enumerate().map(|(index, slot)| wire(&vm, index, slot, spec.slots.len()));
         let places = places.collect::<Result<Vec<_>, _>>()?;
-        let parameters = boot::Parameters { cmdline: spec.cmdline, cpus: spec.cpus, slots: &places };
+        let parameters = Parameters { cmdline: spec.cmdline, cpus: spec.cpus, slots: &places };
         let mut kernel = open("kernel", spec.kernel)?;
         let mut initramfs = open("initramfs", spec.initramfs)?;
         let entry = boot::load(&spec.memory, &mut kernel, &mut initramfs, parameters)?;
-        let vcpus = x86_64::create_vcpus(&kvm, &vm, spec.cpus, entry)?;
+        if let Some(first) = vcpus.first() {
+            let failed =
+                |error| Error::Vcpu { index: 0, step: "its first instruction", source: os_error(error) };
+            sys::set_entry(first, entry).map_err(failed)?;
+        }
         let registers = spec.slots.into_iter().map(|slot| slot.registers).collect();
         let board = Arc::new(Board::new(spec.console, serial_interrupt, registers));
         let vcpus = vcpus.into_iter().map(KvmVcpu::new).collect();
@@ -109,15 +115,13 @@ impl Running {
 fn check_capabilities(kvm: &Kvm) -> Result<(), Error> {
     let needed = [
         (Cap::Irqchip, "interrupt controllers (KVM_CAP_IRQCHIP)"),
-        (Cap::Pit2, "an interval timer (KVM_CAP_PIT2)"),
         (Cap::Irqfd, "interrupts by file descriptor (KVM_CAP_IRQFD)"),
         (Cap::Ioeventfd, "notifications by file descriptor (KVM_CAP_IOEVENTFD)"),
         (Cap::UserMemory, "memory of ours (KVM_CAP_USER_MEMORY)"),
-        (Cap::SetTssAddr, "a place for its task state segment (KVM_CAP_SET_TSS_ADDR)"),
-        (Cap::SetIdentityMapAddr, "a place for its identity map (KVM_CAP_SET_IDENTITY_MAP_ADDR)"),
         (Cap::ImmediateExit, "the immediate exit (KVM_CAP_IMMEDIATE_EXIT, Linux 4.13)"),
     ];
-    match needed.into_iter().find(|(capability, _)| !kvm.check_extension(*capability)) {
+    let mut needed = needed.iter().chain(sys::CAPABILITIES);
+    match needed.find(|(capability, _)| !kvm.check_extension(*capability)) {
         Some((_, what)) => Err(Error::Lacks { what }),
         None => Ok(()),
     }
@@ -139,21 +143,12 @@ fn map_memory(vm: &VmFd, memory: &GuestMemoryMmap) -> Result<(), Error> {
     Ok(())
 }
 
-fn create_interrupt_controllers(vm: &VmFd) -> Result<(), Error> {
-    vm.set_identity_map_address(layout::IDENTITY_MAP).map_err(setup("place its identity map"))?;
-    vm.set_tss_address(layout::TASK_STATE as usize).map_err(setup("place its task state segment"))?;
-    vm.create_irq_chip().map_err(setup("create interrupt controllers"))?;
-    // The "speaker" is port 0x61, through which old code reads the timer.
-    let timer = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
-    vm.create_pit2(timer).map_err(setup("create an interval timer"))
-}
-
 /// Connects a device's descriptors to its slot.
-fn wire(vm: &VmFd, index: usize, slot: &Slot, count: usize) -> Result<layout::Slot, Error> {
-    let limit = layout::MMIO_GSIS.len();
+fn wire(vm: &VmFd, index: usize, slot: &Slot, count: usize) -> Result<slots::Slot, Error> {
+    let limit = layout::MMIO_SLOTS;
     let place = layout::mmio_slot(index).ok_or(Error::TooManyDevices { count, limit })?;
     vm.register_irqfd(&slot.interrupt, place.gsi).map_err(setup("wire a device's interrupt"))?;
-    let notify = IoEventAddress::Mmio(place.address + layout::MMIO_QUEUE_NOTIFY);
+    let notify = IoEventAddress::Mmio(place.address + slots::QUEUE_NOTIFY);
     for (queue, kick) in (0_u32..).zip(&slot.kicks) {
         vm.register_ioevent(kick, &notify, queue).map_err(setup("wire a device's notifications"))?;
     }

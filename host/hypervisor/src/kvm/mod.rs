@@ -1,13 +1,17 @@
 //! Linux's KVM. Every KVM ioctl of the product is in this folder.
 //!
-//! [`Machine`] is a machine that has everything but running processors; what they start with on this architecture is in
-//! `x86_64`.
+//! [`Machine`] is a machine that has everything but running processors. What differs between architectures (interrupt
+//! controllers, what processors start with, the probe's guest) is in a folder for each, with the same names.
 
 mod kick;
 mod machine;
 pub mod probe;
 mod vcpu;
+#[cfg(target_arch = "x86_64")]
 mod x86_64;
+
+#[cfg(target_arch = "x86_64")]
+use x86_64 as sys;
 
 pub use machine::{Console, Machine, Running, Slot, Spec};
 
@@ -34,6 +38,7 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    #[cfg(target_arch = "x86_64")]
     #[error("KVM accepted only {accepted} of {count} start registers (MSRs) of processor {index}")]
     StartRegisters { index: u32, accepted: usize, count: usize },
     #[error("a machine has room for {limit} virtio devices, not {count}")]
@@ -46,7 +51,7 @@ pub enum Error {
         source: io::Error,
     },
     #[error("cannot load the kernel")]
-    Boot(#[from] crate::arch::x86_64::boot::BootError),
+    Boot(#[from] crate::arch::boot::BootError),
 }
 
 /// What the kernel said, with what we wanted of it.

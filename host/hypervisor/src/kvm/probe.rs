@@ -2,8 +2,8 @@
 //!
 //! That `/dev/kvm` opens proves little: in some cloud machines it belongs to a module that interprets an unmodified
 //! guest instruction by instruction, a thousand times too slowly and without the newer instructions. So the probe
-//! makes a virtual machine with one 64-bit processor, runs a few AVX instructions in it and then a counted loop, and
-//! looks at the results and at the processor time they took.
+//! makes a virtual machine with one 64-bit processor, runs a few vector instructions in it (AVX, Advanced SIMD) and then a
+//! counted loop, and looks at the results and at the processor time they took. The guest is the architecture's (`sys::probe`).
 //!
 //! The guest runs on a thread of its own under a time limit. To end a guest that does not come back the thread is
 //! sent a signal that it blocks everywhere but inside `KVM_RUN` (`KVM_SET_SIGNAL_MASK`), so no signal handler of the
@@ -20,9 +20,11 @@ use std::path::Path;
 use std::sync::mpsc;
 use std::time::Duration;
 
-use kvm_bindings::{KVM_API_VERSION, kvm_segment, kvm_userspace_memory_region, kvm_xcr, kvm_xcrs};
+use kvm_bindings::{KVM_API_VERSION, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+
+use super::sys::probe::{VECTOR, prepare, report};
 
 /// How long the whole probe may take before it is called hung.
 const WALL_TIME_MAX: Duration = Duration::from_secs(8);
@@ -32,9 +34,9 @@ const KICK_TIME_MAX: Duration = Duration::from_secs(1);
 /// processor, which cannot tell the time that it had to wait for its turn, and 2 to 8 s when each instruction is interpreted.
 const LOOP_TIME_MAX: Duration = Duration::from_secs(1);
 /// Rounds of the counted loop in all.
-const LOOP_ROUNDS: u32 = 4_000_000;
+pub(super) const LOOP_ROUNDS: u32 = 4_000_000;
 /// Rounds between two looks at the clock.
-const SLICE_ROUNDS: u32 = 50_000;
+pub(super) const SLICE_ROUNDS: u32 = 50_000;
 
 /// The probe's answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -63,7 +65,7 @@ pub fn probe_device(device: &Path) -> Usability {
 
 /// Why KVM is not usable. The texts go to the user as they are.
 #[derive(Debug)]
-enum Problem {
+pub(super) enum Problem {
     Missing,
     Permission { device: String },
     Open { device: String, source: io::Error },
@@ -106,16 +108,16 @@ impl fmt::Display for Problem {
             Self::VectorFault => {
                 write!(
                     f,
-                    "KVM opens, but a guest that executes an AVX instruction dies: it interprets instructions"
+                    "KVM opens, but a guest that executes an {VECTOR} instruction dies: it interprets instructions"
                 )
             }
             Self::VectorEmulation => write!(
                 f,
-                "KVM opens, but interprets the guest's instructions instead of running them and knows no AVX \
+                "KVM opens, but interprets the guest's instructions instead of running them and knows no {VECTOR} \
                  instruction"
             ),
             Self::VectorResult { expected, found } => {
-                write!(f, "KVM opens, but AVX instructions computed {found} instead of {expected}")
+                write!(f, "KVM opens, but {VECTOR} instructions computed {found} instead of {expected}")
             }
             Self::Slow { rounds, spent } => write!(
                 f,
@@ -131,7 +133,7 @@ impl fmt::Display for Problem {
     }
 }
 
-fn setup(step: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Problem {
+pub(super) fn setup(step: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Problem {
     move |error| Problem::Setup { step, source: io::Error::from_raw_os_error(error.errno()) }
 }
 
@@ -196,59 +198,18 @@ fn kick(thread: &std::thread::JoinHandle<()>) {
 /// Ignored by default, so that a stray one is harmless.
 const KICK: libc::c_int = libc::SIGURG;
 
-const PORT_VECTOR: u16 = 0x11;
-const PORT_LOOP: u16 = 0x10;
-const VECTOR_RESULT: u8 = 42;
-/// The page tables: one of each level, the last with one 2 MiB page that maps the whole memory to itself.
-const TABLES: GuestAddress = GuestAddress(0x1000);
-const CODE: GuestAddress = GuestAddress(0x4000);
-const MEMORY_BYTES: usize = 2 * 1024 * 1024;
-
-/// 21 + 21 in a vector register, reported at [`PORT_VECTOR`].
-const VECTOR_CODE: &[u8] = &[
-    0xb8,
-    21,
-    0,
-    0,
-    0, // mov eax, 21
-    0xc5,
-    0xf9,
-    0x6e,
-    0xc8, // vmovd xmm1, eax
-    0xc5,
-    0xf1,
-    0xfe,
-    0xc9, // vpaddd xmm1, xmm1, xmm1
-    0xc5,
-    0xf9,
-    0x7e,
-    0xc8, // vmovd eax, xmm1
-    0xc5,
-    0xf8,
-    0x77, // vzeroupper
-    0xe6,
-    PORT_VECTOR as u8, // out PORT_VECTOR, al
-];
-
-/// Counts down for ever, reporting the remainder at [`PORT_LOOP`] after each slice.
-fn loop_code() -> Vec<u8> {
-    let mut code = vec![0xb9]; // mov ecx, SLICE_ROUNDS
-    code.extend(SLICE_ROUNDS.to_le_bytes());
-    code.extend([
-        0x48,
-        0xff,
-        0xc9, // dec rcx
-        0x75,
-        0xfb, // jnz to dec
-        0x88,
-        0xc8, // mov al, cl
-        0xe6,
-        PORT_LOOP as u8, // out PORT_LOOP, al
-        0xeb,
-        0xf0, // jmp to mov
-    ]);
-    code
+/// What the guest says.
+pub(super) enum Report {
+    /// 21 + 21 in a vector register.
+    Vector(u8),
+    /// A slice of the loop is over, with this remainder.
+    Loop(u8),
+    /// An instruction faulted.
+    Fault,
 }
+
+const VECTOR_RESULT: u8 = 42;
+const MEMORY_BYTES: usize = 2 * 1024 * 1024;
 
 fn run_guest(kvm: &Kvm) -> Result<(), Problem> {
     let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), MEMORY_BYTES)])
@@ -257,12 +218,7 @@ fn run_guest(kvm: &Kvm) -> Result<(), Problem> {
     let vm = kvm.create_vm().map_err(setup("create a virtual machine"))?;
     map_memory(&vm, &memory)?;
     let mut vcpu = vm.create_vcpu(0).map_err(setup("create a processor"))?;
-    let vector = set_features(kvm, &vcpu)?;
-    let mut code = if vector { VECTOR_CODE.to_vec() } else { Vec::new() };
-    code.extend(loop_code());
-    load(&memory, &code)
-        .map_err(|error| Problem::Setup { step: "load the test", source: io::Error::other(error) })?;
-    enter_long_mode(&vcpu)?;
+    let vector = prepare(kvm, &vm, &vcpu, &memory)?;
     interruptible(&vcpu)?;
     if vector {
         check_vector(&mut vcpu)?;
@@ -284,65 +240,6 @@ fn map_memory(vm: &VmFd, memory: &GuestMemoryMmap) -> Result<(), Problem> {
     // SAFETY: the region is one mapping of MEMORY_BYTES bytes that `run_guest` keeps until the machine is gone, and
     // nothing in this process holds references into it.
     unsafe { vm.set_user_memory_region(region) }.map_err(setup("give memory to a virtual machine"))
-}
-
-/// Gives the processor what the host's offers; true if that includes AVX.
-fn set_features(kvm: &Kvm, vcpu: &VcpuFd) -> Result<bool, Problem> {
-    let cpuid = kvm
-        .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
-        .map_err(setup("tell the processor features it supports"))?;
-    vcpu.set_cpuid2(&cpuid).map_err(setup("set processor features"))?;
-    const XSAVE: u32 = 1 << 26;
-    const AVX: u32 = 1 << 28;
-    let basic = cpuid.as_slice().iter().find(|entry| entry.function == 1);
-    Ok(basic.is_some_and(|entry| entry.ecx & (XSAVE | AVX) == XSAVE | AVX))
-}
-
-fn load(memory: &GuestMemoryMmap, code: &[u8]) -> Result<(), vm_memory::GuestMemoryError> {
-    const PRESENT_WRITABLE: u64 = 0b11;
-    const LARGE: u64 = 1 << 7;
-    let [level4, level3, level2] = [TABLES.0, TABLES.0 + 0x1000, TABLES.0 + 0x2000];
-    memory.write_obj(level3 | PRESENT_WRITABLE, GuestAddress(level4))?;
-    memory.write_obj(level2 | PRESENT_WRITABLE, GuestAddress(level3))?;
-    memory.write_obj(LARGE | PRESENT_WRITABLE, GuestAddress(level2))?;
-    memory.write_slice(code, CODE)
-}
-
-/// The state a 64-bit kernel runs in: flat segments, paging on, SSE and AVX enabled (Intel SDM vol. 3, §10.8.5).
-fn enter_long_mode(vcpu: &VcpuFd) -> Result<(), Problem> {
-    let mut sregs = vcpu.get_sregs().map_err(setup("read processor registers"))?;
-    let flat = kvm_segment { limit: 0xffff_ffff, present: 1, s: 1, g: 1, ..Default::default() };
-    sregs.cs = kvm_segment { selector: 0x08, type_: 0xb, l: 1, ..flat };
-    let data = kvm_segment { selector: 0x10, type_: 0x3, db: 1, ..flat };
-    (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
-    sregs.tr = kvm_segment { limit: 0x67, type_: 0xb, present: 1, ..Default::default() };
-    let avx = kvm_has_xsave(vcpu)?;
-    sregs.cr3 = TABLES.0;
-    // PAE, OSFXSR, OSXMMEXCPT, and OSXSAVE where there is XSAVE.
-    sregs.cr4 = (1 << 5) | (1 << 9) | (1 << 10) | if avx { 1 << 18 } else { 0 };
-    // PE, MP, ET, NE, WP, PG.
-    sregs.cr0 = 1 | (1 << 1) | (1 << 4) | (1 << 5) | (1 << 16) | (1 << 31);
-    // LME, LMA.
-    sregs.efer = (1 << 8) | (1 << 10);
-    vcpu.set_sregs(&sregs).map_err(setup("enter 64-bit mode"))?;
-    if avx {
-        // x87, SSE and AVX state.
-        let mut xcrs = kvm_xcrs { nr_xcrs: 1, ..Default::default() };
-        xcrs.xcrs[0] = kvm_xcr { xcr: 0, reserved: 0, value: 0b111 };
-        vcpu.set_xcrs(&xcrs).map_err(setup("enable AVX"))?;
-    }
-    let mut regs = vcpu.get_regs().map_err(setup("read processor registers"))?;
-    regs.rip = CODE.0;
-    regs.rflags = 2;
-    vcpu.set_regs(&regs).map_err(setup("set processor registers"))
-}
-
-/// Whether the processor was given XSAVE and AVX.
-fn kvm_has_xsave(vcpu: &VcpuFd) -> Result<bool, Problem> {
-    let cpuid =
-        vcpu.get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES).map_err(setup("read processor features"))?;
-    let basic = cpuid.as_slice().iter().find(|entry| entry.function == 1);
-    Ok(basic.is_some_and(|entry| entry.ecx & (1 << 26) != 0 && entry.ecx & (1 << 28) != 0))
 }
 
 /// `struct kvm_signal_mask` of linux/kvm.h with room for the kernel's 64-bit signal set.
@@ -378,28 +275,29 @@ fn interruptible(vcpu: &VcpuFd) -> Result<(), Problem> {
 }
 
 fn check_vector(vcpu: &mut VcpuFd) -> Result<(), Problem> {
-    match run(vcpu, "an AVX instruction")? {
-        Stop::Port(PORT_VECTOR, VECTOR_RESULT) => Ok(()),
-        Stop::Port(PORT_VECTOR, found) => Err(Problem::VectorResult { expected: VECTOR_RESULT, found }),
-        Stop::Port(port, _) => {
-            Err(Problem::Exit { step: "an AVX instruction", exit: format!("a write to port {port:#x}") })
+    match run(vcpu, "a vector instruction")? {
+        Stop::Report(Report::Vector(VECTOR_RESULT)) => Ok(()),
+        Stop::Report(Report::Vector(found)) => Err(Problem::VectorResult { expected: VECTOR_RESULT, found }),
+        Stop::Report(Report::Fault) => Err(Problem::VectorFault),
+        Stop::Report(Report::Loop(_)) => {
+            Err(Problem::Exit { step: "a vector instruction", exit: "the report of the loop".into() })
         }
-        Stop::Fault => Err(Problem::VectorFault),
         Stop::Emulation => Err(Problem::VectorEmulation),
     }
 }
 
 fn check_loop(vcpu: &mut VcpuFd) -> Result<(), Problem> {
+    const STEP: &str = "a counted loop";
+    let failed = |exit: &str| Err(Problem::Exit { step: STEP, exit: exit.into() });
     let start = thread_time();
     let mut rounds = 0;
     while rounds < LOOP_ROUNDS {
-        match run(vcpu, "a counted loop")? {
-            Stop::Port(PORT_LOOP, 0) => rounds += SLICE_ROUNDS,
-            Stop::Port(_, found) => return Err(Problem::LoopResult { found }),
-            Stop::Fault => return Err(Problem::Exit { step: "a counted loop", exit: "a fault".into() }),
-            Stop::Emulation => {
-                return Err(Problem::Exit { step: "a counted loop", exit: "an unknown instruction".into() });
-            }
+        match run(vcpu, STEP)? {
+            Stop::Report(Report::Loop(0)) => rounds += SLICE_ROUNDS,
+            Stop::Report(Report::Loop(found)) => return Err(Problem::LoopResult { found }),
+            Stop::Report(Report::Fault) => return failed("a fault"),
+            Stop::Report(Report::Vector(_)) => return failed("the report of the vector instruction"),
+            Stop::Emulation => return failed("an unknown instruction"),
         }
         let spent = thread_time().saturating_sub(start);
         if spent > LOOP_TIME_MAX || hopeless(rounds, spent) {
@@ -424,18 +322,17 @@ fn thread_time() -> Duration {
 
 /// How the guest came back.
 enum Stop {
-    Port(u16, u8),
-    Fault,
+    Report(Report),
     Emulation,
 }
 
 fn run(vcpu: &mut VcpuFd, step: &'static str) -> Result<Stop, Problem> {
     match vcpu.run() {
-        Ok(VcpuExit::IoOut(port, &[value, ..])) => Ok(Stop::Port(port, value)),
-        // Without an interrupt table every exception is a triple fault.
-        Ok(VcpuExit::Shutdown) => Ok(Stop::Fault),
         Ok(VcpuExit::InternalError) => Ok(Stop::Emulation),
-        Ok(exit) => Err(Problem::Exit { step, exit: format!("{exit:?}") }),
+        Ok(exit) => match report(&exit) {
+            Some(report) => Ok(Stop::Report(report)),
+            None => Err(Problem::Exit { step, exit: format!("{exit:?}") }),
+        },
         Err(error) if error.errno() == libc::EINTR => Err(Problem::Interrupted),
         Err(error) => {
             Err(Problem::Exit { step, exit: io::Error::from_raw_os_error(error.errno()).to_string() })
@@ -502,12 +399,7 @@ mod tests {
     }
 
     #[test]
-    fn the_loop_jumps_where_it_should() {
-        let code = loop_code();
-        assert_eq!(code.len(), 16);
-        // `jnz` ends at 10 and goes back to `dec` at 5; `jmp` ends at 16 and goes back to `mov` at 0.
-        assert_eq!(10 + i32::from(code[9] as i8), 5);
-        assert_eq!(16 + i32::from(code[15] as i8), 0);
+    fn the_loop_is_whole_slices() {
         assert_eq!(LOOP_ROUNDS % SLICE_ROUNDS, 0);
     }
 }

@@ -6,6 +6,7 @@ use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EV
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use super::kick::{ImmediateExit, ThreadKick};
+use super::sys;
 use crate::vcpu::{Exit, Kick, Vcpu};
 
 /// A processor, ready to run.
@@ -41,18 +42,11 @@ impl Vcpu for KvmVcpu {
     }
 
     fn resumed(&mut self) {
-        // Keeps the guest's watchdogs from taking the pause for a hang. A guest that has not turned its KVM clock on
-        // yet has none to tell.
-        if let Err(error) = self.fd.kvmclock_ctrl() {
-            tracing::debug!(%error, "the guest's clock was not told of the pause");
-        }
+        sys::resumed(&self.fd);
     }
 
     fn describe(&mut self) -> String {
-        let place = match self.fd.get_regs() {
-            Ok(registers) => format!("rip={:#x} rsp={:#x}", registers.rip, registers.rsp),
-            Err(error) => format!("registers unknown: {error}"),
-        };
+        let place = sys::place(&self.fd);
         let run = self.fd.get_kvm_run();
         if run.exit_reason != kvm_bindings::KVM_EXIT_INTERNAL_ERROR {
             return place;

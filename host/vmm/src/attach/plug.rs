@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use host_devices::virtio::mmio::MmioDevice;
 use host_devices::virtio::{Life, Memory, VirtioDevice, vhost_user};
-use host_hypervisor::arch::x86_64::board::Registers;
+use host_hypervisor::arch::slots::Registers;
 use host_hypervisor::kvm::{Console, Slot};
 use host_hypervisor::qemu::{Device, PassedFds};
 use vm_memory::GuestMemoryMmap;

@@ -20,7 +20,8 @@ use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, aml};
 use vm_memory::GuestAddress;
 
-use super::layout::{self, Slot};
+use super::layout;
+use crate::arch::slots::{SLOT_BYTES, Slot};
 
 const OEM: [u8; 6] = *b"ENGINE";
 const OEM_TABLE: [u8; 8] = *b"ENGINEVM";
@@ -186,7 +187,7 @@ fn virtio(index: usize, slot: &Slot, table: &mut Sdt) {
                 &Name::new(
                     Path::new("_CRS"),
                     &ResourceTemplate::new(vec![
-                        &Memory32Fixed::new(true, slot.address as u32, layout::MMIO_SLOT_BYTES as u32),
+                        &Memory32Fixed::new(true, slot.address as u32, SLOT_BYTES as u32),
                         &Interrupt::new(true, true, false, false, slot.gsi),
                     ]),
                 ),

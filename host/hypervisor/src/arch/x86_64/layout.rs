@@ -10,6 +10,8 @@
 
 use vm_memory::GuestAddress;
 
+use crate::arch::slots::{SLOT_BYTES, Slot};
+
 /// RAM ends here at the latest below 4 GiB.
 pub const GAP_START: u64 = 0xc000_0000;
 /// The rest of the RAM begins here.
@@ -31,15 +33,9 @@ pub const GDT: GuestAddress = GuestAddress(0x500);
 pub const PAGE_TABLES: GuestAddress = GuestAddress(0x9000);
 /// The kernel's command line.
 pub const CMDLINE: GuestAddress = GuestAddress(0x2_0000);
-/// x86 kernels read at most 2048 bytes of command line, its end included (`COMMAND_LINE_SIZE`).
-pub const CMDLINE_BYTES_MAX: usize = 2048;
 
 /// The first virtio-mmio slot.
 pub const MMIO_START: u64 = 0xd000_0000;
-/// Size of a slot, of which the registers take a part.
-pub const MMIO_SLOT_BYTES: u64 = 0x1000;
-/// The offset of `QueueNotify` in a slot (virtio 1.3 §4.2.2).
-pub const MMIO_QUEUE_NOTIFY: u64 = 0x50;
 /// The I/O APIC.
 pub const IO_APIC: u32 = 0xfec0_0000;
 /// Every processor's local APIC.
@@ -57,6 +53,8 @@ pub const SERIAL_GSI: u32 = 4;
 pub const ACPI_GSI: u32 = 9;
 /// Interrupts for virtio-mmio slots: the I/O APIC's upper pins, which no old device claims, then free ones below.
 pub const MMIO_GSIS: [u32; 15] = [16, 17, 18, 19, 20, 21, 22, 23, 5, 6, 7, 10, 11, 14, 15];
+/// How many slots there are.
+pub const MMIO_SLOTS: usize = MMIO_GSIS.len();
 /// ACPI's PM1a event block: status and enable, two bytes each.
 pub const PM_EVENT_PORT: u16 = 0x600;
 /// ACPI's PM1a control block, two bytes.
@@ -66,19 +64,10 @@ pub const RESET_PORT: u16 = 0x64;
 /// The command that resets.
 pub const RESET_COMMAND: u8 = 0xfe;
 
-/// A virtio-mmio slot: its registers and its interrupt.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Slot {
-    /// Guest physical address of its registers.
-    pub address: u64,
-    /// Its interrupt, edge-triggered.
-    pub gsi: u32,
-}
-
 /// The slot with this index, while there are interrupts.
 pub fn mmio_slot(index: usize) -> Option<Slot> {
     let gsi = *MMIO_GSIS.get(index)?;
-    Some(Slot { address: MMIO_START + index as u64 * MMIO_SLOT_BYTES, gsi })
+    Some(Slot { address: MMIO_START + index as u64 * SLOT_BYTES, gsi })
 }
 
 /// What a range of addresses is to the guest.

@@ -60,7 +60,7 @@ pub(super) fn set_fpu(vcpu: &VcpuFd) -> Result<(), kvm_ioctls::Error> {
 }
 
 /// Puts the first processor in front of the kernel's first instruction.
-pub(super) fn set_entry(vcpu: &VcpuFd, entry: Entry) -> Result<(), kvm_ioctls::Error> {
+pub(in crate::kvm) fn set_entry(vcpu: &VcpuFd, entry: Entry) -> Result<(), kvm_ioctls::Error> {
     const CR0_PROTECTED: u64 = 1;
     const CR0_EXTENSION: u64 = 1 << 4;
     const CR0_PAGING: u64 = 1 << 31;

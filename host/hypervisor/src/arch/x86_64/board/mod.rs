@@ -16,23 +16,15 @@ use self::clock::Clock;
 use self::power::Power;
 use self::serial::Serial;
 use super::layout;
+use crate::arch::slots::{Registers, Slots};
 use crate::vcpu::{Bus, End};
-
-/// The registers of one virtio-mmio slot, called from any processor's thread.
-pub trait Registers: Send + Sync {
-    /// Answers a load at this offset.
-    fn read(&self, offset: u64, data: &mut [u8]);
-
-    /// Takes a store at this offset.
-    fn write(&self, offset: u64, data: &[u8]);
-}
 
 /// The bus with everything on it.
 pub struct Board {
     serial: Mutex<Serial>,
     clock: Mutex<Clock>,
     power: Mutex<Power>,
-    slots: Vec<Arc<dyn Registers>>,
+    slots: Slots,
 }
 
 impl Board {
@@ -48,14 +40,8 @@ impl Board {
             serial: Mutex::new(Serial::new(console, serial_interrupt)),
             clock: Mutex::default(),
             power: Mutex::default(),
-            slots,
+            slots: Slots::new(layout::MMIO_START, slots),
         }
-    }
-
-    fn slot(&self, address: u64) -> Option<(&dyn Registers, u64)> {
-        let offset = address.checked_sub(layout::MMIO_START)?;
-        let slot = self.slots.get(usize::try_from(offset / layout::MMIO_SLOT_BYTES).ok()?)?;
-        Some((slot.as_ref(), offset % layout::MMIO_SLOT_BYTES))
     }
 }
 
@@ -103,17 +89,11 @@ impl Bus for Board {
     }
 
     fn mmio_read(&self, address: u64, data: &mut [u8]) {
-        match self.slot(address) {
-            Some((slot, offset)) => slot.read(offset, data),
-            None => data.fill(0xff),
-        }
+        self.slots.read(address, data);
     }
 
     fn mmio_write(&self, address: u64, data: &[u8]) {
-        match self.slot(address) {
-            Some((slot, offset)) => slot.write(offset, data),
-            None => tracing::trace!(address, "a write to an address that nobody answers"),
-        }
+        self.slots.write(address, data);
     }
 }
 
@@ -137,28 +117,14 @@ mod tests {
         }
     }
 
-    struct Echo(Mutex<Vec<(u64, Vec<u8>)>>);
-
-    impl Registers for Echo {
-        fn read(&self, offset: u64, data: &mut [u8]) {
-            data.fill(offset as u8);
-        }
-        fn write(&self, offset: u64, data: &[u8]) {
-            lock(&self.0).push((offset, data.to_vec()));
-        }
-    }
-
-    fn board() -> (Board, mpsc::Receiver<u8>, Arc<Echo>) {
+    fn board() -> (Board, mpsc::Receiver<u8>) {
         let (sender, receiver) = mpsc::channel();
-        let echo = Arc::new(Echo(Mutex::default()));
-        let board =
-            Board::new(Box::new(Log(sender)), EventFd::new(0).unwrap(), vec![echo.clone(), echo.clone()]);
-        (board, receiver, echo)
+        (Board::new(Box::new(Log(sender)), EventFd::new(0).unwrap(), Vec::new()), receiver)
     }
 
     #[test]
     fn the_serial_line_prints() {
-        let (board, output, _) = board();
+        let (board, output) = board();
         assert_eq!(board.port_write(0x3f8, b"o"), None);
         assert_eq!(board.port_write(0x3f8, b"k\n"), None);
         assert_eq!(output.try_iter().collect::<Vec<_>>(), b"ok\n");
@@ -168,24 +134,8 @@ mod tests {
     }
 
     #[test]
-    fn slots_get_their_offsets_and_the_rest_is_empty() {
-        let (board, _, echo) = board();
-        let mut data = [0; 4];
-        board.mmio_read(layout::MMIO_START + 0x1010, &mut data);
-        assert_eq!(data, [0x10; 4]);
-        board.mmio_write(layout::MMIO_START + 0x70, &[1, 0, 0, 0]);
-        assert_eq!(*lock(&echo.0), [(0x70, vec![1, 0, 0, 0])]);
-        for empty in [layout::MMIO_START - 4, layout::MMIO_START + 0x2000, 0, u64::MAX] {
-            board.mmio_read(empty, &mut data);
-            assert_eq!(data, [0xff; 4]);
-            board.mmio_write(empty, &data);
-        }
-        assert_eq!(lock(&echo.0).len(), 1);
-    }
-
-    #[test]
     fn the_ways_to_end_a_machine() {
-        let (board, _, _) = board();
+        let (board, _output) = board();
         assert_eq!(board.port_write(layout::RESET_PORT, &[0xd1]), None);
         assert_eq!(board.port_write(layout::RESET_PORT, &[0xfe]), Some(End::Reset));
         let off = (5_u16 << 10 | 1 << 13).to_le_bytes();
@@ -195,7 +145,7 @@ mod tests {
     proptest! {
         #[test]
         fn any_access_is_answered(port: u16, address: u64, write in proptest::collection::vec(any::<u8>(), 1..9)) {
-            let (board, _output, _) = board();
+            let (board, _output) = board();
             let mut read = vec![0x55; write.len()];
             board.port_read(port, &mut read);
             board.port_write(port, &write);

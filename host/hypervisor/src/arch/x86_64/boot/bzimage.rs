@@ -1,11 +1,12 @@
 //! What a bzImage is told, and the page tables it is entered with (Linux `Documentation/arch/x86/boot.rst`).
 
 use std::io::{Read, Seek, SeekFrom};
+use std::ops::Range;
 
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryMmap};
 
-use super::{BootError, PAGE_BYTES, Range, acpi};
+use super::{BootError, PAGE_BYTES, UNKNOWN_FORMAT, acpi};
 use crate::arch::x86_64::layout::{self, Region};
 
 pub(super) type Header = setup_header;
@@ -27,15 +28,18 @@ pub(super) fn header(kernel: &mut (impl Read + Seek)) -> Result<Header, BootErro
     kernel.seek(SeekFrom::Start(HEADER_OFFSET)).map_err(BootError::ReadKernel)?;
     match kernel.read_exact(header.as_mut_slice()) {
         Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
-            return Err(BootError::UnknownFormat);
+            return Err(UNKNOWN_FORMAT);
         }
         result => result.map_err(BootError::ReadKernel)?,
     }
     if { header.header } != HEADER_MAGIC {
-        return Err(BootError::UnknownFormat);
+        return Err(UNKNOWN_FORMAT);
     }
     if { header.version } < VERSION_MIN || header.xloadflags & HAS_LONG_ENTRY == 0 {
-        return Err(BootError::NoLongEntry);
+        return Err(BootError::NoEntry {
+            format: "bzImage",
+            entry: "64-bit entry: it is a 32-bit kernel, or older than Linux 3.8",
+        });
     }
     Ok(header)
 }
@@ -49,7 +53,7 @@ pub(super) fn write(
     memory: &GuestMemoryMmap,
     mut header: Header,
     map: &[Region],
-    initramfs: Range,
+    initramfs: Range<u64>,
     cmdline_bytes: usize,
 ) -> Result<(), BootError> {
     /// "None of the assigned boot loaders".
@@ -58,7 +62,7 @@ pub(super) fn write(
     header.cmd_line_ptr = layout::CMDLINE.0 as u32;
     header.cmdline_size = cmdline_bytes as u32;
     header.ramdisk_image = initramfs.start as u32;
-    header.ramdisk_size = initramfs.size as u32;
+    header.ramdisk_size = (initramfs.end - initramfs.start) as u32;
     let mut parameters = boot_params { hdr: header, acpi_rsdp_addr: acpi::ROOT.0, ..Default::default() };
     for (entry, region) in parameters.e820_table.iter_mut().zip(map) {
         *entry = boot_e820_entry { addr: region.start, size: region.size, r#type: region.kind as u32 };

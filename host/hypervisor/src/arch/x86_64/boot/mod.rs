@@ -16,8 +16,20 @@ use linux_loader::loader::elf::{Elf, PvhBootCapability};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, ReadVolatile};
 
 use super::acpi;
-use super::layout::{self, Slot};
+use super::layout;
+use crate::arch::boot::{BootError, CMDLINE_BYTES_MAX, MEMORY_BYTES_MIN, Parameters, load_initramfs};
 use crate::memory;
+
+/// Where in a kernel's file which bytes say that it is one (`HdrS`).
+pub const MARK: (u64, [u8; 4]) = (0x202, *b"HdrS");
+/// What a file without the mark is, for messages.
+pub const NOT_A_KERNEL: &str = "not a Linux kernel image (bzImage)";
+/// What a kernel is told for this board.
+///
+/// `panic=-1` and `reboot=t` turn a dead kernel into a machine that ends at once instead of one that hangs.
+/// `no_timer_check` believes in the timer's interrupt: a software processor that had to wait for its turn on a busy
+/// computer misses the moment in which the kernel looks for it, and the kernel gives up.
+pub const CMDLINE: &str = "console=ttyS0 panic=-1 reboot=t no_timer_check";
 
 /// How the first processor begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,51 +46,8 @@ pub enum Entry {
     },
 }
 
-/// Why a kernel cannot be booted.
-#[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "the sentences are the documentation")]
-pub enum BootError {
-    #[error("the kernel cannot be read")]
-    ReadKernel(#[source] io::Error),
-    #[error("the kernel is neither an ELF file (vmlinux) nor a bzImage")]
-    UnknownFormat,
-    #[error("the kernel is a damaged {format}: {reason}")]
-    Damaged { format: &'static str, reason: String },
-    #[error("the kernel (vmlinux) has no PVH entry: it must be built with CONFIG_PVH=y")]
-    NoPvhEntry,
-    #[error("the kernel (bzImage) has no 64-bit entry: it is a 32-bit kernel, or older than Linux 3.8")]
-    NoLongEntry,
-    #[error("the kernel wants {needed} bytes of memory below the initramfs, but only {room} are there")]
-    KernelTooLarge { needed: u64, room: u64 },
-    #[error("the initramfs cannot be read")]
-    ReadInitramfs(#[source] io::Error),
-    #[error("the initramfs of {size} bytes does not fit behind the kernel: the machine needs more memory")]
-    InitramfsTooLarge { size: u64 },
-    #[error("the kernel's command line has {length} bytes, its end included; at most {limit} are read")]
-    CmdlineTooLong { length: usize, limit: usize },
-    #[error("the kernel's command line holds a zero byte")]
-    CmdlineZero,
-    #[error("{processors} processors are more than the 255 that ACPI's table can name")]
-    TooManyProcessors { processors: u32 },
-    #[error("{bytes} bytes of memory are too little to boot a kernel")]
-    TooLittleMemory { bytes: u64 },
-    #[error("guest memory cannot be written")]
-    Memory(#[from] vm_memory::GuestMemoryError),
-}
-
-/// What a kernel is to be told, beside itself.
-#[derive(Debug, Clone, Copy)]
-pub struct Parameters<'a> {
-    /// The command line.
-    pub cmdline: &'a str,
-    /// How many processors there are.
-    pub cpus: u32,
-    /// The virtio-mmio slots in use.
-    pub slots: &'a [Slot],
-}
-
-/// Below this there is no room for a kernel at all.
-const MEMORY_BYTES_MIN: u64 = 16 << 20;
+const UNKNOWN_FORMAT: BootError =
+    BootError::UnknownFormat { what: "neither an ELF file (vmlinux) nor a bzImage" };
 /// Old kernels want their initramfs below 2 GiB (`initrd_addr_max` of the boot header).
 const INITRAMFS_END_MAX: u64 = 0x8000_0000;
 const PAGE_BYTES: u64 = 4096;
@@ -102,10 +71,12 @@ where
         return Err(BootError::TooLittleMemory { bytes });
     }
     let cpus = u8::try_from(parameters.cpus)
-        .map_err(|_| BootError::TooManyProcessors { processors: parameters.cpus })?;
+        .map_err(|_| BootError::TooManyProcessors { processors: parameters.cpus, limit: u8::MAX.into() })?;
     let loaded = load_kernel(memory, kernel)?;
-    let modules = load_initramfs(memory, initramfs, loaded.end(), bytes)?;
-    write_cmdline(memory, parameters.cmdline, loaded.cmdline_bytes_max())?;
+    parameters.check_cmdline(loaded.cmdline_bytes_max())?;
+    let room_end = bytes.min(layout::GAP_START).min(INITRAMFS_END_MAX);
+    let modules = load_initramfs(memory, initramfs, loaded.end()..room_end)?;
+    write_cmdline(memory, parameters.cmdline)?;
     memory.write_slice(&acpi::tables(cpus, parameters.slots), acpi::ROOT)?;
     let map = layout::memory_map(bytes);
     match loaded {
@@ -118,13 +89,6 @@ where
             Ok(Entry::Long { instruction: GuestAddress(start.0 + bzimage::LONG_ENTRY_OFFSET) })
         }
     }
-}
-
-/// A range of guest memory.
-#[derive(Debug, Clone, Copy)]
-struct Range {
-    start: u64,
-    size: u64,
 }
 
 /// A kernel in guest memory.
@@ -144,9 +108,9 @@ impl Loaded {
     /// How many bytes of command line the kernel reads, its end included.
     fn cmdline_bytes_max(&self) -> usize {
         match self {
-            Self::Elf { .. } => layout::CMDLINE_BYTES_MAX,
+            Self::Elf { .. } => CMDLINE_BYTES_MAX,
             Self::BzImage { header, .. } => {
-                (header.cmdline_size as usize).saturating_add(1).min(layout::CMDLINE_BYTES_MAX)
+                (header.cmdline_size as usize).saturating_add(1).min(CMDLINE_BYTES_MAX)
             }
         }
     }
@@ -161,7 +125,7 @@ fn load_kernel<K: Read + ReadVolatile + Seek>(
     match kernel.read_exact(&mut mark) {
         Ok(()) if mark == *b"\x7fELF" => load_elf(memory, kernel),
         Ok(()) => load_bzimage(memory, kernel),
-        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Err(BootError::UnknownFormat),
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Err(UNKNOWN_FORMAT),
         Err(error) => Err(BootError::ReadKernel(error)),
     }
 }
@@ -173,7 +137,10 @@ fn load_elf<K: Read + ReadVolatile + Seek>(
     let result = Elf::load(memory, None, kernel, Some(GuestAddress(layout::HIGH_MEMORY_START)))
         .map_err(|error| BootError::Damaged { format: "ELF file", reason: error.to_string() })?;
     let PvhBootCapability::PvhEntryPresent(entry) = result.pvh_boot_cap else {
-        return Err(BootError::NoPvhEntry);
+        return Err(BootError::NoEntry {
+            format: "vmlinux",
+            entry: "PVH entry: it must be built with CONFIG_PVH=y",
+        });
     };
     Ok(Loaded::Elf { entry, end: result.kernel_end })
 }
@@ -189,36 +156,8 @@ fn load_bzimage<K: Read + ReadVolatile + Seek>(
     Ok(Loaded::BzImage { start: result.kernel_load, header: Box::new(header), end })
 }
 
-/// Puts the initramfs as high as it may be, so that the kernel in front of it can grow.
-fn load_initramfs<I: ReadVolatile + Seek>(
-    memory: &GuestMemoryMmap,
-    initramfs: &mut I,
-    kernel_end: u64,
-    bytes: u64,
-) -> Result<Range, BootError> {
-    let room_end = bytes.min(layout::GAP_START).min(INITRAMFS_END_MAX);
-    if kernel_end > room_end {
-        return Err(BootError::KernelTooLarge { needed: kernel_end, room: room_end });
-    }
-    let size = initramfs.seek(SeekFrom::End(0)).map_err(BootError::ReadInitramfs)?;
-    initramfs.seek(SeekFrom::Start(0)).map_err(BootError::ReadInitramfs)?;
-    let start = room_end.checked_sub(size).map(|start| start & !(PAGE_BYTES - 1));
-    let start = start.filter(|&start| start >= kernel_end).ok_or(BootError::InitramfsTooLarge { size })?;
-    memory
-        .read_exact_volatile_from(GuestAddress(start), initramfs, size as usize)
-        .map_err(|error| BootError::ReadInitramfs(io::Error::other(error)))?;
-    Ok(Range { start, size })
-}
-
 /// Writes the command line with its zero byte.
-fn write_cmdline(memory: &GuestMemoryMmap, cmdline: &str, limit: usize) -> Result<(), BootError> {
-    let length = cmdline.len() + 1;
-    if length > limit {
-        return Err(BootError::CmdlineTooLong { length, limit });
-    }
-    if cmdline.contains('\0') {
-        return Err(BootError::CmdlineZero);
-    }
+fn write_cmdline(memory: &GuestMemoryMmap, cmdline: &str) -> Result<(), BootError> {
     memory.write_slice(cmdline.as_bytes(), layout::CMDLINE)?;
     memory.write_obj(0_u8, GuestAddress(layout::CMDLINE.0 + cmdline.len() as u64))?;
     Ok(())

@@ -1,18 +1,24 @@
 //! What a PVH kernel is told (Xen `docs/misc/pvh.pandoc`, `hvm_start_info` version 1).
 
+use std::ops::Range;
+
 use linux_loader::configurator::pvh::PvhBootConfigurator;
 use linux_loader::configurator::{BootConfigurator, BootParams};
 use linux_loader::loader::elf::start_info::{hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
-use super::{BootError, Range, acpi};
+use super::{BootError, acpi};
 use crate::arch::x86_64::layout::{self, Region};
 
 const MAGIC: u32 = 0x336e_c578;
 const MODULES: GuestAddress = GuestAddress(layout::START_INFO.0 + 0x100);
 const MEMORY_MAP: GuestAddress = GuestAddress(layout::START_INFO.0 + 0x200);
 
-pub(super) fn write(memory: &GuestMemoryMmap, map: &[Region], initramfs: Range) -> Result<(), BootError> {
+pub(super) fn write(
+    memory: &GuestMemoryMmap,
+    map: &[Region],
+    initramfs: Range<u64>,
+) -> Result<(), BootError> {
     let entries: Vec<_> = map
         .iter()
         .map(|region| hvm_memmap_table_entry {
@@ -33,7 +39,11 @@ pub(super) fn write(memory: &GuestMemoryMmap, map: &[Region], initramfs: Range) 
         memmap_entries: entries.len() as u32,
         ..Default::default()
     };
-    let module = hvm_modlist_entry { paddr: initramfs.start, size: initramfs.size, ..Default::default() };
+    let module = hvm_modlist_entry {
+        paddr: initramfs.start,
+        size: initramfs.end - initramfs.start,
+        ..Default::default()
+    };
     let mut parameters = BootParams::new(&start_info, layout::START_INFO);
     parameters.set_sections(&entries, MEMORY_MAP);
     parameters.set_modules(&[module], MODULES);

@@ -5,11 +5,11 @@ use linux_loader::loader::elf::start_info::{hvm_memmap_table_entry, hvm_modlist_
 use proptest::prelude::*;
 use vm_memory::ByteValued;
 
-use self::kernel::vmlinux;
+use self::vmlinux::vmlinux;
 use super::*;
 
-#[path = "../../../../tests/kernel/mod.rs"]
-mod kernel;
+#[path = "../../../../tests/kernel/vmlinux.rs"]
+mod vmlinux;
 
 const MIB: u64 = 1 << 20;
 

@@ -1,4 +1,4 @@
-//! A kernel of a few bytes, for tests.
+//! A kernel of a few bytes for x86-64, for tests.
 
 const MIB: u64 = 1 << 20;
 
