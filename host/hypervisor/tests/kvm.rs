@@ -17,6 +17,8 @@ use host_hypervisor::kvm::{Machine, Slot, Spec};
 use host_hypervisor::memory;
 use host_hypervisor::vcpu::End;
 use libtest_mimic::{Arguments, Failed, Trial};
+#[cfg(target_arch = "aarch64")]
+use vm_memory::GuestAddress;
 use vm_memory::{Bytes, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -31,6 +33,10 @@ const TESTS: &[(&str, Test)] = &[
     ("a_notification_reaches_its_queue_without_the_registers", notification),
     #[cfg(target_arch = "x86_64")]
     ("a_triple_fault_is_a_reset", triple_fault),
+    #[cfg(target_arch = "aarch64")]
+    ("a_processor_turns_another_on", second_processor),
+    #[cfg(target_arch = "aarch64")]
+    ("an_interrupt_of_a_slot_reaches_the_controller", slot_interrupt),
 ];
 /// The stage of `tests/run` in which KVM works.
 const STAGE: &str = if cfg!(target_arch = "aarch64") { "arm64" } else { "nested-kvm" };
@@ -162,6 +168,20 @@ fn triple_fault() -> Result<(), Failed> {
     Ok(())
 }
 
+#[cfg(target_arch = "aarch64")]
+fn second_processor() -> Result<(), Failed> {
+    let guest = guest(guest::COUNT_ON_ANOTHER, 18, Vec::new());
+    let running = guest.machine.start()?;
+    while count(&guest.memory) < 1000 {
+        std::thread::yield_now();
+    }
+    let context: u32 = guest.memory.read_obj(GuestAddress(COUNTER.0 + 4))?;
+    assert_eq!(context, 7);
+    running.control().stop();
+    assert_eq!(running.wait(), End::Stopped);
+    Ok(())
+}
+
 /// Remembers what was written, answers reads with 7.
 #[derive(Default)]
 struct Seven(Mutex<Vec<(u64, Vec<u8>)>>);
@@ -198,5 +218,30 @@ fn notification() -> Result<(), Failed> {
     assert_eq!(kicks[1].read()?, 1);
     assert!(kicks[0].read().is_err(), "the other queue was not notified");
     assert!(registers.0.lock().unwrap().is_empty());
+    Ok(())
+}
+
+/// Interrupts the guest when it stores to a register.
+#[cfg(target_arch = "aarch64")]
+struct Bell(EventFd);
+
+#[cfg(target_arch = "aarch64")]
+impl Registers for Bell {
+    fn read(&self, _: u64, data: &mut [u8]) {
+        data.fill(0);
+    }
+
+    fn write(&self, _: u64, _: &[u8]) {
+        self.0.write(1).unwrap();
+    }
+}
+
+#[cfg(target_arch = "aarch64")]
+fn slot_interrupt() -> Result<(), Failed> {
+    let interrupt = EventFd::new(EFD_NONBLOCK)?;
+    let registers = Arc::new(Bell(interrupt.try_clone()?));
+    let slots = vec![Slot { registers, kicks: Vec::new(), interrupt }];
+    let guest = guest(&[guest::WAIT_FOR_INTERRUPT, RESET].concat(), 1, slots);
+    assert_eq!(guest.machine.start()?.wait(), End::Reset);
     Ok(())
 }

@@ -3,6 +3,8 @@
 //! [`Machine`] is a machine that has everything but running processors. What differs between architectures (interrupt
 //! controllers, what processors start with, the probe's guest) is in a folder for each, with the same names.
 
+#[cfg(target_arch = "aarch64")]
+mod aarch64;
 mod kick;
 mod machine;
 pub mod probe;
@@ -10,6 +12,8 @@ mod vcpu;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 
+#[cfg(target_arch = "aarch64")]
+use aarch64 as sys;
 #[cfg(target_arch = "x86_64")]
 use x86_64 as sys;
 
