@@ -56,6 +56,12 @@ pub enum BackendError {
         /// The probe's reason.
         reason: String,
     },
+    /// Only KVM runs machines of this architecture.
+    #[error("only KVM runs machines on {}, and it does not run one here: {reason}", std::env::consts::ARCH)]
+    OnlyKvm {
+        /// Why it does not.
+        reason: String,
+    },
     /// There is no QEMU.
     #[error(transparent)]
     NotInstalled(#[from] qemu::NotInstalled),
@@ -70,6 +76,7 @@ pub fn choose_backend(choice: BackendChoice) -> Result<Backend, BackendError> {
     let (accelerator, reason) = decide(choice, usability)?;
     let provider = match accelerator {
         Accelerator::Kvm => Provider::InProcess,
+        Accelerator::Tcg if !qemu::SUPPORTED => return Err(BackendError::OnlyKvm { reason }),
         Accelerator::Tcg => Provider::Qemu(qemu::find()?),
     };
     Ok(Backend { provider, accelerator, reason })

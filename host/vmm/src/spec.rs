@@ -8,6 +8,8 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use host_hypervisor::arch::boot;
+use host_hypervisor::arch::native::boot::{CMDLINE, MARK, NOT_A_KERNEL};
 use host_hypervisor::qemu::TCG_CMDLINE;
 use serde::{Deserialize, Serialize};
 
@@ -19,8 +21,8 @@ pub const CPUS_MAX: u32 = 64;
 pub const DISK_BYTES_MIN: u64 = 64 * 1024 * 1024;
 /// Disk sizes are whole sectors of this many bytes.
 pub const SECTOR_BYTES: u64 = 512;
-/// x86 kernels read at most 2047 bytes of command line (`COMMAND_LINE_SIZE`), some of which a back end may need.
-pub const CMDLINE_BYTES_MAX: usize = 2047 - TCG_CMDLINE.len();
+/// Of the command line that a kernel reads a back end may need some.
+pub const CMDLINE_BYTES_MAX: usize = boot::CMDLINE_BYTES_MAX - 1 - TCG_CMDLINE.len();
 
 /// A machine, as data.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -29,7 +31,7 @@ pub struct MachineSpec {
     pub cpus: u32,
     /// Guest memory in MiB.
     pub memory_mib: u32,
-    /// The kernel (bzImage).
+    /// The kernel: on x86-64 a bzImage, on arm64 an Image.
     pub kernel: PathBuf,
     /// The same kernel as an ELF file with a PVH entry, if there is one: it starts without unpacking itself.
     #[serde(default)]
@@ -172,13 +174,9 @@ impl MachineSpec {
         Ok(())
     }
 
-    /// The kernel's whole command line.
-    ///
-    /// `panic=-1` and `reboot=t` turn a dead kernel into a machine that ends at once instead of one that hangs.
-    /// `no_timer_check` believes in the timer's interrupt: a software processor that had to wait for its turn on a busy
-    /// computer misses the moment in which the kernel looks for it, and the kernel gives up.
+    /// The kernel's whole command line: first what the board needs, then what the spec adds.
     pub fn kernel_cmdline(&self) -> String {
-        let mut line = String::from("console=ttyS0 panic=-1 reboot=t no_timer_check");
+        let mut line = String::from(CMDLINE);
         let extra = self.cmdline.trim();
         if !extra.is_empty() {
             line.push(' ');
@@ -225,19 +223,16 @@ fn check_readable(what: &'static str, path: &Path) -> Result<(), SpecError> {
     Ok(())
 }
 
-/// Looks for the mark of a Linux kernel's boot header (Linux `Documentation/arch/x86/boot.rst`: `HdrS` at 0x202).
+/// Looks for the mark of a Linux kernel of this architecture.
 fn check_kernel(path: &Path) -> Result<(), SpecError> {
+    let (place, expected) = MARK;
     let mut mark = [0; 4];
-    match std::fs::File::open(path).and_then(|file| file.read_exact_at(&mut mark, 0x202)) {
-        Ok(()) if mark == *b"HdrS" => Ok(()),
+    match std::fs::File::open(path).and_then(|file| file.read_exact_at(&mut mark, place)) {
+        Ok(()) if mark == expected => Ok(()),
         Err(source) if source.kind() != std::io::ErrorKind::UnexpectedEof => {
             Err(SpecError::Unreadable { what: "kernel", path: path.to_owned(), source })
         }
-        _ => Err(SpecError::NotUsable {
-            what: "kernel",
-            path: path.to_owned(),
-            problem: "not a Linux kernel image (bzImage)",
-        }),
+        _ => Err(SpecError::NotUsable { what: "kernel", path: path.to_owned(), problem: NOT_A_KERNEL }),
     }
 }
 
@@ -274,8 +269,8 @@ mod tests {
     use super::*;
 
     fn spec(folder: &Path) -> MachineSpec {
-        let mut kernel = vec![0; 0x202];
-        kernel.extend(b"HdrS");
+        let mut kernel = vec![0; MARK.0 as usize];
+        kernel.extend(MARK.1);
         std::fs::write(folder.join("kernel"), kernel).unwrap();
         std::fs::write(folder.join("initramfs"), b"x").unwrap();
         MachineSpec {
@@ -359,9 +354,6 @@ mod tests {
     #[test]
     fn our_parameters_come_first() {
         let folder = tempfile::tempdir().unwrap();
-        assert_eq!(
-            spec(folder.path()).kernel_cmdline(),
-            "console=ttyS0 panic=-1 reboot=t no_timer_check quiet"
-        );
+        assert_eq!(spec(folder.path()).kernel_cmdline(), format!("{CMDLINE} quiet"));
     }
 }

@@ -16,6 +16,8 @@ use std::ffi::OsStr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
+/// Whether our command line describes a machine of this host's architecture.
+pub const SUPPORTED: bool = cfg!(target_arch = "x86_64");
 /// The program for x86-64 guests.
 pub const PROGRAM: &str = "qemu-system-x86_64";
 

@@ -44,9 +44,7 @@ const COMMON: &[c_long] = &[
     libc::SYS_eventfd2,
     libc::SYS_epoll_create1,
     libc::SYS_epoll_ctl,
-    libc::SYS_epoll_wait,
     libc::SYS_epoll_pwait,
-    libc::SYS_poll,
     libc::SYS_ppoll,
     libc::SYS_recvfrom,
     libc::SYS_recvmsg,
@@ -87,7 +85,7 @@ const COMMON: &[c_long] = &[
 
 /// Files by name. The C library opens some of the kernel's when it is short of memory, and a panic looks for the program's
 /// own, so they are no reason to end a process; classes without files are told that they may not, Landlock or not.
-const OPENING: &[c_long] = &[libc::SYS_openat, libc::SYS_readlink, libc::SYS_readlinkat, libc::SYS_getcwd];
+const OPENING: &[c_long] = &[libc::SYS_openat, libc::SYS_readlinkat, libc::SYS_getcwd];
 
 /// Files by name (Landlock says which) and their contents.
 const DEVICE: &[c_long] = &[
@@ -103,11 +101,8 @@ const DEVICE: &[c_long] = &[
     libc::SYS_fdatasync,
     libc::SYS_flock,
     libc::SYS_fstatfs,
-    libc::SYS_stat,
-    libc::SYS_rename,
     libc::SYS_renameat,
     libc::SYS_renameat2,
-    libc::SYS_unlink,
     libc::SYS_unlinkat,
     libc::SYS_accept4,
 ];
@@ -129,6 +124,9 @@ const NETWORK: &[c_long] = &[
 const DRIVER: &[c_long] =
     &[libc::SYS_pread64, libc::SYS_wait4, libc::SYS_waitid, libc::SYS_pidfd_send_signal];
 
+/// Since Linux 5.1 new calls have one number on all architectures. The C library's bindings name this one for some only.
+const FCHMODAT2: c_long = 452;
+
 /// What a guest may have done to its files: names, links, attributes, owners, locks.
 const FILES: &[c_long] = &[
     libc::SYS_openat2,
@@ -141,8 +139,7 @@ const FILES: &[c_long] = &[
     libc::SYS_getdents64,
     libc::SYS_fchmod,
     libc::SYS_fchmodat,
-    libc::SYS_fchmodat2,
-    libc::SYS_chmod,
+    FCHMODAT2,
     libc::SYS_fchown,
     libc::SYS_fchownat,
     libc::SYS_utimensat,
@@ -181,6 +178,28 @@ const FILES: &[c_long] = &[
     libc::SYS_unshare,
 ];
 
+/// Calls that only the oldest architectures have: newer ones do with the more general calls above. By the list each
+/// belongs to.
+#[cfg(target_arch = "x86_64")]
+mod older {
+    use super::c_long;
+
+    pub(super) const COMMON: &[c_long] = &[libc::SYS_epoll_wait, libc::SYS_poll];
+    pub(super) const OPENING: &[c_long] = &[libc::SYS_readlink];
+    pub(super) const DEVICE: &[c_long] = &[libc::SYS_stat, libc::SYS_rename, libc::SYS_unlink];
+    pub(super) const FILES: &[c_long] = &[libc::SYS_chmod];
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+mod older {
+    use super::c_long;
+
+    pub(super) const COMMON: &[c_long] = &[];
+    pub(super) const OPENING: &[c_long] = &[];
+    pub(super) const DEVICE: &[c_long] = &[];
+    pub(super) const FILES: &[c_long] = &[];
+}
+
 /// `FIONBIO`: a descriptor stops blocking. The standard library's way for sockets.
 const FIONBIO: u64 = 0x5421;
 /// Requests to KVM have this in their second byte (`KVMIO`).
@@ -193,13 +212,14 @@ const FILE_REQUESTS: [u64; 2] = [0x9400, 0x6600];
 
 impl Class {
     fn calls(self) -> Vec<&'static [c_long]> {
-        match self {
-            Self::Device => vec![COMMON, OPENING, DEVICE],
-            Self::Network => vec![COMMON, OPENING, NETWORK],
-            Self::Files => vec![COMMON, OPENING, DEVICE, FILES],
-            Self::Processor => vec![COMMON, OPENING],
-            Self::Driver => vec![COMMON, OPENING, DRIVER],
-        }
+        let own: &[&[c_long]] = match self {
+            Self::Device => &[DEVICE, older::DEVICE],
+            Self::Network => &[NETWORK],
+            Self::Files => &[DEVICE, older::DEVICE, FILES, older::FILES],
+            Self::Processor => &[],
+            Self::Driver => &[DRIVER],
+        };
+        [&[COMMON, older::COMMON, OPENING, older::OPENING], own].concat()
     }
 
     fn filter(self) -> Result<BpfProgram, BackendError> {
@@ -245,7 +265,7 @@ impl Class {
 
 /// Refuses to open files; of several filters the strictest counts.
 fn without_opening() -> Result<BpfProgram, BackendError> {
-    let rules = OPENING.iter().map(|call| (*call, Vec::new())).collect();
+    let rules = OPENING.iter().chain(older::OPENING).map(|call| (*call, Vec::new())).collect();
     let refuse = SeccompAction::Errno(libc::EACCES.unsigned_abs());
     SeccompFilter::new(rules, SeccompAction::Allow, refuse, std::env::consts::ARCH.try_into()?)?.try_into()
 }
