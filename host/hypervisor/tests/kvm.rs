@@ -1,7 +1,7 @@
 //! Machines on the real KVM, each with a kernel of a few instructions.
 //!
 //! Where the probe finds KVM unusable these tests are shown as ignored and say why: `tests/run nested-kvm` (arm64:
-//! `tests/run arm64`) runs them in a machine with a KVM that works.
+//! `tests/nested/run-arm64`) runs them in a machine with a KVM that works.
 #![expect(clippy::print_stdout, reason = "says why tests are not run")]
 
 mod guest;
@@ -38,8 +38,9 @@ const TESTS: &[(&str, Test)] = &[
     #[cfg(target_arch = "aarch64")]
     ("an_interrupt_of_a_slot_reaches_the_controller", slot_interrupt),
 ];
-/// The stage of `tests/run` in which KVM works.
-const STAGE: &str = if cfg!(target_arch = "aarch64") { "arm64" } else { "nested-kvm" };
+/// What runs these tests where KVM works.
+const RUN: &str =
+    if cfg!(target_arch = "aarch64") { "tests/nested/run-arm64" } else { "tests/run nested-kvm" };
 
 fn main() -> ExitCode {
     let arguments = Arguments::from_args();
@@ -48,7 +49,7 @@ fn main() -> ExitCode {
         Usability::Unusable { reason } => Some(reason),
     };
     if let Some(reason) = &unusable {
-        println!("KVM is not usable here: {reason}. `tests/run {STAGE}` runs these {} tests.", TESTS.len());
+        println!("KVM is not usable here: {reason}. `{RUN}` runs these {} tests.", TESTS.len());
     }
     let trials = TESTS
         .iter()

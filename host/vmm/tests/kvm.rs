@@ -1,7 +1,7 @@
 //! The VM image on a machine of ours, on the real KVM: from `start` to an answer of the Docker API, and back down.
 //!
 //! Where KVM or the image is missing these tests are shown as ignored and say why: `tests/run nested-kvm` (arm64:
-//! `tests/run arm64`) runs them in a machine that has both.
+//! `tests/nested/run-arm64`) runs them in a machine that has both.
 #![forbid(unsafe_code)]
 #![expect(clippy::print_stdout, reason = "says why tests are not run")]
 
@@ -20,12 +20,13 @@ use host_vmm::control::{self, Channel, Event, StopReason};
 use host_vmm::{BackendChoice, DiskSpec, MachineSpec, NetworkSpec};
 use libtest_mimic::{Arguments, Failed, Trial};
 
-/// Under a software processor inside which KVM is emulated, a boot takes most of a minute.
-const LIMIT: Duration = Duration::from_secs(240);
+/// Under a software processor inside which KVM is emulated, a boot takes most of a minute, and several on a busy computer.
+const LIMIT: Duration = Duration::from_secs(480);
 /// The folder of a VM image.
 const IMAGE: &str = "ENGINE_IMAGE";
-/// The stage of `tests/run` that has both.
-const STAGE: &str = if cfg!(target_arch = "aarch64") { "arm64" } else { "nested-kvm" };
+/// What runs these tests where both are.
+const RUN: &str =
+    if cfg!(target_arch = "aarch64") { "tests/nested/run-arm64" } else { "tests/run nested-kvm" };
 /// How many boots in a row `boots_in_a_row` shall make; without it there is no such test.
 const BOOTS: &str = "ENGINE_TEST_BOOTS";
 
@@ -37,7 +38,7 @@ const TESTS: [(&str, Test); 2] = [
 ];
 const TEST_OF_IMAGE: (&str, Test) = if cfg!(target_arch = "aarch64") {
     // There is no VM image for arm64 yet: what boots is Debian's kernel, with an /init that tries the devices
-    // (`tests/nested/run`).
+    // (`tests/nested/run-arm64`).
     ("a_plain_image_finds_its_devices_and_powers_off", boot_and_try_devices)
 } else {
     ("the_image_boots_answers_and_powers_off", boot_answer_and_power_off)
@@ -51,7 +52,7 @@ fn main() -> ExitCode {
         (Usability::Usable, Some(_)) => None,
     };
     if let Some(reason) = &missing {
-        println!("{reason}. `tests/run {STAGE}` runs these {} tests.", TESTS.len() + 1);
+        println!("{reason}. `{RUN}` runs these {} tests.", TESTS.len() + 1);
     }
     let mut tests = TESTS.to_vec();
     tests.push(TEST_OF_IMAGE);
@@ -89,7 +90,7 @@ impl Vmm {
             backend: BackendChoice::Kvm,
             network: NetworkSpec::Nat,
             shares: Vec::new(),
-            boot_timeout_seconds: 200,
+            boot_timeout_seconds: 400,
         };
         let (ours, theirs) = UnixStream::pair()?;
         let program =
