@@ -84,9 +84,11 @@ impl Owners {
         let mode = mode & PERMISSIONS;
         match self {
             Self::Passthrough => mode,
-            // Whatever the guest takes from itself, we still have to open the file.
+            // Whatever the guest takes from itself, we still have to open these.
             Self::Mapped { .. } if kind == FileType::Directory => mode & !PRIVILEGES | 0o700,
-            Self::Mapped { .. } => mode & !PRIVILEGES | 0o600,
+            Self::Mapped { .. } if kind == FileType::RegularFile => mode & !PRIVILEGES | 0o600,
+            // Pipes and sockets are never opened here, and nothing is noted beside them.
+            Self::Mapped { .. } => mode & !PRIVILEGES,
         }
     }
 
@@ -185,6 +187,7 @@ mod tests {
         let mapped = Owners::Mapped { uid: 1000, gid: 1000 };
         assert_eq!(mapped.disk_mode(FileType::RegularFile, 0o6044), 0o644);
         assert_eq!(mapped.disk_mode(FileType::Directory, 0o1000), 0o1700);
+        assert_eq!(mapped.disk_mode(FileType::Fifo, 0o4022), 0o022);
         assert_eq!(Owners::Passthrough.disk_mode(FileType::RegularFile, 0o4000), 0o4000);
     }
 }

@@ -63,6 +63,19 @@ fn owners_and_permissions_are_changed_for_the_guest_alone() {
 }
 
 #[test]
+fn pipes_and_sockets_have_the_permissions_they_were_given() {
+    let (folder, guest, root) = mapped();
+    for (kind, name) in [(0o010000, "pipe"), (0o140000, "socket")] {
+        let made = guest.make_node(root, name, kind | 0o151).unwrap();
+        assert_eq!(made.attributes.mode, kind | 0o151);
+        assert_eq!(guest.change(made.node, 1, (0o022, 0, 0, 0)).unwrap().mode, kind | 0o022);
+        assert_eq!(std::fs::metadata(folder.path().join(name)).unwrap().mode(), kind | 0o022);
+        // They stay the user's: there is no place to note another owner.
+        assert_eq!(made.attributes.uid, rustix::process::geteuid().as_raw());
+    }
+}
+
+#[test]
 fn writing_takes_the_set_user_bit_away() {
     let (_folder, guest, root) = mapped();
     let (file, handle) = guest.create(root, "file", 2, 0o6755).unwrap();
