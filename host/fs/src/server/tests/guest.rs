@@ -158,6 +158,15 @@ impl Guest {
         self.ask(4, node, &body).map(|answer| shown(&answer[16..]))
     }
 
+    /// Changes the size by an open file.
+    pub fn truncate(&self, node: u64, handle: u64, size: u64) -> Result<Shown, Errno> {
+        let mut body = vec![0; 88];
+        body[..4].copy_from_slice(&u32::to_le_bytes(1 << 3 | 1 << 6));
+        body[8..16].copy_from_slice(&handle.to_le_bytes());
+        body[16..24].copy_from_slice(&size.to_le_bytes());
+        self.ask(4, node, &body).map(|answer| shown(&answer[16..]))
+    }
+
     pub fn create(&self, parent: u64, name: &str, flags: u32, mode: u32) -> Result<(Entry, u64), Errno> {
         let answer = self.ask(35, parent, &create_body(name, flags, mode))?;
         Ok((entry(&answer), number(&answer, 128)))

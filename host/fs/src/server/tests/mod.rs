@@ -2,6 +2,7 @@
 
 mod attacks;
 mod changes;
+mod data;
 mod descriptors;
 mod files;
 mod guest;
