@@ -100,6 +100,12 @@ impl Replies {
             reply => Ok(reply),
         }
     }
+
+    /// Waits until the daemon has hung up.
+    pub(crate) async fn end(mut self) {
+        // A daemon that is killed meanwhile has hung up too.
+        while let Ok(Some(_)) = self.lines.next_line().await {}
+    }
 }
 
 enum Started {

@@ -4,7 +4,7 @@ use crate::arguments::{EnvArgs, FormatArgs, MachineCommand};
 use crate::control::Daemon;
 use crate::output::{line, note, text};
 use crate::run::create::memory_bytes;
-use crate::session::{Session, answer, watch};
+use crate::session::{Session, answer, shut_down, watch};
 use crate::template::Template;
 use anyhow::{Context, Result, bail};
 use host_api::{LaterSetting, LogSource, MachineInfo, MachineSettings, MachineState, Reply, Request};
@@ -42,7 +42,7 @@ pub(crate) async fn machine(session: &Session, command: &MachineCommand) -> Resu
             watch(&session.daemon().await?, &Request::Remove).await?;
         }
         MachineCommand::Shutdown if !Daemon::of_user()?.is_running().await => {}
-        MachineCommand::Shutdown => watch(&session.daemon().await?, &Request::Shutdown).await?,
+        MachineCommand::Shutdown => shut_down(&session.daemon().await?).await?,
     }
     Ok(0)
 }

@@ -1,6 +1,6 @@
 //! `Session`: one invocation's way to the engine. The machine is booted when a command first needs it.
 
-use crate::control::Daemon;
+use crate::control::{Daemon, Replies};
 use crate::docker::Docker;
 use crate::progress::Steps;
 use anyhow::{Result, bail};
@@ -97,7 +97,18 @@ pub(crate) async fn watch(daemon: &Daemon, request: &Request) -> Result<()> {
 
 /// The same for something whose answer matters.
 pub(crate) async fn answer(daemon: &Daemon, request: &Request) -> Result<Reply> {
-    let mut replies = daemon.ask(request).await?;
+    follow(&mut daemon.ask(request).await?).await
+}
+
+/// Ends the daemon, and waits until it takes no more requests: the next command starts another.
+pub(crate) async fn shut_down(daemon: &Daemon) -> Result<()> {
+    let mut replies = daemon.ask(&Request::Shutdown).await?;
+    follow(&mut replies).await?;
+    replies.end().await;
+    Ok(())
+}
+
+async fn follow(replies: &mut Replies) -> Result<Reply> {
     let mut steps = Steps::new();
     let mut tick = tokio::time::interval(Duration::from_millis(200));
     let result = loop {

@@ -89,6 +89,7 @@ impl Control {
             Ok(Err(error)) => return Err(error),
             Ok(Ok(_)) => serde_json::from_str::<Request>(&line),
         };
+        let ends = matches!(request, Ok(Request::Shutdown));
         let answer = match request {
             Ok(request) => self.carry_out(request, &mut client).await,
             Err(error) => Err(Refusal {
@@ -96,12 +97,16 @@ impl Control {
                 hint: Some("`engine` and `engined` are of different releases: run `engine machine stop`, end `engined`, try again".into()),
             }),
         };
-        client
-            .send(
-                &answer
-                    .unwrap_or_else(|refusal| Reply::Error { message: refusal.message, hint: refusal.hint }),
-            )
-            .await
+        let ends = ends && answer.is_ok();
+        let reply =
+            answer.unwrap_or_else(|refusal| Reply::Error { message: refusal.message, hint: refusal.hint });
+        let sent = client.send(&reply).await;
+        if ends {
+            self.end.send_replace(true);
+            // The connection ends with this process, for whoever waits for that.
+            std::future::pending::<()>().await;
+        }
+        sent
     }
 
     async fn carry_out(&self, request: Request, client: &mut Client) -> Result<Reply, Refusal> {
@@ -132,7 +137,6 @@ impl Control {
             }
             Request::Shutdown => {
                 self.stop(client).await?;
-                self.end.send_replace(true);
                 Ok(Reply::Done)
             }
         }
