@@ -1,17 +1,17 @@
-//! What this program does in containers with folders they share: it watches, attacks and works on files. It comes there by a
-//! bind itself, so it is also read and run from a shared folder.
+//! What this program does in containers with folders they share: it watches and attacks. It comes there by a bind itself, so
+//! it is also read and run from a shared folder.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, OpenOptions};
 use std::io::Write;
 use std::mem::MaybeUninit;
-use std::os::unix::fs::{FileExt, symlink};
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::symlink;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use rustix::fs::inotify::{self, CreateFlags, ReadFlags, Reader, WatchFlags};
-use rustix::fs::{CWD, FallocateFlags, RenameFlags};
+use rustix::fs::{CWD, RenameFlags};
 use tests_harness::{Engine, IMAGE};
 
 use crate::volumes::ok;
@@ -20,8 +20,9 @@ use crate::volumes::ok;
 pub(crate) const WATCH: &str = "watch-folders";
 /// Tries to get at a file outside a folder.
 pub(crate) const ATTACK: &str = "attack-outside";
-/// Works on a file at random, and compares it with what should be in it.
-pub(crate) const WORK: &str = "work-at-random";
+
+/// The file that says that the attack begins.
+pub(crate) const READY: &str = "ready";
 
 /// Where the folder with this program is bound.
 const TOOLS: &str = "/tools";
@@ -86,6 +87,7 @@ pub(crate) fn attack(words: &[String]) -> Result<()> {
     // In the folder's place on the host these would lead out.
     symlink(Path::new("..").join(name), app.join("beside"))?;
     symlink(outside, app.join("absolute"))?;
+    fs::write(app.join(READY), "")?;
     let ended = AtomicBool::new(false);
     let leaked = std::thread::scope(|scope| {
         scope.spawn(|| {
@@ -133,77 +135,4 @@ fn reaches(app: &Path, round: usize) -> bool {
         let _emptied = OpenOptions::new().write(true).open(&canary).and_then(|file| file.set_len(8));
     }
     seen
-}
-
-/// [`WORK`]: a file, which is made, and a number to begin at random with. What should be in the file is written beside it.
-pub(crate) fn work(words: &[String]) -> Result<()> {
-    const STEPS: usize = 1500;
-    const BYTES_MAX: u64 = 256 << 10;
-    let [path, seed] = words else { bail!("a file and a number are wanted") };
-    let (path, mut random) = (PathBuf::from(path), Random(seed.parse()?));
-    let open = || OpenOptions::new().read(true).write(true).open(&path);
-    File::create_new(&path)?;
-    // Through two open files, one of them opened anew now and then.
-    let (first, mut second) = (open()?, open()?);
-    let mut model: Vec<u8> = Vec::new();
-    for step in 0..STEPS {
-        let file = if random.below(2) == 0 { &first } else { &second };
-        let (offset, length) = (random.below(BYTES_MAX), random.below(16 << 10) + 1);
-        let (from, to) = (offset as usize, (offset + length) as usize);
-        match random.below(10) {
-            0..=3 => {
-                let bytes = vec![random.below(256) as u8; to - from];
-                file.write_all_at(&bytes, offset)?;
-                model.resize(model.len().max(to), 0);
-                model[from..to].copy_from_slice(&bytes);
-            }
-            4..=6 => {
-                let mut bytes = vec![0; to - from];
-                let mut count = 0;
-                while let read @ 1.. = file.read_at(&mut bytes[count..], offset + count as u64)? {
-                    count += read;
-                }
-                let end = to.min(model.len());
-                let wanted = model.get(from..end).unwrap_or_default();
-                ensure!(bytes[..count] == *wanted, "step {step}: {count} bytes at {offset} are others");
-            }
-            7 => {
-                file.set_len(offset)?;
-                model.resize(from, 0);
-            }
-            8 => {
-                let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-                match rustix::fs::fallocate(file, flags, offset, length) {
-                    // Not every file system of a host has holes.
-                    Err(rustix::io::Errno::OPNOTSUPP) => {}
-                    result => {
-                        result?;
-                        let end = to.min(model.len());
-                        if let Some(hole) = model.get_mut(from..end) {
-                            hole.fill(0);
-                        }
-                    }
-                }
-            }
-            _ => second = open()?,
-        }
-        let size = fs::metadata(&path)?.len();
-        ensure!(size == model.len() as u64, "step {step}: {size} bytes instead of {}", model.len());
-    }
-    first.sync_all()?;
-    ensure!(fs::read(&path)? == model, "in the end the file is another");
-    fs::write(path.with_extension("model"), &model)?;
-    Ok(())
-}
-
-/// Numbers that look random (splitmix64), the same for the same beginning.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, end: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (mixed ^ mixed >> 31) % end
-    }
 }

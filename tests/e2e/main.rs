@@ -29,6 +29,7 @@ mod shares;
 mod streams;
 mod volumes;
 mod watching;
+mod work;
 
 use anyhow::Result;
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -84,7 +85,8 @@ fn main() -> ExitCode {
         Some(names::ASK) => Some(names::ask(&words[1..])),
         Some(inside::WATCH) => Some(inside::watch(&words[1..])),
         Some(inside::ATTACK) => Some(inside::attack(&words[1..])),
-        Some(inside::WORK) => Some(inside::work(&words[1..])),
+        Some(work::FILE) => Some(work::on_a_file(&words[1..])),
+        Some(work::TREE) => Some(work::on_a_tree(&words[1..])),
         _ => None,
     };
     if let Some(result) = played {

@@ -1,12 +1,17 @@
 //! Folders of one's own in containers: natively the very folder, in the machine a shared one. Nobody should see a difference.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
+use rustix::fs::{CWD, RenameFlags};
 use std::fs;
 use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 use tests_harness::{Engine, IMAGE, Stage};
 
+use crate::inside::{ATTACK, READY, play};
 use crate::volumes::{docker, ok, same, says};
+use crate::work;
 
 crate::scenarios![
     each_side_sees_what_the_other_writes,
@@ -16,6 +21,9 @@ crate::scenarios![
     a_share_that_is_read_only_is_not_written,
     the_host_path_is_what_inspect_shows,
     links_do_not_lead_out_of_a_share,
+    races_do_not_lead_out_of_a_share,
+    random_work_on_a_file_leaves_what_it_should,
+    random_work_on_a_tree_ends_as_on_a_disk,
     what_is_not_shared_is_refused_with_the_cure,
     the_socket_of_the_engine_can_be_bound,
 ];
@@ -122,6 +130,56 @@ fn links_do_not_lead_out_of_a_share(engine: &Engine) -> Result<()> {
     let said = says(engine, &["-v", &bind(&inside)], script)?;
     ensure!(!said.contains("leaked"), "{said:?}");
     same(&fs::read_to_string(outside.join("canary"))?, "secret")
+}
+
+/// A folder and a link out change places on both sides at once.
+fn races_do_not_lead_out_of_a_share(engine: &Engine) -> Result<()> {
+    let (inside, outside) = (folder(engine, "attacked")?, engine.path("share-attacked-out"));
+    fs::create_dir_all(&outside)?;
+    fs::write(outside.join("canary"), "secret")?;
+    // The same name beside the share for `..`.
+    let beside = engine.path("out");
+    symlink(&outside, &beside)?;
+    symlink(&outside, inside.join("hosts"))?;
+    let ended = AtomicBool::new(false);
+    let exchanged = std::thread::scope(|scope| {
+        let exchanging = scope.spawn(|| {
+            let (way, link, mut count) = (inside.join("way"), inside.join("hosts"), 0);
+            while !ended.load(Ordering::Relaxed) {
+                if inside.join(READY).exists() {
+                    let flags = RenameFlags::EXCHANGE;
+                    count += usize::from(rustix::fs::renameat_with(CWD, &way, CWD, &link, flags).is_ok());
+                }
+                std::thread::sleep(Duration::from_micros(300));
+            }
+            count
+        });
+        let attacked = play(engine, &["--rm"], &inside, &[ATTACK, &outside.display().to_string()]);
+        ended.store(true, Ordering::Relaxed);
+        let exchanged = exchanging.join().map_err(|_| anyhow!("the other side panicked"))?;
+        attacked.map(|_| exchanged)
+    })?;
+    ensure!(exchanged > 0, "nothing changed places outside");
+    same(&fs::read_to_string(outside.join("canary"))?, "secret")?;
+    let names: Vec<_> = fs::read_dir(&outside)?.collect();
+    ensure!(names.len() == 1, "{names:?}");
+    fs::remove_file(beside)?;
+    Ok(())
+}
+
+fn random_work_on_a_file_leaves_what_it_should(engine: &Engine) -> Result<()> {
+    let folder = folder(engine, "random")?;
+    play(engine, &["--rm"], &folder, &[work::FILE, "/app/file", "4711"])?;
+    let (file, model) = (fs::read(folder.join("file"))?, fs::read(folder.join("file.model"))?);
+    ensure!(file == model, "outside, the file is another than inside");
+    Ok(())
+}
+
+fn random_work_on_a_tree_ends_as_on_a_disk(engine: &Engine) -> Result<()> {
+    let folder = folder(engine, "tree")?;
+    let said =
+        play(engine, &["--rm", "--tmpfs", "/plain"], &folder, &[work::TREE, "/app", "/plain", "4711"])?;
+    same(&work::tree(&folder)?, &said)
 }
 
 fn what_is_not_shared_is_refused_with_the_cure(engine: &Engine) -> Result<()> {

@@ -10,15 +10,10 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use tests_harness::{Engine, wait_until};
 
-use crate::inside::{ATTACK, WATCH, WORK, play};
+use crate::inside::{WATCH, play};
 use crate::volumes::{ok, same};
 
-crate::scenarios![
-    a_watcher_inside_hears_of_changes_outside,
-    a_storm_of_changes_ends_with_what_there_is,
-    races_do_not_lead_out_of_a_share,
-    random_work_on_a_file_leaves_what_it_should,
-];
+crate::scenarios![a_watcher_inside_hears_of_changes_outside, a_storm_of_changes_ends_with_what_there_is,];
 
 fn folder(engine: &Engine, name: &str) -> Result<PathBuf> {
     let folder = engine.path(&format!("share-{name}"));
@@ -113,28 +108,4 @@ fn a_storm_of_changes_ends_with_what_there_is(engine: &Engine) -> Result<()> {
         ensure!(count("CREATE") == count("DELETE") + there, "file-{number} in\n{said}");
     }
     ok(engine, &["rm", "-f", "storm"]).map(drop)
-}
-
-fn races_do_not_lead_out_of_a_share(engine: &Engine) -> Result<()> {
-    let (inside, outside) = (folder(engine, "attacked")?, engine.path("share-attacked-out"));
-    fs::create_dir_all(&outside)?;
-    fs::write(outside.join("canary"), "secret")?;
-    // The same name beside the share for `..`.
-    let beside = engine.path("out");
-    std::os::unix::fs::symlink(&outside, &beside)?;
-    let path = outside.display().to_string();
-    play(engine, &["--rm"], &inside, &[ATTACK, &path])?;
-    same(&fs::read_to_string(outside.join("canary"))?, "secret")?;
-    let names: Vec<_> = fs::read_dir(&outside)?.collect();
-    ensure!(names.len() == 1, "{names:?}");
-    fs::remove_file(beside)?;
-    Ok(())
-}
-
-fn random_work_on_a_file_leaves_what_it_should(engine: &Engine) -> Result<()> {
-    let folder = folder(engine, "random")?;
-    play(engine, &["--rm"], &folder, &[WORK, "/app/file", "4711"])?;
-    let (file, model) = (fs::read(folder.join("file"))?, fs::read(folder.join("file.model"))?);
-    ensure!(file == model, "outside, the file is another than inside");
-    Ok(())
 }
