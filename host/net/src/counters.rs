@@ -36,11 +36,15 @@ pub enum DropReason {
     UnsupportedIcmp,
     /// A DHCP or DNS message that makes no sense, or an answer nobody asked for.
     UnexpectedMessage,
+    /// A connection for the guest, which has not said yet where it is, or not to an address of its network.
+    NoLanding,
+    /// A connection for the guest, while too many others waited to be taken.
+    OfferQueueFull,
 }
 
 impl DropReason {
     /// Every reason, in the order of [`Counters::drops`].
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 17] = [
         Self::Malformed,
         Self::NotForUs,
         Self::Ipv6,
@@ -56,6 +60,8 @@ impl DropReason {
         Self::NoConnection,
         Self::UnsupportedIcmp,
         Self::UnexpectedMessage,
+        Self::NoLanding,
+        Self::OfferQueueFull,
     ];
 }
 

@@ -6,6 +6,7 @@
 //!
 //! ```text
 //!   Tcp     Connecting ─► Accepting ─► Open ─► (both directions closed) ─► gone      see tcp.rs
+//!                          Opening ─► Open
 //!   Udp     Unreplied ─► Replied ─► (silence) ─► gone                                see udp.rs
 //!   Dns     asked resolver 0 ─► 1 ─► … ─► answered, or SERVFAIL ─► gone              see dns.rs
 //!   Echo    (silence) ─► gone                                                        see icmp.rs

@@ -45,7 +45,7 @@ pub use counters::{Counters, DropReason};
 pub use flow::{FLOW_CAPACITY, FlowId};
 pub use fuzz::fuzz_nat_frames;
 pub use icmp::{Reason, Trouble};
-pub use io::{Handle, Teller, spawn, spawn_asking};
+pub use io::{Handle, Opener, Teller, spawn, spawn_asking};
 pub use offload::Offload;
 pub use resolv::Asked;
 pub use stack::{Failure, Operation, Stack};

@@ -48,6 +48,11 @@ impl Framer {
         }
     }
 
+    /// Whether the guest has said anything yet.
+    pub(crate) fn knows_guest(&self) -> bool {
+        self.guest_mac != EthernetAddress::BROADCAST
+    }
+
     pub(crate) fn arp(&self, reply: &ArpRepr) -> Vec<u8> {
         let mut frame = Vec::new();
         let payload = self.ethernet(&mut frame, self.guest_mac, EthernetProtocol::Arp, reply.buffer_len());
@@ -70,7 +75,7 @@ impl Framer {
             dst_port: to.port(),
             control: segment.control,
             seq_number: TcpSeqNumber(segment.seq.0.cast_signed()),
-            ack_number: Some(TcpSeqNumber(segment.ack.0.cast_signed())),
+            ack_number: segment.ack.map(|ack| TcpSeqNumber(ack.0.cast_signed())),
             window_len: segment.window,
             window_scale: segment.scale,
             max_seg_size: segment.mss,

@@ -11,15 +11,17 @@ mod socket;
 use std::collections::VecDeque;
 use std::hash::{BuildHasher, RandomState};
 use std::io;
-use std::os::fd::AsRawFd;
+use std::net::SocketAddr;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use host_frames::FrameSocket;
 use mio::event::Event;
+use mio::net::TcpStream;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token, Waker};
 use rustix::io::Errno;
@@ -36,6 +38,8 @@ const LINK: Token = Token(usize::MAX);
 const WAKE: Token = Token(usize::MAX - 1);
 /// Events taken from the kernel at a time.
 const EVENTS: usize = 512;
+/// Sockets for the guest that may wait to be taken: as many as wait at a busy listener of the host.
+const OFFERS_MAX: usize = 4096;
 /// One read of a host socket: the largest datagram, and a good bite of a stream.
 const SCRATCH: usize = 64 * 1024;
 
@@ -53,6 +57,17 @@ struct Shared {
     counters: [AtomicU64; COUNTERS],
     /// What `resolv.conf` holds now, until the loop has taken note of it.
     told: Mutex<Option<String>>,
+    offers: Mutex<Offers>,
+}
+
+/// Sockets for the guest that wait for the loop.
+#[derive(Debug, Default)]
+struct Offers {
+    waiting: VecDeque<(SocketAddr, TcpStream)>,
+    /// How many found no room, until the loop has counted them.
+    refused: u64,
+    /// The loop has ended.
+    closed: bool,
 }
 
 /// Tells a NAT what it may not read, from any thread.
@@ -72,6 +87,38 @@ impl Teller {
     }
 }
 
+/// Gives connections that the host has accepted to the guest, from any thread.
+#[derive(Debug, Clone)]
+pub struct Opener {
+    shared: Arc<Shared>,
+    waker: Arc<Waker>,
+}
+
+impl Opener {
+    /// Carries a connected TCP socket to `landing`, an address of the guest's network: a connection is opened to it from the
+    /// host's address there, and the two go on as one. What cannot be is reset, for its peer to see: when the guest
+    /// refuses or keeps silent, when too many wait, when the NAT has ended.
+    pub fn open(&self, landing: SocketAddr, socket: OwnedFd) {
+        let stream = std::net::TcpStream::from(socket);
+        if let Err(error) = stream.set_nonblocking(true) {
+            tracing::warn!(%error, "a connection for the guest is not carried");
+            return;
+        }
+        let stream = TcpStream::from_std(stream);
+        let mut offers = self.shared.offers();
+        if offers.closed || offers.waiting.len() >= OFFERS_MAX {
+            offers.refused += 1;
+            drop(offers);
+            return socket::reset(&stream);
+        }
+        offers.waiting.push_back((landing, stream));
+        drop(offers);
+        if let Err(error) = self.waker.wake() {
+            tracing::warn!(%error, "cannot tell the NAT about a connection for the guest");
+        }
+    }
+}
+
 const COUNTERS: usize = 7 + DropReason::ALL.len();
 
 impl Handle {
@@ -85,6 +132,11 @@ impl Handle {
     /// A handle to tell it about resolvers.
     pub fn teller(&self) -> Teller {
         Teller { shared: Arc::clone(&self.shared), waker: Arc::clone(&self.waker) }
+    }
+
+    /// A handle to give it connections for the guest.
+    pub fn opener(&self) -> Opener {
+        Opener { shared: Arc::clone(&self.shared), waker: Arc::clone(&self.waker) }
     }
 
     /// True once the loop has ended: the other end of the frame socket went away, or it was stopped.
@@ -131,6 +183,10 @@ impl Drop for Handle {
 }
 
 impl Shared {
+    fn offers(&self) -> MutexGuard<'_, Offers> {
+        self.offers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn publish(&self, counters: &Counters) {
         let numbers = [
             counters.frames_in,
@@ -177,6 +233,7 @@ pub fn spawn_asking(stream: UnixStream, config: Config, asked: Option<Asked>) ->
             Ok(()) => tracing::debug!(counters = %driver.stack.counters(), "NAT ended"),
             Err(error) => tracing::error!(%error, counters = %driver.stack.counters(), "NAT failed"),
         }
+        driver.refuse_offers();
         driver.shared.publish(&driver.stack.counters());
     })?;
     Ok(Handle { thread: Some(thread), shared, waker })
@@ -248,6 +305,7 @@ impl Driver {
             if !self.receive_frames(now)? {
                 return Ok(());
             }
+            self.take_offers(now);
             self.stack.tick(now);
             self.operate(now);
             self.work(now);
@@ -289,6 +347,36 @@ impl Driver {
             self.link.skip();
         }
         Ok(true)
+    }
+
+    /// Makes flows of the sockets that wait for the guest.
+    fn take_offers(&mut self, now: Duration) {
+        let (offers, refused) = {
+            let mut offers = self.shared.offers();
+            (std::mem::take(&mut offers.waiting), std::mem::take(&mut offers.refused))
+        };
+        (0..refused).for_each(|_| self.stack.count_drop(DropReason::OfferQueueFull));
+        for (landing, stream) in offers {
+            match self.stack.land(landing, now) {
+                Ok(flow) => {
+                    let socket = HostSocket::accepted(flow, landing, stream, self.poll.registry());
+                    self.install(flow, socket, now);
+                }
+                Err(reason) => {
+                    tracing::debug!(%landing, ?reason, "a connection for the guest is not carried");
+                    socket::reset(&stream);
+                }
+            }
+        }
+    }
+
+    /// Nobody takes sockets any more.
+    fn refuse_offers(&self) {
+        let mut offers = self.shared.offers();
+        offers.closed = true;
+        let waiting = std::mem::take(&mut offers.waiting);
+        drop(offers);
+        waiting.iter().for_each(|(_, stream)| socket::reset(stream));
     }
 
     /// Does what the stack asks for.

@@ -87,6 +87,17 @@ impl HostSocket {
         Ok(Self::new(flow, to, Kind::Tcp { stream, state: TcpState::Connecting { listens } }))
     }
 
+    /// A socket that is connected already, whose flow leads to `landing`.
+    pub(super) fn accepted(
+        flow: FlowId,
+        landing: SocketAddr,
+        mut stream: TcpStream,
+        registry: &Registry,
+    ) -> io::Result<Self> {
+        registry.register(&mut stream, token(flow), Interest::READABLE | Interest::WRITABLE)?;
+        Ok(Self::new(flow, landing, Kind::Tcp { stream, state: TcpState::Open }))
+    }
+
     pub(super) fn udp(flow: FlowId, to: SocketAddr, registry: &Registry) -> io::Result<Self> {
         let any: IpAddr = match to {
             SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
@@ -130,10 +141,8 @@ impl HostSocket {
 
     /// Closes a TCP socket so that its peer sees a reset.
     pub(super) fn reset(self) {
-        if let Kind::Tcp { stream, .. } = self.kind
-            && let Err(error) = SockRef::from(&stream).set_linger(Some(Duration::ZERO))
-        {
-            tracing::debug!(flow = ?self.flow, %error, "a reset becomes an ordinary close");
+        if let Kind::Tcp { stream, .. } = self.kind {
+            reset(&stream);
         }
     }
 
@@ -281,6 +290,13 @@ impl HostSocket {
             }
         }
         Ok(Progress::HasMore)
+    }
+}
+
+/// Has the peer see a reset when the socket is closed.
+pub(super) fn reset(stream: &TcpStream) {
+    if let Err(error) = SockRef::from(stream).set_linger(Some(Duration::ZERO)) {
+        tracing::debug!(%error, "a reset becomes an ordinary close");
     }
 }
 

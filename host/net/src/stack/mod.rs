@@ -6,6 +6,7 @@
 //! - give every frame to [`Stack::receive_frame`], and [`Stack::tick`] when [`Stack::next_deadline`] has come;
 //! - carry out [`Stack::next_operation`] until there is none, and report what became of them ([`Stack::connected`],
 //!   [`Stack::failed`], …). An event of a flow that has ended meanwhile is ignored;
+//! - give a socket that the host has accepted for the guest to [`Stack::land`], which makes a flow of it;
 //! - move TCP bytes: [`Stack::outgoing`] → host socket → [`Stack::host_took`], and host socket → [`Stack::host_sent`]
 //!   as far as [`Stack::room`] allows. What does not fit stays in the host's socket buffer: that is the backpressure;
 //! - take frames with [`Stack::next_frame`] as long as there is room on the link; what is not taken stays in the
@@ -132,6 +133,9 @@ pub struct Stack {
     /// TCP flows that may have segments to send, in turn.
     ready: VecDeque<FlowId>,
     operations: VecDeque<Operation>,
+    /// Of the last connection into the guest, and what the clock is added to for the first sequence number of each.
+    landing_port: u16,
+    landing_seq: u32,
     /// When the guest is reminded of its router; not before it has asked for one.
     advertise_at: Option<Duration>,
     counters: Counters,
@@ -155,11 +159,14 @@ impl Stack {
     /// A NAT without flows. `seed` must differ from run to run and be hard to guess.
     pub fn new(config: Config, seed: u64) -> Self {
         let config = Config { mtu: config.mtu.max(576), ..config };
+        let mut random = Random::new(seed);
         Self {
+            landing_port: random.next() as u16,
+            landing_seq: random.next() as u32,
             framer: Framer::new(config.mtu, config.offloads),
             offload: Offload::default(),
             resolvers: Vec::new(),
-            random: Random::new(seed),
+            random,
             checksums: ChecksumCapabilities::default(),
             reassembly: Reassembly::default(),
             table: Table::default(),

@@ -1,6 +1,6 @@
 //! TCP between the guest's segments and the host's sockets: the stack's side of [`crate::tcp`].
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use smoltcp::wire::{IpAddress, TcpControl, TcpPacket, TcpRepr};
@@ -9,11 +9,79 @@ use super::{Dropped, Envelope, Failure, Operation, Stack, unreachable_reason};
 use crate::config::Route;
 use crate::counters::DropReason;
 use crate::dns::DNS_PORT;
-use crate::flow::{Flow, FlowId, Key};
+use crate::flow::{FLOW_CAPACITY, Flow, FlowId, Key};
 use crate::icmp::{Notice, Reason, Trouble};
 use crate::tcp::{Connection, Verdict, WIDE_FLOWS};
 
+/// Ports of ours for connections into the guest: all but those that mean something.
+const FIRST_PORT: u16 = 1024;
+
 impl Stack {
+    /// Opens a connection into the guest, to `landing`, for a socket of the host's that is connected already and is the
+    /// flow's from now on. The guest sees the host's address in its network.
+    ///
+    /// # Errors
+    /// When the guest has not been heard of, `landing` is not on its network, or the table is full. The refusal is
+    /// counted; the socket is the caller's to reset.
+    pub fn land(&mut self, landing: SocketAddr, now: Duration) -> Result<FlowId, DropReason> {
+        self.try_land(landing, now).inspect_err(|reason| self.counters.count(*reason))
+    }
+
+    fn try_land(&mut self, landing: SocketAddr, now: Duration) -> Result<FlowId, DropReason> {
+        let reachable = landing.is_ipv4() || self.config.has_ipv6();
+        if !self.framer.knows_guest() || !reachable || self.config.route(landing.ip()) != Route::Neighbour {
+            return Err(DropReason::NoLanding);
+        }
+        let from: IpAddr = match landing {
+            SocketAddr::V4(_) => self.config.host_alias.into(),
+            SocketAddr::V6(_) => self.config.host_alias6().into(),
+        };
+        // Each port in turn, so that one is not used again while the guest remembers the connection before; one of so many
+        // is free, for there are not as many flows.
+        let mut free = None;
+        for _ in 0..=FLOW_CAPACITY {
+            self.landing_port = self.landing_port.checked_add(1).unwrap_or(FIRST_PORT).max(FIRST_PORT);
+            let key = Key::Tcp { guest: landing, remote: SocketAddr::new(from, self.landing_port) };
+            if self.table.find(&key).is_none() {
+                free = Some(key);
+                break;
+            }
+        }
+        let key = free.ok_or(DropReason::FlowTableFull)?;
+        // By the clock (RFC 9293 §3.4.1), so that it is ahead of what the guest remembers of the same ports.
+        let ticks = (now.as_micros() / 4) as u32;
+        let connection =
+            Connection::opening(self.largest_payload(landing), self.landing_seq.wrapping_add(ticks));
+        let id = self.open(key, Flow::Tcp(Box::new(self.equip(connection))))?;
+        self.settle(id);
+        Ok(id)
+    }
+
+    /// The ends of a TCP flow: the guest's, and the other.
+    pub(crate) fn ends(&self, id: FlowId) -> Option<(SocketAddr, SocketAddr)> {
+        match self.table.get(id)?.key {
+            Key::Tcp { guest, remote } => Some((guest, remote)),
+            _ => None,
+        }
+    }
+
+    /// What IP and TCP headers leave of a packet.
+    fn largest_payload(&self, guest: SocketAddr) -> u16 {
+        self.config.mtu.saturating_sub(if guest.is_ipv4() { 40 } else { 60 })
+    }
+
+    /// A new connection with what the link and the number of others allow.
+    fn equip(&self, mut connection: Connection) -> Connection {
+        if self.config.offloads {
+            connection.send_large();
+        }
+        // So there are never more of them than that.
+        if self.table.len() < WIDE_FLOWS {
+            connection.buffer_more();
+        }
+        connection
+    }
+
     pub(super) fn tcp(&mut self, envelope: &Envelope, bytes: &[u8], now: Duration) -> Dropped {
         let packet = TcpPacket::new_checked(bytes).map_err(|_| DropReason::Malformed)?;
         let (source, destination) = (IpAddress::from(envelope.source), IpAddress::from(envelope.destination));
@@ -23,8 +91,7 @@ impl Stack {
         let remote = SocketAddr::new(envelope.destination, segment.dst_port);
         let key = Key::Tcp { guest, remote };
         if let Some(id) = self.table.find(&key) {
-            self.tcp_segment(id, &segment, now);
-            return Ok(());
+            return self.tcp_segment(id, &segment, (guest, remote), now);
         }
         if segment.control != TcpControl::Syn || segment.ack_number.is_some() {
             self.refuse(&segment, guest, remote)?;
@@ -35,17 +102,8 @@ impl Stack {
             Route::Gateway if remote.port() == DNS_PORT && !self.resolvers.is_empty() => self.resolvers[0],
             _ => return self.refuse(&segment, guest, remote),
         };
-        // What IP and TCP headers leave of a packet.
-        let headers = if guest.is_ipv4() { 40 } else { 60 };
-        let mut connection =
-            Connection::new(&segment, self.config.mtu.saturating_sub(headers), self.random.next() as u32);
-        if self.config.offloads {
-            connection.send_large();
-        }
-        // So there are never more of them than that.
-        if self.table.len() < WIDE_FLOWS {
-            connection.buffer_more();
-        }
+        let connection = Connection::new(&segment, self.largest_payload(guest), self.random.next() as u32);
+        let connection = self.equip(connection);
         match self.table.insert(key, Flow::Tcp(Box::new(connection))) {
             Some(flow) => {
                 self.counters.flows_opened += 1;
@@ -59,12 +117,23 @@ impl Stack {
         }
     }
 
-    fn tcp_segment(&mut self, id: FlowId, segment: &TcpRepr<'_>, now: Duration) {
-        let Some(connection) = self.connection(id) else { return };
+    fn tcp_segment(
+        &mut self,
+        id: FlowId,
+        segment: &TcpRepr<'_>,
+        (guest, remote): (SocketAddr, SocketAddr),
+        now: Duration,
+    ) -> Dropped {
+        let Some(connection) = self.connection(id) else { return Ok(()) };
         match connection.receive(segment, now) {
             Verdict::Continue => self.settle(id),
             Verdict::Reset => self.end(id, Operation::Reset { flow: id }),
+            Verdict::Stale => {
+                self.refuse(segment, guest, remote)?;
+                return Err(DropReason::NoConnection);
+            }
         }
+        Ok(())
     }
 
     /// Answers a segment that belongs to nothing with a reset (RFC 9293 §3.10.7.1), unless it is one.
@@ -170,7 +239,7 @@ impl Stack {
         let Some(entry) = self.table.get(id) else { return };
         let (Flow::Tcp(connection), Key::Tcp { guest, remote }) = (&entry.flow, entry.key) else { return };
         let (seq, ack) = connection.reset();
-        let frame = self.framer.reset(remote, guest, seq.0, Some(ack.0));
+        let frame = self.framer.reset(remote, guest, seq.0, ack.map(|ack| ack.0));
         self.queue_or_count([frame]);
     }
 

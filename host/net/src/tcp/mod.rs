@@ -1,4 +1,5 @@
-//! TCP with the guest, ended here: each connection of the guest's becomes a host socket and back.
+//! TCP with the guest, ended here: each connection of the guest's becomes a host socket, and each socket that the host has
+//! accepted for the guest a connection into it.
 //!
 //! # Theory of operation
 //!
@@ -16,6 +17,16 @@
 //!      ◄───────────────── data   to_guest ◄───────────────── read   a full buffer stops the reading
 //!  FIN ───────────────────────►  guest_ended, then ── shutdown ──►  each direction ends on its own
 //!      ◄────────────────── FIN   host_ended ◄──────────────── EOF
+//! ```
+//!
+//! A connection into the guest begins the other way round, and goes on the same. Its socket stands; nothing is read from it
+//! before the guest has accepted, so what its peer says waits where it always does.
+//!
+//! ```text
+//!      ◄────────────────── SYN   Opening                            accepted before
+//!  SYN,ACK ───────────────────►  Open
+//!      ◄────────────────── ACK
+//!  RST, or silence ───────────►  gone ───────── reset ──────────►
 //! ```
 //!
 //! The link is the memory between two processes: it loses nothing and keeps the order. So there is no congestion
@@ -55,7 +66,7 @@ const RTO_INITIAL: Duration = Duration::from_secs(1);
 const RTO_MAX: Duration = Duration::from_secs(60);
 /// Times a segment is sent again before the guest is believed dead: about a quarter of an hour, as in Linux.
 const RETRIES_MAX: u32 = 15;
-/// The same for our SYN,ACK: about a minute.
+/// The same for our SYN and our SYN,ACK: about a minute.
 const SYN_RETRIES_MAX: u32 = 5;
 /// Duplicate ACKs that mean loss (RFC 5681 §3.2).
 const DUPLICATE_ACKS: u8 = 3;
@@ -68,6 +79,8 @@ enum State {
     Connecting,
     /// Our SYN,ACK is out.
     Accepting,
+    /// The host's connection stands; our SYN is out, or due.
+    Opening,
     /// Data flows.
     Open,
 }
@@ -79,6 +92,8 @@ pub(crate) enum Verdict {
     Continue,
     /// The guest reset the connection.
     Reset,
+    /// The segment is of a connection before this one: to be answered as one that belongs to nothing.
+    Stale,
 }
 
 /// What the stack must do after a deadline.
@@ -95,7 +110,8 @@ pub(crate) enum Timeout {
 pub(crate) struct Segment {
     pub(crate) control: TcpControl,
     pub(crate) seq: Seq,
-    pub(crate) ack: Seq,
+    /// `None` in our SYN only.
+    pub(crate) ack: Option<Seq>,
     pub(crate) window: u16,
     pub(crate) mss: Option<u16>,
     pub(crate) scale: Option<u8>,
@@ -114,6 +130,8 @@ pub(crate) struct Connection {
     mss: usize,
     /// Largest payload that is handed over at once, for others to cut: as many segments as fit a packet, or one.
     large: usize,
+    /// Segments are cut here, and not by who takes them.
+    cuts: bool,
     /// Bytes kept in each direction.
     buffer: usize,
     /// What we announce as ours.
@@ -166,22 +184,35 @@ impl Connection {
     /// The answer to a guest's SYN, once the host's connection stands. `largest` is the largest payload of a segment on
     /// the link, `initial` our first sequence number.
     pub(crate) fn new(syn: &TcpRepr<'_>, largest: u16, initial: u32) -> Self {
+        let mut connection = Self::blank(State::Connecting, largest, initial);
+        connection.learn(syn);
+        connection
+    }
+
+    /// A connection into the guest; the host's stands. `largest` and `initial` as for [`Connection::new`].
+    pub(crate) fn opening(largest: u16, initial: u32) -> Self {
+        let mut connection = Self::blank(State::Opening, largest, initial);
+        connection.synchronize = true;
+        connection
+    }
+
+    fn blank(state: State, largest: u16, initial: u32) -> Self {
         let our_mss = largest.max(MSS_MIN);
-        let received = Seq(syn.seq_number.0.cast_unsigned()) + 1;
-        let initial = Seq(initial);
-        let mss = syn.max_seg_size.unwrap_or(MSS_DEFAULT).clamp(MSS_MIN, our_mss).into();
+        let (received, initial) = (Seq(0), Seq(initial));
+        let mss = usize::from(MSS_DEFAULT.min(our_mss));
         Self {
-            state: State::Connecting,
+            state,
             mss,
             large: mss,
+            cuts: true,
             buffer: BUFFER,
             our_mss,
-            scaled: syn.window_scale.is_some(),
+            scaled: false,
             to_guest: VecDeque::new(),
             una: initial,
             next: initial,
-            guest_window: syn.window_len.into(),
-            guest_scale: syn.window_scale.unwrap_or(0).min(14),
+            guest_window: 0,
+            guest_scale: 0,
             window_from: (received, initial),
             host_ended: false,
             fin_acknowledged: false,
@@ -204,6 +235,18 @@ impl Connection {
             send_noticed: false,
             receive_wanted: false,
         }
+    }
+
+    /// Takes from the guest's SYN, or its SYN,ACK, what counts from then on.
+    fn learn(&mut self, syn: &TcpRepr<'_>) {
+        self.received = Seq(syn.seq_number.0.cast_unsigned()) + 1;
+        self.mss = syn.max_seg_size.unwrap_or(MSS_DEFAULT).clamp(MSS_MIN, self.our_mss).into();
+        self.large = if self.cuts { self.mss } else { self.mss * (LARGE_MAX / self.mss).max(1) };
+        self.scaled = syn.window_scale.is_some();
+        self.guest_window = syn.window_len.into();
+        self.guest_scale = syn.window_scale.unwrap_or(0).min(14);
+        self.window_from = (self.received, self.una);
+        self.announced = self.received;
     }
 
     /// The host's connection stands.
@@ -231,6 +274,7 @@ impl Connection {
                 TcpControl::Rst => return Verdict::Reset,
                 _ => return Verdict::Continue,
             },
+            State::Opening => return self.receive_opening(segment, now),
             State::Accepting if segment.control == TcpControl::Syn && seq + 1 == self.received => {
                 self.synchronize = true;
                 return Verdict::Continue;
@@ -266,6 +310,30 @@ impl Connection {
         self.acknowledged(seq, ack, segment, now);
         self.take(seq, segment);
         Verdict::Continue
+    }
+
+    /// The answer to our SYN (RFC 9293 §3.10.7.3). Two SYNs that cross do not make a connection here: no guest opens one
+    /// from a landing.
+    fn receive_opening(&mut self, segment: &TcpRepr<'_>, now: Duration) -> Verdict {
+        let ack = segment.ack_number.map(|ack| Seq(ack.0.cast_unsigned()));
+        let is_ours = ack == Some(self.next) && self.next != self.una;
+        match segment.control {
+            TcpControl::Rst if is_ours => Verdict::Reset,
+            TcpControl::Rst => Verdict::Continue,
+            _ if ack.is_none() => Verdict::Continue,
+            // Of a connection before, with the same ports: our answer ends that, and our next SYN is taken.
+            _ if !is_ours => Verdict::Stale,
+            TcpControl::Syn => {
+                self.learn(segment);
+                // As the window of our SYN said.
+                self.announced = self.received + self.buffer.min(u16::MAX.into());
+                self.window_from = (Seq(segment.seq_number.0.cast_unsigned()), self.next);
+                self.establish(self.next, now);
+                self.ack_due = true;
+                Verdict::Continue
+            }
+            TcpControl::None | TcpControl::Psh | TcpControl::Fin => Verdict::Continue,
+        }
     }
 
     /// RFC 9293 §3.10.7.4, first check: does the segment touch the window? Segments without data at its left edge
@@ -385,6 +453,7 @@ impl Connection {
 
     /// Segments are cut by whoever takes them, so several go as one.
     pub(crate) fn send_large(&mut self) {
+        self.cuts = false;
         self.large = self.mss * (LARGE_MAX / self.mss).max(1);
     }
 
@@ -397,7 +466,7 @@ impl Connection {
     pub(crate) fn next_segment(&mut self, now: Duration) -> Option<Segment> {
         match self.state {
             State::Connecting => return None,
-            State::Accepting => return self.synchronize.then(|| self.syn_ack(now)),
+            State::Accepting | State::Opening => return self.synchronize.then(|| self.syn(now)),
             State::Open => {}
         }
         if self.acks_owed > 0 {
@@ -416,7 +485,9 @@ impl Connection {
         self.ack_due.then(|| self.bare(self.next))
     }
 
-    fn syn_ack(&mut self, now: Duration) -> Segment {
+    /// Our SYN, or SYN,ACK.
+    fn syn(&mut self, now: Duration) -> Segment {
+        let accepting = self.state == State::Accepting;
         self.synchronize = false;
         let again = self.next != self.una;
         self.next = self.una + 1;
@@ -427,10 +498,10 @@ impl Connection {
         Segment {
             control: TcpControl::Syn,
             seq: self.una,
-            ack: self.received,
+            ack: accepting.then_some(self.received),
             window: window as u16,
             mss: Some(self.our_mss),
-            scale: self.scaled.then_some(WINDOW_SCALE),
+            scale: (self.scaled || !accepting).then_some(WINDOW_SCALE),
             offset: 0,
             length: 0,
             limit: self.mss,
@@ -493,7 +564,7 @@ impl Connection {
         Segment {
             control,
             seq,
-            ack: self.received,
+            ack: Some(self.received),
             window: window as u16,
             mss: None,
             scale: None,
@@ -505,8 +576,8 @@ impl Connection {
     }
 
     /// Sequence and acknowledgement numbers for a reset of ours.
-    pub(crate) fn reset(&self) -> (Seq, Seq) {
-        (self.next, self.received)
+    pub(crate) fn reset(&self) -> (Seq, Option<Seq>) {
+        (self.next, (self.state != State::Opening).then_some(self.received))
     }
 
     fn in_flight(&self) -> usize {
@@ -531,7 +602,7 @@ impl Connection {
         self.deadline = Some(now + self.rto);
         match self.state {
             State::Connecting => self.deadline = None,
-            State::Accepting => {
+            State::Accepting | State::Opening => {
                 self.retries += 1;
                 self.synchronize = true;
                 if self.retries > SYN_RETRIES_MAX {

@@ -41,6 +41,18 @@ fn open() -> Connection {
     connection
 }
 
+/// One into the guest, which it has accepted.
+fn landed() -> Connection {
+    let mut connection = Connection::opening(1460, OUR_FIRST);
+    let consent = segment(TcpControl::Syn, GUEST_FIRST, Some(OUR_FIRST.wrapping_add(1)), 4000, b"");
+    let consent = TcpRepr { window_scale: Some(0), ..consent };
+    assert_eq!(connection.receive(&consent, Duration::ZERO), Verdict::Stale, "our SYN is not out yet");
+    let syn = connection.next_segment(Duration::ZERO).unwrap();
+    assert_eq!((syn.control, syn.seq, syn.ack), (TcpControl::Syn, Seq(OUR_FIRST), None));
+    assert_eq!(connection.receive(&consent, Duration::ZERO), Verdict::Continue);
+    connection
+}
+
 #[test]
 fn an_ack_before_our_syn_is_out_opens_nothing() {
     let mut connection = connection();
@@ -111,8 +123,8 @@ fn step() -> impl Strategy<Value = Step> {
 
 proptest! {
     #[test]
-    fn no_segment_breaks_the_bounds(steps in prop::collection::vec(step(), 0..120)) {
-        let mut connection = open();
+    fn no_segment_breaks_the_bounds(inwards: bool, steps in prop::collection::vec(step(), 0..120)) {
+        let mut connection = if inwards { landed() } else { open() };
         let mut now = Duration::ZERO;
         let mut ended = false;
         let mut edge = connection.received + connection.window_room();

@@ -16,20 +16,20 @@ use smoltcp::socket::{dhcpv4, icmp, tcp, udp};
 use smoltcp::wire::{Icmpv4Packet, Icmpv4Repr, IpAddress, IpEndpoint};
 
 /// How long any one thing may take.
-const DEADLINE: Duration = Duration::from_secs(120);
+pub const DEADLINE: Duration = Duration::from_secs(120);
 
 /// A guest wired to a running NAT.
-struct Bench {
-    guest: Guest,
+pub struct Bench {
+    pub guest: Guest,
     stream: UnixStream,
-    nat: Handle,
+    pub nat: Handle,
     start: Instant,
     input: Vec<u8>,
     output: Vec<u8>,
 }
 
 impl Bench {
-    fn new() -> Self {
+    pub fn new() -> Self {
         Self::with(Config::default(), Guest::new(1500))
     }
 
@@ -41,7 +41,7 @@ impl Bench {
     }
 
     /// Moves frames once; sleeps a little when there was nothing to move.
-    fn step(&mut self) {
+    pub fn step(&mut self) {
         let mut moved = false;
         let mut buffer = [0; 65_536];
         while let Ok(count) = self.stream.read(&mut buffer) {
@@ -82,7 +82,7 @@ impl Bench {
         }
     }
 
-    fn until(&mut self, what: &str, mut done: impl FnMut(&mut Guest) -> bool) {
+    pub fn until(&mut self, what: &str, mut done: impl FnMut(&mut Guest) -> bool) {
         let deadline = Instant::now() + DEADLINE;
         while !done(&mut self.guest) {
             assert!(Instant::now() < deadline, "{what}: not within {DEADLINE:?}; {}", self.nat.counters());
@@ -90,7 +90,7 @@ impl Bench {
         }
     }
 
-    fn until_counted(&mut self, what: &str, done: impl Fn(&Counters) -> bool) {
+    pub fn until_counted(&mut self, what: &str, done: impl Fn(&Counters) -> bool) {
         let deadline = Instant::now() + DEADLINE;
         while !done(&self.nat.counters()) {
             assert!(Instant::now() < deadline, "{what}: not within {DEADLINE:?}; {}", self.nat.counters());

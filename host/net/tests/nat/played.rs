@@ -43,6 +43,15 @@ pub enum Said {
         mss: Option<u16>,
         payload: Vec<u8>,
     },
+    /// A connection is opened.
+    Syn {
+        from: SocketAddr,
+        to: u16,
+        seq: u32,
+        window: u16,
+        scale: Option<u8>,
+        mss: Option<u16>,
+    },
     Datagram {
         from: SocketAddr,
         to: u16,
@@ -225,6 +234,14 @@ fn read(frame: &[u8]) -> Said {
             let ack = segment.ack_number.map(|ack| ack.0 as u32);
             match segment.control {
                 TcpControl::Rst => Said::Reset { to: segment.dst_port, ack },
+                TcpControl::Syn if ack.is_none() => Said::Syn {
+                    from: SocketAddr::new(from, segment.src_port),
+                    to: segment.dst_port,
+                    seq: segment.seq_number.0 as u32,
+                    window: segment.window_len,
+                    scale: segment.window_scale,
+                    mss: segment.max_seg_size,
+                },
                 control => Said::Segment {
                     control,
                     seq: segment.seq_number.0 as u32,

@@ -118,6 +118,15 @@ impl Guest {
         self.sockets.add(socket)
     }
 
+    pub fn listen(&mut self, port: u16, buffer: usize) -> SocketHandle {
+        let buffer = || tcp::SocketBuffer::new(vec![0; buffer]);
+        let mut socket = tcp::Socket::new(buffer(), buffer());
+        socket.set_ack_delay(None);
+        socket.set_nagle_enabled(false);
+        socket.listen(port).unwrap();
+        self.sockets.add(socket)
+    }
+
     pub fn bind_udp(&mut self) -> SocketHandle {
         let buffer = || udp::PacketBuffer::new(vec![udp::PacketMetadata::EMPTY; 64], vec![0; 65_536]);
         let mut socket = udp::Socket::new(buffer(), buffer());
