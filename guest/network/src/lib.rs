@@ -58,8 +58,8 @@ pub use endpoint::{
     ensure_driver,
 };
 pub use firewall::{
-    Firewall, FirewallError, FirewallLink, FirewallNetwork, FirewallPort, Foreign, GenerationError, Incoming,
-    Protocol, Rules, Written, dropped_by,
+    Firewall, FirewallError, FirewallLanding, FirewallLink, FirewallNetwork, FirewallPort, Foreign,
+    GenerationError, Incoming, Protocol, Rules, Written, dropped_by,
 };
 pub use ipam::{Ipam, IpamError};
 pub use mac::Mac;

@@ -8,12 +8,15 @@
 //!
 //! ```text
 //! raw          what comes from a container for a loopback address of the host: dropped
-//! prerouting   for an address of the host and a published port: to the container, unless a relay is to carry it
+//! prerouting   from outside, for an address at which connections land: to the container.
+//!              For an address of the host and a published port: to the container, unless a relay is to carry it
 //! output       the same, from the host itself, IPv4 loopback addresses included
-//! forward      replies; between containers of a network, or what links of one open; published ports; trusted
+//! forward      for an address at which connections land, but not led further: refused.
+//!              Replies; between containers of a network, or what links of one open; published ports; trusted
 //!              interfaces; out: accepted. Into or out of an internal network, between containers of a network whose
 //!              containers are apart, and anything else that is for a container: dropped
-//! postrouting  what leaves a network, and what a container sends to its own published port: from our address
+//! postrouting  what leaves a network, what landed, and what a container sends to its own published port: from our
+//!              address
 //! ```
 
 mod foreign;
@@ -21,7 +24,7 @@ mod generation;
 mod script;
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -54,6 +57,10 @@ pub struct Rules {
     pub ports: Vec<FirewallPort>,
     /// What is open between containers of a network that are otherwise apart.
     pub links: Vec<FirewallLink>,
+    /// Addresses at which connections from outside land, and which are nobody's: one of each family, or none.
+    pub landing: Vec<IpAddr>,
+    /// Where those connections go.
+    pub landings: Vec<FirewallLanding>,
 }
 
 /// What a table was made to say.
@@ -113,6 +120,15 @@ pub struct FirewallPort {
     pub container: IpAddr,
     /// The container's port.
     pub container_port: u16,
+}
+
+/// One port at which TCP connections from outside land, as if the host's own address in the container's network had made them.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct FirewallLanding {
+    /// One of the addresses of [`Rules::landing`], and the port.
+    pub at: SocketAddr,
+    /// The container's address, of the same family, and its port.
+    pub container: SocketAddr,
 }
 
 /// A transport with ports.

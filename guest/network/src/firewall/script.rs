@@ -5,15 +5,15 @@ use std::fmt::Write as _;
 
 use ipnet::IpNet;
 
-use super::{FirewallLink, FirewallNetwork, FirewallPort, Rules};
+use super::{FirewallLanding, FirewallLink, FirewallNetwork, FirewallPort, Rules};
 
 /// What each set and map holds, as `nft` writes it.
 pub type Elements = Vec<(&'static str, BTreeSet<String>)>;
 
 /// Sets and maps, by name and type. `direct` and `apart` hold each network's bridge twice; `own` holds each network's
-/// addresses with its bridge, `hidden` the addresses to masquerade; `ports` is for published ports on every address of
-/// the host, `ports_at` for those on one.
-const SETS: [(&str, &str); 14] = [
+/// addresses with its bridge, `hidden` the addresses to masquerade; `landing` holds addresses nobody has, whose ports
+/// `landings` leads to containers; `ports` is for published ports on every address of the host, `ports_at` for those on one.
+const SETS: [(&str, &str); 18] = [
     ("set bridges", "type ifname"),
     ("set direct", "type ifname . ifname"),
     ("set apart", "type ifname . ifname"),
@@ -26,6 +26,10 @@ const SETS: [(&str, &str); 14] = [
     ("set own6", "type ipv6_addr . ifname; flags interval"),
     ("set hidden4", "type ipv4_addr; flags interval"),
     ("set hidden6", "type ipv6_addr; flags interval"),
+    ("set landing4", "type ipv4_addr"),
+    ("set landing6", "type ipv6_addr"),
+    ("map landings4", "type ipv4_addr . inet_service : ipv4_addr . inet_service"),
+    ("map landings6", "type ipv6_addr . inet_service : ipv6_addr . inet_service"),
     ("map ports4", "type inet_proto . inet_service : ipv4_addr . inet_service"),
     ("map ports6", "type inet_proto . inet_service : ipv6_addr . inet_service"),
 ];
@@ -41,6 +45,9 @@ const CHAINS: [(&str, &str, &[&str]); 5] = [
         "type nat hook prerouting priority dstnat",
         &[
             "ip daddr 127.0.0.0/8 return",
+            // From outside only: for containers these addresses are nobody's.
+            "iifname != @bridges dnat ip to ip daddr . tcp dport map @landings4",
+            "iifname != @bridges dnat ip6 to ip6 daddr . tcp dport map @landings6",
             // Where bridged packets are filtered too, a neighbour's would be led to it past us, by ports that are isolated.
             "iifname @relayed return",
             "fib daddr type local dnat ip to meta l4proto . ip daddr . th dport map @ports4_at",
@@ -66,6 +73,10 @@ const CHAINS: [(&str, &str, &[&str]); 5] = [
         "type filter hook forward priority filter",
         &[
             "ct state established,related accept",
+            "ip daddr @landing4 meta l4proto tcp reject with tcp reset",
+            "ip6 daddr @landing6 meta l4proto tcp reject with tcp reset",
+            "ip daddr @landing4 drop",
+            "ip6 daddr @landing6 drop",
             "iifname . oifname @direct accept",
             "iifname @sealed drop",
             "oifname @sealed drop",
@@ -85,6 +96,9 @@ const CHAINS: [(&str, &str, &[&str]); 5] = [
             // To itself, or to a neighbour, by way of the host's address: the answer has to come back this way.
             "ct status dnat ip saddr . oifname @own4 masquerade",
             "ct status dnat ip6 saddr . oifname @own6 masquerade",
+            // What landed comes from the bridge, so that the answer needs no way out.
+            "ct original ip daddr @landing4 oifname @bridges masquerade",
+            "ct original ip6 daddr @landing6 oifname @bridges masquerade",
             "ip saddr . oifname @own4 return",
             "ip6 saddr . oifname @own6 return",
             "ip saddr 127.0.0.0/8 oifname @bridges masquerade",
@@ -193,6 +207,17 @@ pub fn elements(rules: &Rules) -> Elements {
         };
         wanted.map(one).collect()
     };
+    let landing = |six: bool| -> Vec<String> {
+        let wanted = rules.landing.iter().filter(|address| address.is_ipv6() == six);
+        wanted.map(ToString::to_string).collect()
+    };
+    let landings = |six: bool| -> Vec<String> {
+        let wanted = rules.landings.iter().filter(|landing| landing.container.is_ipv6() == six);
+        let one = |FirewallLanding { at, container }: &FirewallLanding| {
+            format!("{} . {} : {} . {}", at.ip(), at.port(), container.ip(), container.port())
+        };
+        wanted.map(one).collect()
+    };
     let all: Vec<(&'static str, Vec<String>)> = vec![
         ("bridges", named(|_| true)),
         ("direct", within(|network| network.direct)),
@@ -223,6 +248,10 @@ pub fn elements(rules: &Rules) -> Elements {
         ("own6", own(true)),
         ("hidden4", hidden(false)),
         ("hidden6", hidden(true)),
+        ("landing4", landing(false)),
+        ("landing6", landing(true)),
+        ("landings4", landings(false)),
+        ("landings6", landings(true)),
         ("ports4", ports(false, true)),
         ("ports6", ports(true, true)),
         ("ports4_at", ports(false, false)),
@@ -285,6 +314,14 @@ mod tests {
             networks: vec![network("a0", "10.0.0.0/24"), inner],
             ports: vec![port("0.0.0.0", "10.0.0.2"), port("127.0.0.1", "10.0.0.2"), port("::1", "fd00::2")],
             links: vec![link],
+            landing: vec![[198, 18, 0, 3].into(), "fd07::3".parse().unwrap()],
+            landings: vec![
+                FirewallLanding { at: ([198, 18, 0, 3], 1024).into(), container: ([10, 0, 0, 2], 80).into() },
+                FirewallLanding {
+                    at: "[fd07::3]:1025".parse().unwrap(),
+                    container: "[fd00::2]:80".parse().unwrap(),
+                },
+            ],
         };
         let text = whole("engine", &elements(&rules));
         for line in [
@@ -297,6 +334,10 @@ mod tests {
             "add element inet engine trusted { \"wg0\" . \"a0\" }",
             "add element inet engine own4 { 10.0.0.0/24 . \"a0\", 10.0.1.0/24 . \"in0\" }",
             "add element inet engine hidden4 { 10.0.0.0/24 }",
+            "add element inet engine landing4 { 198.18.0.3 }",
+            "add element inet engine landing6 { fd07::3 }",
+            "add element inet engine landings4 { 198.18.0.3 . 1024 : 10.0.0.2 . 80 }",
+            "add element inet engine landings6 { fd07::3 . 1025 : fd00::2 . 80 }",
             "add element inet engine ports4 { udp . 8080 : 10.0.0.2 . 80 }",
             "add element inet engine ports4_at { udp . 127.0.0.1 . 8080 : 10.0.0.2 . 80 }",
             "add element inet engine ports6_at { udp . ::1 . 8080 : fd00::2 . 80 }",

@@ -2,7 +2,9 @@
 
 use std::process::Command;
 
-use guest_network::{Firewall, FirewallLink, FirewallNetwork, FirewallPort, Protocol, Rules};
+use guest_network::{
+    Firewall, FirewallLanding, FirewallLink, FirewallNetwork, FirewallPort, Protocol, Rules,
+};
 
 use crate::{in_namespaces, network, nft};
 
@@ -48,10 +50,25 @@ fn rules_of(number: u32) -> Rules {
         protocol: Protocol::Tcp,
         port: 80 + index as u16,
     };
+    let landing = |index: u32| {
+        let last = if is(index) { 2 } else { 3 };
+        [("198.18.0.3", format!("10.0.0.{last}")), ("[fd07::3]", format!("[fd00::{last}]"))].map(
+            |(at, container)| FirewallLanding {
+                at: format!("{at}:{}", 1024 + index).parse().unwrap(),
+                container: format!("{container}:80").parse().unwrap(),
+            },
+        )
+    };
     Rules {
         networks: networks.collect(),
         ports: ports.collect(),
         links: (0..4).filter(|index| is(index + 1)).map(link).collect(),
+        landing: if is(5) {
+            vec!["198.18.0.3".parse().unwrap(), "fd07::3".parse().unwrap()]
+        } else {
+            Vec::new()
+        },
+        landings: (0..4).filter(|index| is(index + 3)).flat_map(landing).collect(),
     }
 }
 

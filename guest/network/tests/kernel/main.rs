@@ -16,9 +16,9 @@ use std::thread;
 use std::time::Duration;
 
 use guest_network::{
-    Bridge, BridgeError, BridgeSpec, Endpoint, EndpointError, EndpointSpec, Firewall, FirewallLink,
-    FirewallNetwork, FirewallPort, Gateway, Gateways, Mac, Macvlan, Protocol, Rules, Sandbox, SandboxError,
-    Uplink, dns, ensure_driver, forwarding,
+    Bridge, BridgeError, BridgeSpec, Endpoint, EndpointError, EndpointSpec, Firewall, FirewallLanding,
+    FirewallLink, FirewallNetwork, FirewallPort, Gateway, Gateways, Mac, Macvlan, Protocol, Rules, Sandbox,
+    SandboxError, Uplink, dns, ensure_driver, forwarding,
 };
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, setns, unshare};
@@ -712,6 +712,69 @@ fn published_ports_answer_the_world_the_host_and_the_container_itself() {
             ip(&["route", "add", "127.0.0.1/32", "via", "203.0.113.1"]);
         });
         assert!(inside(&world, || cannot_reach("127.0.0.1:8081")));
+    });
+}
+
+#[test]
+fn connections_land_from_outside_only_and_come_from_the_bridge() {
+    in_namespaces("connections_land_from_outside_only_and_come_from_the_bridge", || async {
+        let folder = Folder::new();
+        let mut inner = bridge_spec("engine0", "172.17.0.1/16");
+        inner.addresses.push("fd00:17::1/64".parse().unwrap());
+        Bridge::ensure(&inner).await.unwrap();
+        let mut outer = bridge_spec("out0", "198.18.0.2/24");
+        outer.addresses.push("fd07::2/64".parse().unwrap());
+        Bridge::ensure(&outer).await.unwrap();
+        forwarding::enable().unwrap();
+        forwarding::enable_ipv6().unwrap();
+        let container = Sandbox::create(&folder.path("container")).await.unwrap();
+        let world = Sandbox::create(&folder.path("world")).await.unwrap();
+        let mut spec = endpoint_spec("engine0", CONTAINER, "172.17.0.2/16");
+        spec.addresses.push("fd00:17::2/64".parse().unwrap());
+        // Without a default route in IPv6: answers do not need one.
+        attach(&container, spec, "172.17.0.1").await.unwrap();
+        let mut spec = endpoint_spec("out0", OTHER, "198.18.0.254/24");
+        spec.addresses.push("fd07::fe/64".parse().unwrap());
+        attach(&world, spec, "198.18.0.2").await.unwrap();
+        // As the machine's network does: it sends to the guest whatever the address.
+        inside(&world, || {
+            ip(&["route", "add", "198.18.0.3/32", "via", "198.18.0.2"]);
+            ip(&["route", "add", "fd07::3/128", "via", "fd07::2"]);
+        });
+        let listener = inside(&container, || TcpListener::bind("[::]:80").unwrap());
+        let landing = |at: &str, container: &str| FirewallLanding {
+            at: at.parse().unwrap(),
+            container: container.parse().unwrap(),
+        };
+        let mut subnets = network("engine0", "172.17.0.0/16");
+        subnets.subnets.push("fd00:17::/64".parse().unwrap());
+        let rules = Rules {
+            networks: vec![subnets],
+            landing: vec!["198.18.0.3".parse().unwrap(), "fd07::3".parse().unwrap()],
+            landings: vec![
+                landing("198.18.0.3:1024", "172.17.0.2:80"),
+                landing("[fd07::3]:1025", "[fd00:17::2]:80"),
+            ],
+            ..Rules::default()
+        };
+        Firewall::new("engine").apply(&rules).await.unwrap();
+        let reach = |address: &str| {
+            TcpStream::connect_timeout(&address.parse().unwrap(), PATIENCE)?.write_all(b"hello")?;
+            let (mut stream, peer) = listener.accept()?;
+            let mut heard = [0; 5];
+            stream.read_exact(&mut heard)?;
+            std::io::Result::Ok(peer.ip().to_canonical().to_string())
+        };
+        assert_eq!(inside(&world, || reach("198.18.0.3:1024")).unwrap(), "172.17.0.1");
+        assert_eq!(inside(&world, || reach("[fd07::3]:1025")).unwrap(), "fd00:17::1");
+        let refused = |address: &str| {
+            let error = TcpStream::connect_timeout(&address.parse().unwrap(), PATIENCE).unwrap_err();
+            error.kind() == std::io::ErrorKind::ConnectionRefused
+        };
+        for nowhere in ["198.18.0.3:1025", "[fd07::3]:1024"] {
+            assert!(inside(&world, || refused(nowhere)), "{nowhere} leads nowhere, and says so");
+        }
+        assert!(inside(&container, || refused("198.18.0.3:1024")), "nobody's, for a container");
     });
 }
 

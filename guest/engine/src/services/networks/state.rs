@@ -282,7 +282,7 @@ impl State {
             }
         }
         let links = self.links().into_iter().map(|(_, _, link)| link).collect();
-        Rules { networks, ports, links }
+        Rules { networks, ports, links, ..Rules::default() }
     }
 
     /// What links open where containers are apart, with the ids of those that ask and answer. Only the default network
