@@ -165,7 +165,11 @@ fn published_ports_come_back(engine: &Engine) -> Result<()> {
 /// From a root shell in the machine: the engine, then a container's shim.
 fn a_killed_engine_in_the_machine_returns(engine: &Engine) -> Result<()> {
     let in_machine = |script: &str| engine.engine(["machine", "shell", "-i", IMAGE, "sh", "-c", script]);
-    engine.engine(["run", "-d", "--name", "stays", IMAGE, "sleep", "1000"])?.ok()?;
+    let serve = "while :; do echo served | nc -l -p 80; done";
+    let run = ["run", "-d", "--init", "--name", "stays", "-p", "127.0.0.1::80", IMAGE, "sh", "-c", serve];
+    engine.engine(run)?.ok()?;
+    let served = engine.engine(["port", "stays", "80/tcp"])?.ok()?;
+    says(&served, "served")?;
     // Somebody else is just being published.
     let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string();
     let publish = format!("{address}:80");
@@ -179,6 +183,7 @@ fn a_killed_engine_in_the_machine_returns(engine: &Engine) -> Result<()> {
     ensure!(state == "running 0", "{state}");
     let said = engine.engine(["exec", "stays", "echo", "alive"])?.ok()?;
     ensure!(said == "alive", "{said}");
+    says(&served, "served").context("after kill -9 of the engine in the machine")?;
     // Done or not: it runs with its port, or nobody has it.
     starting.finish()?;
     let mut published = Acknowledged::default();

@@ -1,7 +1,7 @@
 //! Published ports under stress: ends and resets from either side, readers that do not read, many connections, many
 //! senders. The host's side is played here, the container's by this program too, called with [`SERVE`].
 
-use crate::networks::{docker, ok};
+use crate::networks::{docker, ok, says};
 use anyhow::{Context, Result, bail, ensure};
 use rustix::net::sockopt::set_socket_linger;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
@@ -11,7 +11,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tests_harness::{Engine, Layer, PATIENCE, TestImage, Usage, wait_until};
 
-crate::scenarios![ends_and_resets_pass_both_ways, a_slow_reader_slows_only_itself, crowds_come_and_go];
+crate::scenarios![
+    ends_and_resets_pass_both_ways,
+    a_slow_reader_slows_only_itself,
+    crowds_come_and_go,
+    a_port_follows_its_container_from_network_to_network,
+    where_connections_land_is_nobodys_but_the_hosts,
+];
 
 /// The argument that makes this program serve port 80 and answer datagrams at port 81.
 pub(crate) const SERVE: &str = "serve-under-stress";
@@ -307,4 +313,68 @@ fn crowds_come_and_go(engine: &Engine) -> Result<()> {
     }
     Stage::clear(engine)?;
     before.comes_back(engine)
+}
+
+/// A published port answers wherever its container is by now, in either family, and breaks off where it is nowhere.
+fn a_port_follows_its_container_from_network_to_network(engine: &Engine) -> Result<()> {
+    for network in ["one", "two", "--ipv4=false --ipv6 six"] {
+        ok(engine, &format!("network create {network}"))?;
+    }
+    let serve = "while :; do echo served | nc -l -p 80; done";
+    let run = ["run", "-d", "--init", "--name", "mover", "--network", "one", "-p", "127.0.0.1::80"];
+    docker(engine, &[&run[..], &[tests_harness::IMAGE, "sh", "-c", serve]].concat())?.ok()?;
+    let at = ok(engine, "port mover 80/tcp")?;
+    says(&at, "served")?;
+    for step in
+        ["connect two", "disconnect one", "connect six", "disconnect two", "connect one", "disconnect six"]
+    {
+        ok(engine, &format!("network {step} mover"))?;
+        says(&at, "served").with_context(|| format!("after {step}"))?;
+    }
+    ok(engine, "network disconnect one mover")?;
+    let heard = TcpStream::connect(&at).and_then(|mut stream| {
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.read(&mut [0; 16])
+    });
+    ensure!(
+        !heard.as_ref().is_ok_and(|count| *count > 0),
+        "somebody answers for a container without a network"
+    );
+    ensure!(
+        !heard.is_err_and(|error| error.kind() == ErrorKind::WouldBlock),
+        "nobody says that it is nowhere"
+    );
+    ok(engine, "network connect two mover")?;
+    says(&at, "served")?;
+    ok(engine, "rm -f mover")?;
+    ok(engine, "network rm one two six").map(drop)
+}
+
+/// In the machine a connection goes by the network, past the engine, and there no other container can follow it.
+fn where_connections_land_is_nobodys_but_the_hosts(engine: &Engine) -> Result<()> {
+    if engine.stage == tests_harness::Stage::Native {
+        crate::skip("ports are published on this computer itself");
+        return Ok(());
+    }
+    let stage = Stage::set(engine)?;
+    let streams = || engine.engine(["machine", "info", "--format", "{{.open_streams}}"])?.ok();
+    let before = streams()?;
+    let mut held = stage.open("hold")?;
+    held.read_exact(&mut [0; 4])?;
+    ensure!(streams()? == before, "the connection is one of the engine's");
+    drop(held);
+    // As the machine's own tool tells it: `198.18.0.3 . 1024 : 172.17.0.2 . 80`.
+    let list = "chroot /proc/1/root /usr/sbin/nft list map inet engine landings4";
+    let map = engine.engine(["machine", "shell", "-i", tests_harness::IMAGE, "sh", "-c", list])?.ok()?;
+    let ports: Vec<&str> =
+        map.split("198.18.0.3 . ").skip(1).filter_map(|rest| rest.split_whitespace().next()).collect();
+    let [port] = ports[..] else { bail!("one port has been published, and these land:\n{map}") };
+    let knock = format!("nc -w 10 198.18.0.3 {port} </dev/null && echo {port}; true");
+    for network in ["bridge", "host"] {
+        let reached =
+            docker(engine, &["run", "--rm", "--network", network, tests_harness::IMAGE, "sh", "-c", &knock])?
+                .ok()?;
+        ensure!(reached.is_empty(), "from network {network} port {reached} is reached");
+    }
+    Stage::clear(engine)
 }

@@ -191,6 +191,7 @@ fn answer(
         }
         Request::Info => Ok(Response::Info(machine::gather(engine()))),
         Request::Acquire { .. }
+        | Request::Land { .. }
         | Request::Release { .. }
         | Request::Locate { .. }
         | Request::Reconcile { .. } => {

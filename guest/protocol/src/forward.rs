@@ -1,6 +1,7 @@
 //! How a connection to a published port begins, and how datagrams ride on a stream.
 //!
-//! The host opens one stream to [`crate::port::FORWARD`] for each TCP connection and each flow of datagrams. Its first
+//! A TCP connection that has a [`crate::Landing`] comes through the machine's network, and nothing of this is in it. For
+//! others the host opens one stream to [`crate::port::FORWARD`] for each TCP connection and each flow of datagrams. Its first
 //! bytes are a frame ([`crate::frame`]) with a [`Header`] as JSON. Behind it, a TCP connection's bytes follow as they
 //! are; datagrams follow each as a big-endian `u16` length and that many bytes ([`encode_datagram`],
 //! [`DatagramDecoder`]), in both directions.
@@ -25,6 +26,9 @@ pub struct Header {
     pub container_port: u16,
     /// Who connected to the host.
     pub peer: SocketAddr,
+    /// Where the connection enters the guest by its network, if it can. The guest never sees this.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub landing: Option<SocketAddr>,
 }
 
 /// A header that cannot be read.
@@ -128,6 +132,7 @@ mod tests {
             transport: Transport::Tcp,
             container_port: 80,
             peer: "[::1]:5".parse().unwrap(),
+            landing: Some("[fdc7::3]:65535".parse().unwrap()),
         };
         let bytes = header.encode().unwrap();
         let (prefix, json) = bytes.split_first_chunk().unwrap();

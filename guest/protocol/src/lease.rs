@@ -5,7 +5,13 @@
 
 use serde::{Deserialize, Serialize};
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+/// The address of the guest's network at which connections to published ports land, in IPv4. Nobody has it: the guest's
+/// firewall leads each port of it to a container.
+pub const LANDING_V4: Ipv4Addr = Ipv4Addr::new(198, 18, 0, 3);
+/// The same in IPv6.
+pub const LANDING_V6: Ipv6Addr = Ipv6Addr::new(0xfdc7, 0x9a1e, 0x5d28, 0, 0, 0, 0, 3);
 
 /// The protocol above IP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -65,4 +71,16 @@ pub struct Lease {
     pub container: String,
     /// Its published ports.
     pub ports: Vec<GrantedPort>,
+    /// Where connections to them land, of those for which the guest's kernel knows the way.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub landings: Vec<Landing>,
+}
+
+/// An address of the guest's network from which its kernel leads TCP connections to a container's port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Landing {
+    /// The container's port.
+    pub container_port: u16,
+    /// Where the host's network connects to.
+    pub at: SocketAddr,
 }

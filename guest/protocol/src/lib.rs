@@ -20,7 +20,7 @@ pub mod session;
 pub mod share;
 pub mod sockets;
 
-pub use lease::{GrantedPort, Lease, PortRequest, Transport};
+pub use lease::{GrantedPort, LANDING_V4, LANDING_V6, Landing, Lease, PortRequest, Transport};
 pub use message::{
     EngineSettings, EngineState, Failure, FailureKind, GuestInfo, Hello, HostProxies, Notice,
     PROTOCOL_VERSION, Request, Response,

@@ -8,7 +8,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::lease::{GrantedPort, Lease, PortRequest};
+use crate::lease::{GrantedPort, Landing, Lease, PortRequest};
 use crate::share::{BindPlace, BindSource};
 
 /// The version of the contract. It changes only when an older end could misunderstand a newer one; new kinds of
@@ -79,6 +79,14 @@ pub enum Request {
         container: String,
         /// What it publishes.
         ports: Vec<PortRequest>,
+    },
+    /// From now on connections to a container's published ports land there, and those to its other ports nowhere. Changes
+    /// nothing for a container that holds nothing. Answered by [`Response::Done`].
+    Land {
+        /// The container's id.
+        container: String,
+        /// All its landings.
+        landings: Vec<Landing>,
     },
     /// Let go of all that a container holds; nothing if it holds nothing. Answered by [`Response::Done`].
     Release {
@@ -338,6 +346,13 @@ mod tests {
                 }],
             },
             r#"{"kind":"acquire","container":"c","ports":[{"transport":"tcp","addresses":["0.0.0.0"],"first":80,"last":80,"container_port":8080}]}"#,
+        );
+        check(
+            Request::Land {
+                container: "c".into(),
+                landings: vec![Landing { container_port: 80, at: (Ipv4Addr::LOCALHOST, 9).into() }],
+            },
+            r#"{"kind":"land","container":"c","landings":[{"container_port":80,"at":"127.0.0.1:9"}]}"#,
         );
         check(Request::Release { container: "c".into() }, r#"{"kind":"release","container":"c"}"#);
         check(Request::Reconcile { leases: Vec::new() }, r#"{"kind":"reconcile","leases":[]}"#);

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use guest_protocol::{
-    Failure, FailureKind, GrantedPort, Hello, Lease, PortRequest, Request, Response, Role, Session,
+    Failure, FailureKind, GrantedPort, Hello, Landing, Lease, PortRequest, Request, Response, Role, Session,
     SessionEvent,
 };
 use host_forward::{BindError, Forwarder, Sink};
@@ -111,6 +111,10 @@ impl Leases {
                 let ports = self.acquire(session, container, &ports).await.map_err(refused)?;
                 Ok(Response::Granted { ports })
             }
+            Request::Land { container, landings } => {
+                self.land(session, &container, landings).await.map_err(refused)?;
+                Ok(Response::Done)
+            }
             Request::Release { container } => {
                 self.release(session, &container).await.map_err(refused)?;
                 Ok(Response::Done)
@@ -171,6 +175,14 @@ impl Leases {
         Ok(granted)
     }
 
+    async fn land(&self, session: u64, container: &str, landings: Vec<Landing>) -> Result<(), String> {
+        if let Some(forwarder) = self.table(session).await?.forwarders.get(container) {
+            debug!(container, ?landings, "connections land elsewhere");
+            forwarder.land(landings);
+        }
+        Ok(())
+    }
+
     async fn release(&self, session: u64, container: &str) -> Result<(), String> {
         if let Some(forwarder) = self.table(session).await?.forwarders.remove(container) {
             forwarder.close().await;
@@ -188,6 +200,7 @@ impl Leases {
         for lease in leases {
             match before.remove(&lease.container) {
                 Some(forwarder) if same_ports(forwarder.ports(), &lease.ports) => {
+                    forwarder.land(lease.landings);
                     held.insert(lease.container, forwarder);
                 }
                 Some(forwarder) => {
@@ -202,10 +215,13 @@ impl Leases {
             forwarder.close().await;
         }
         let mut lost = Vec::new();
-        for Lease { container, ports } in wanted {
+        for Lease { container, ports, landings } in wanted {
             let requests: Vec<PortRequest> = ports.iter().map(exactly).collect();
             match Forwarder::bind(&container, &requests, &self.sink) {
-                Ok(forwarder) => drop(held.insert(container, forwarder)),
+                Ok(forwarder) => {
+                    forwarder.land(landings);
+                    held.insert(container, forwarder);
+                }
                 Err(error) => {
                     warn!(container, %error, "a lease is lost");
                     lost.push(format!("container {container} is no longer published: {}", sentence(&error)));
@@ -279,7 +295,9 @@ fn sentence(error: &dyn std::error::Error) -> String {
 mod tests {
     use super::*;
     use guest_protocol::Transport;
-    use std::net::{IpAddr, Ipv4Addr, TcpListener};
+    use guest_protocol::forward::Header;
+    use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
+    use tokio::sync::mpsc;
 
     /// The engine's end.
     struct Engine {
@@ -341,6 +359,18 @@ mod tests {
         Arc::new(Leases::new(Arc::new(|_header, _stream| {}), Arc::default()))
     }
 
+    /// The same, with what is told of each connection.
+    fn told_leases() -> (Arc<Leases>, mpsc::UnboundedReceiver<Header>) {
+        let (sender, headers) = mpsc::unbounded_channel();
+        let sink = move |header, _stream| sender.send(header).unwrap();
+        (Arc::new(Leases::new(Arc::new(sink), Arc::default())), headers)
+    }
+
+    async fn landing(port: u16, headers: &mut mpsc::UnboundedReceiver<Header>) -> Option<SocketAddr> {
+        let _client = tokio::net::TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await.unwrap();
+        headers.recv().await.unwrap().landing
+    }
+
     fn is_free(port: u16) -> bool {
         TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok()
     }
@@ -366,8 +396,24 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn connections_land_where_the_engine_says() {
+        let (leases, mut headers) = told_leases();
+        let mut engine = Engine::connect(&leases).await;
+        let port = engine.acquire("a", 0).await.unwrap()[0].port;
+        assert_eq!(landing(port, &mut headers).await, None);
+        let at = SocketAddr::from(([198, 18, 0, 3], 1));
+        let told = |container: &str, landings| Request::Land { container: container.into(), landings };
+        let one = vec![Landing { container_port: 80, at }];
+        assert_eq!(engine.ask(told("a", one.clone())).await, Ok(Response::Done));
+        assert_eq!(landing(port, &mut headers).await, Some(at));
+        assert_eq!(engine.ask(told("stranger", one)).await, Ok(Response::Done));
+        assert_eq!(engine.ask(told("a", Vec::new())).await, Ok(Response::Done));
+        assert_eq!(landing(port, &mut headers).await, None);
+    }
+
+    #[tokio::test]
     async fn a_new_engine_reconciles() {
-        let leases = leases();
+        let (leases, mut headers) = told_leases();
         let mut engine = Engine::connect(&leases).await;
         let kept = engine.acquire("kept", 0).await.unwrap();
         let gone = engine.acquire("gone", 0).await.unwrap();
@@ -377,10 +423,12 @@ mod tests {
         // `moved` holds in the engine's books what `gone` holds here, and `lost` what somebody else has.
         let taken = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let elsewhere = GrantedPort { port: taken.local_addr().unwrap().port(), ..kept[0] };
+        let at = SocketAddr::from(([198, 18, 0, 3], 1));
+        let lands = Landing { container_port: 80, at };
         let told = vec![
-            Lease { container: "kept".into(), ports: kept.clone() },
-            Lease { container: "moved".into(), ports: gone.clone() },
-            Lease { container: "lost".into(), ports: vec![elsewhere] },
+            Lease { container: "kept".into(), ports: kept.clone(), landings: vec![lands] },
+            Lease { container: "moved".into(), ports: gone.clone(), landings: vec![lands] },
+            Lease { container: "lost".into(), ports: vec![elsewhere], landings: Vec::new() },
         ];
         let Ok(Response::Reconciled { lost }) = engine.ask(Request::Reconcile { leases: told }).await else {
             panic!("not reconciled")
@@ -393,6 +441,9 @@ mod tests {
         assert_eq!(names, ["kept", "moved"]);
         assert_eq!(held["moved"].ports(), gone);
         drop(guard);
+        for port in [kept[0].port, gone[0].port] {
+            assert_eq!(landing(port, &mut headers).await, Some(at));
+        }
         leases.release_all().await;
         assert!(is_free(kept[0].port) && is_free(gone[0].port));
     }
@@ -438,7 +489,7 @@ mod tests {
         // The session outlives the machine by what was on its way.
         let refused = engine.acquire("late", held[0].port).await.unwrap_err();
         assert_eq!(refused.message, "the machine has ended");
-        let told = vec![Lease { container: "held".into(), ports: held.clone() }];
+        let told = vec![Lease { container: "held".into(), ports: held.clone(), landings: Vec::new() }];
         let refused = engine.ask(Request::Reconcile { leases: told }).await.unwrap_err();
         assert_eq!(refused.message, "the machine has ended");
         assert!(is_free(held[0].port));

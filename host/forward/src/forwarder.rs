@@ -1,10 +1,10 @@
 //! `Forwarder`: everything one container publishes, as sockets of the host.
 
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use guest_protocol::forward::Header;
-use guest_protocol::{GrantedPort, PortRequest, Transport};
+use guest_protocol::{GrantedPort, Landing, PortRequest, Transport};
 use tokio::task::JoinSet;
 
 use crate::bind::{self, BindError};
@@ -17,8 +17,12 @@ pub type Sink = Arc<dyn Fn(Header, OwnedFd) + Send + Sync>;
 #[derive(Debug)]
 pub struct Forwarder {
     ports: Vec<GrantedPort>,
+    landings: Landings,
     tasks: JoinSet<()>,
 }
+
+/// Where connections enter the guest by now, for all listeners of one container.
+type Landings = Arc<RwLock<Vec<Landing>>>;
 
 impl Forwarder {
     /// Binds all that `requests` ask for, or nothing, and forwards from then on. Needs a tokio runtime.
@@ -29,14 +33,18 @@ impl Forwarder {
                 sockets.push((request, socket));
             }
         }
-        let mut forwarder = Self { ports: Vec::new(), tasks: JoinSet::new() };
+        let mut forwarder = Self { ports: Vec::new(), landings: Landings::default(), tasks: JoinSet::new() };
         for (request, socket) in sockets {
             let transport = request.transport;
             let failed = |address, error| BindError::Io { address, transport, error };
             let unknown = std::net::SocketAddr::new(request.addresses[0], request.first);
             let local = socket.local_addr().map_err(|error| failed(unknown, error))?;
             let address = local.as_socket().unwrap_or(unknown);
-            let origin = Origin { container: container.to_owned(), container_port: request.container_port };
+            let origin = Origin {
+                container: container.to_owned(),
+                container_port: request.container_port,
+                landings: Arc::clone(&forwarder.landings),
+            };
             let sink = Arc::clone(sink);
             match transport {
                 Transport::Udp => {
@@ -65,6 +73,11 @@ impl Forwarder {
         &self.ports
     }
 
+    /// From now on TCP connections are handed on with these landings, those to other ports without one.
+    pub fn land(&self, landings: Vec<Landing>) {
+        *self.landings.write().unwrap_or_else(PoisonError::into_inner) = landings;
+    }
+
     /// Ends all listeners; when it returns, their ports are free. Connections made before go on.
     pub async fn close(mut self) {
         self.tasks.shutdown().await;
@@ -76,12 +89,27 @@ impl Forwarder {
 pub(crate) struct Origin {
     pub container: String,
     pub container_port: u16,
+    landings: Landings,
 }
 
 impl Origin {
     /// The header of a stream from `peer`.
     pub fn header(&self, transport: Transport, peer: std::net::SocketAddr) -> Header {
-        Header { container: self.container.clone(), transport, container_port: self.container_port, peer }
+        let landings = || self.landings.read().unwrap_or_else(PoisonError::into_inner);
+        let landing = match transport {
+            Transport::Tcp => {
+                landings().iter().find(|one| one.container_port == self.container_port).copied()
+            }
+            // The kernel's memory of flows of datagrams is too short for them: each has a stream of its own.
+            Transport::Udp | Transport::Sctp => None,
+        };
+        Header {
+            container: self.container.clone(),
+            transport,
+            container_port: self.container_port,
+            peer,
+            landing: landing.map(|landing| landing.at),
+        }
     }
 }
 
@@ -122,7 +150,7 @@ mod tests {
         let mut client = tokio::net::TcpStream::connect(address(&forwarder)).await.unwrap();
         let (header, stream) = taken(streams).await;
         assert_eq!((header.container.as_str(), header.container_port), ("c1", 80));
-        assert_eq!(header.peer, client.local_addr().unwrap());
+        assert_eq!((header.peer, header.landing), (client.local_addr().unwrap(), None));
         let mut far = tokio::net::TcpStream::from_std(std::net::TcpStream::from(stream)).unwrap();
         client.write_all(b"hi").await.unwrap();
         let mut said = [0; 2];
@@ -135,6 +163,32 @@ mod tests {
         far.write_all(b"ho").await.unwrap();
         client.read_exact(&mut said).await.unwrap();
         assert_eq!(&said, b"ho");
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn connections_land_where_was_said_last() {
+        let at = |port| SocketAddr::from(([198, 18, 0, 3], port));
+        let lands = |container_port, port| Landing { container_port, at: at(port) };
+        let requests = [Transport::Tcp, Transport::Udp].map(request);
+        let (first, streams) = sink();
+        let forwarder = Forwarder::bind("c1", &requests, &first).unwrap();
+        forwarder.land(vec![lands(81, 1), lands(80, 2)]);
+        let client = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        let udp = forwarder.ports()[1];
+        client.send_to(b"one", (udp.address, udp.port)).await.unwrap();
+        let (header, _stream) = taken(streams).await;
+        assert_eq!((header.transport, header.landing), (Transport::Udp, None));
+
+        for (landings, expected) in
+            [(vec![lands(80, 2)], Some(at(2))), (vec![lands(80, 3)], Some(at(3))), (vec![], None)]
+        {
+            let (sink, streams) = sink();
+            let forwarder = Forwarder::bind("c1", &requests[..1], &sink).unwrap();
+            forwarder.land(vec![lands(80, 1)]);
+            forwarder.land(landings);
+            let _client = tokio::net::TcpStream::connect(address(&forwarder)).await.unwrap();
+            assert_eq!(taken(streams).await.0.landing, expected);
+        }
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

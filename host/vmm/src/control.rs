@@ -57,7 +57,7 @@ pub enum Command {
     Connect {
         /// The guest's port.
         port: u32,
-        /// What the guest reads first, on a connection to a published port.
+        /// What the guest reads first, on a connection to a published port; one with a landing goes there instead.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         header: Option<Header>,
     },

@@ -135,6 +135,7 @@ struct Reach {
     connector: Option<Connector>,
     disk: Option<Disk>,
     resolvers: Option<host_net::Teller>,
+    opener: Option<host_net::Opener>,
 }
 
 /// What will run the machine.
@@ -232,6 +233,7 @@ pub fn build(
         disk: None,
         memory: None,
         resolvers: None,
+        opener: None,
         console: None,
     };
     let mut parts = Parts { attached: Vec::new(), console: None };
@@ -248,7 +250,12 @@ pub fn build(
         (Plug::InProcess(plug), _) => Prepared::InProcess(Box::new(prepare_kvm(spec, plug)?)),
         (Plug::Qemu(_), Provider::InProcess) => unreachable!("the plug was made for the provider"),
     };
-    let reach = Reach { connector: context.connector, disk: context.disk, resolvers: context.resolvers };
+    let reach = Reach {
+        connector: context.connector,
+        disk: context.disk,
+        resolvers: context.resolvers,
+        opener: context.opener,
+    };
     Ok(Built { prepared, signals, reach, memory: context.memory, parts })
 }
 
@@ -357,8 +364,13 @@ impl Running {
     }
 
     /// Connects a stream socket to a vsock port of the guest. The socket is closed if nobody listens there.
-    /// The guest reads `header` first, if there is one.
+    /// The guest reads `header` first, if there is one; but one with a landing has the stream go there, by the machine's
+    /// network if it has that.
     pub fn connect(&self, port: u32, header: Option<&Header>, stream: OwnedFd) {
+        if let (Some(opener), Some(landing)) = (&self.reach.opener, header.and_then(|header| header.landing))
+        {
+            return opener.open(landing, stream);
+        }
         match &self.reach.connector {
             Some(connector) => connector.connect(port, header, stream),
             None => tracing::debug!(port, "this machine has no vsock device"),

@@ -1,4 +1,5 @@
-//! Connections to published ports, as they come from the host: one stream each, with a header in front.
+//! Connections to published ports, as they come from the host: one stream each, with a header in front. Those that the
+//! kernel knows the way of come by the machine's network and are nothing of ours.
 
 use std::io;
 use std::net::SocketAddr;
@@ -122,8 +123,13 @@ mod tests {
 
     fn header(container: &str) -> Vec<u8> {
         let peer = "192.0.2.1:9".parse().unwrap();
-        let header =
-            Header { container: container.into(), transport: Transport::Tcp, container_port: 80, peer };
+        let header = Header {
+            container: container.into(),
+            transport: Transport::Tcp,
+            container_port: 80,
+            peer,
+            landing: None,
+        };
         header.encode().unwrap()
     }
 

@@ -8,8 +8,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use guest_protocol::{
-    BindPlace, BindSource, Failure, FailureKind, GrantedPort, Hello, Lease, PortRequest, Request, RequestId,
-    Response, Role, Session, SessionEvent, port,
+    BindPlace, BindSource, Failure, FailureKind, GrantedPort, Hello, Landing, Lease, PortRequest, Request,
+    RequestId, Response, Role, Session, SessionEvent, port,
 };
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{mpsc, oneshot};
@@ -75,6 +75,14 @@ impl HostLeases {
         match self.ask(Request::Acquire { container: container.to_owned(), ports }).await? {
             Response::Granted { ports } => Ok(ports),
             _ => Err(LeaseError::Refused("the host answered something else than a lease".into())),
+        }
+    }
+
+    /// Has the host bring connections to a container's published ports there from now on.
+    pub async fn land(&self, container: &str, landings: Vec<Landing>) -> Result<(), LeaseError> {
+        match self.ask(Request::Land { container: container.to_owned(), landings }).await? {
+            Response::Done => Ok(()),
+            _ => Err(LeaseError::Refused("the host answered something else than that it is done".into())),
         }
     }
 
@@ -212,7 +220,7 @@ mod tests {
             port: 8080,
             container_port: 80,
         };
-        Lease { container: "c1".into(), ports: vec![port] }
+        Lease { container: "c1".into(), ports: vec![port], landings: Vec::new() }
     }
 
     /// The host's end.

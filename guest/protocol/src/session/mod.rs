@@ -295,6 +295,7 @@ impl Request {
             Request::GrowDisk { .. } => Duration::from_secs(180),
             // Only binds sockets; a thousand of them take less.
             Request::Acquire { .. }
+            | Request::Land { .. }
             | Request::Release { .. }
             | Request::Locate { .. }
             | Request::Reconcile { .. } => Duration::from_secs(30),

@@ -84,6 +84,8 @@ pub(crate) struct Context<'a> {
     pub memory: Option<MemoryMeter>,
     /// Tells the NAT about the host's resolvers, once there is one.
     pub resolvers: Option<host_net::Teller>,
+    /// Gives the NAT connections for the guest, once there is one.
+    pub opener: Option<host_net::Opener>,
     /// The console's last lines, once there is a console.
     pub console: Option<ConsoleTail>,
 }

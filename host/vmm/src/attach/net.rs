@@ -59,6 +59,7 @@ impl super::Attachment for Attachment {
         let ask = Box::new(move || drop(signals.send(Signal::ResolversChanged)));
         let nat = host_net::spawn_asking(ours, config, Some(Asked { text: self.resolv_conf, ask }))?;
         context.resolvers = Some(nat.teller());
+        context.opener = Some(nat.opener());
         Ok(Box::new(Net { nat, card }))
     }
 }

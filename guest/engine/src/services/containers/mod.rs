@@ -49,6 +49,8 @@ pub use list::ListQuery;
 pub use log::LogQuery;
 pub use network::{NetworkChange, link_targets};
 pub use process::{describe, exec_failure, user_of};
+#[cfg(test)]
+pub use record::tests::record as test_record;
 pub use record::{Record, View};
 pub use run::{Context, shim_failure};
 pub use service::{Containers, RemoveQuery, WaitCondition};

@@ -98,6 +98,7 @@ impl Networks {
                 place: place.clone(),
                 endpoints: endpoints.clone(),
                 ports: Vec::new(),
+                landings: BTreeMap::new(),
                 lease: None,
                 name_server: None,
             };
@@ -198,6 +199,7 @@ impl Networks {
             place,
             endpoints: Vec::new(),
             ports: Vec::new(),
+            landings: BTreeMap::new(),
             lease: None,
             name_server: None,
         };
@@ -381,7 +383,12 @@ impl Networks {
             let lease = member.and_then(|member| Some((member, member.lease.as_ref()?)));
             lease.map(|(member, lease)| lease.lead_to(super::publish::target(&state, member))).is_some()
         };
-        if has_ports { self.firewall.refresh().await } else { self.publish(record).await }
+        if !has_ports {
+            return self.publish(record).await;
+        }
+        self.firewall.refresh().await?;
+        self.land(&record.id).await;
+        Ok(())
     }
 
     /// Disconnects a container that runs from a network.
@@ -443,7 +450,11 @@ impl Networks {
     pub(super) fn keep(&self, container: &str) -> Result<(), Failure> {
         let kept = match self.state().members.get(container) {
             None => return Ok(()),
-            Some(member) => MemberRecord { endpoints: member.endpoints.clone(), ports: member.ports.clone() },
+            Some(member) => MemberRecord {
+                endpoints: member.endpoints.clone(),
+                ports: member.ports.clone(),
+                landings: member.landings.clone(),
+            },
         };
         let path = self.member_path(container);
         let write = || {
@@ -491,6 +502,7 @@ impl Networks {
             place,
             endpoints: kept.endpoints,
             ports: kept.ports,
+            landings: kept.landings,
             lease: None,
             name_server: None,
         };

@@ -13,6 +13,7 @@ mod attach;
 mod create;
 mod firewall;
 mod foreign;
+mod landings;
 mod listening;
 mod names;
 mod options;

@@ -6,6 +6,7 @@ use guest_network::{Protocol, forwarding};
 use guest_protocol::{GrantedPort, PortRequest, Transport};
 use ipnet::IpNet;
 
+use super::landings;
 use super::ports::{self, Lease, Published};
 use super::service::Networks;
 use super::state::{Member, Place, State};
@@ -110,11 +111,13 @@ impl Networks {
         let published = publishing.map(|(id, member)| guest_protocol::Lease {
             container: id.clone(),
             ports: member.ports.iter().map(granted).collect(),
+            landings: landings::of(&state, member).map(|(landing, _)| landing).collect(),
         });
-        let led = state
-            .led
-            .iter()
-            .map(|(wish, led)| guest_protocol::Lease { container: wish.lease(), ports: led.ports.clone() });
+        let led = state.led.iter().map(|(wish, led)| guest_protocol::Lease {
+            container: wish.lease(),
+            ports: led.ports.clone(),
+            landings: Vec::new(),
+        });
         published.chain(led).collect()
     }
 
@@ -165,15 +168,40 @@ impl Networks {
                 ),
             )
         })?;
-        if let Some(member) = self.state().members.get_mut(&record.id) {
-            member.ports = lease.published.clone();
-            member.lease = Some(lease);
+        {
+            let mut state = self.state();
+            if let Some(member) = state.members.get_mut(&record.id) {
+                member.ports = lease.published.clone();
+                member.lease = Some(lease);
+            }
+            if self.outside.is_some() {
+                landings::choose(&mut state, &record.id);
+            }
         }
         for bridge in bridges {
             forwarding::enable_loopback(&bridge)
                 .map_err(|error| Failure::internal("cannot publish ports on the loopback address", &error))?;
         }
-        self.firewall.refresh().await
+        self.firewall.refresh().await?;
+        self.land(&record.id).await;
+        Ok(())
+    }
+
+    /// Tells the computer around the machine where connections to a container land by now; the firewall leads them
+    /// already. Without that they come by way of this engine, which is slower and no failure.
+    pub(super) async fn land(&self, container: &str) {
+        let Some(outside) = &self.outside else { return };
+        let landings = {
+            let state = self.state();
+            let Some(member) = state.members.get(container).filter(|member| !member.landings.is_empty())
+            else {
+                return;
+            };
+            landings::of(&state, member).map(|(landing, _)| landing).collect()
+        };
+        if let Err(error) = outside.land(container, landings).await {
+            tracing::warn!(container = &container[..12], %error, "its ports are reached by way of the engine");
+        }
     }
 
     /// Takes again what containers had published before the engine was restarted. It comes before the API answers: until

@@ -94,6 +94,9 @@ pub struct MemberRecord {
     pub endpoints: Vec<EndpointRecord>,
     #[serde(default)]
     pub ports: Vec<Published>,
+    /// See [`super::state::Member::landings`].
+    #[serde(default)]
+    pub landings: BTreeMap<u16, u16>,
 }
 
 /// A running container's place in one network.

@@ -9,7 +9,9 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
 use guest_network::dns::Server;
-use guest_network::{FirewallLink, FirewallNetwork, FirewallPort, Gateway, Gateways, Ipam, Rules};
+use guest_network::{
+    FirewallLanding, FirewallLink, FirewallNetwork, FirewallPort, Gateway, Gateways, Ipam, Rules,
+};
 use ipnet::IpNet;
 use tokio::sync::OnceCell;
 
@@ -32,6 +34,8 @@ pub struct State {
     pub not_led: BTreeMap<Wish, String>,
     /// The engine itself carries what comes to a published port and is not led to the container by the kernel.
     pub relays: bool,
+    /// The port of the landing addresses that was given last.
+    pub last_landing: u16,
     /// What the settings say of names to containers that say nothing themselves.
     pub usual_names: UsualNames,
 }
@@ -69,6 +73,8 @@ pub struct Member {
     pub place: Place,
     pub endpoints: Vec<EndpointRecord>,
     pub ports: Vec<Published>,
+    /// In the machine: by which port of the landing addresses each published TCP port is reached from the computer.
+    pub landings: BTreeMap<u16, u16>,
     /// Holds the ports; `None` while there are none.
     pub lease: Option<Lease>,
     /// Answers what it asks at 127.0.0.11.
@@ -282,7 +288,15 @@ impl State {
             }
         }
         let links = self.links().into_iter().map(|(_, _, link)| link).collect();
-        Rules { networks, ports, links, ..Rules::default() }
+        let landings = self.members.values().flat_map(|member| super::landings::of(self, member));
+        let landings = landings.map(|(landing, container)| FirewallLanding { at: landing.at, container });
+        Rules {
+            networks,
+            ports,
+            links,
+            landing: super::landings::addresses(self),
+            landings: landings.collect(),
+        }
     }
 
     /// What links open where containers are apart, with the ids of those that ask and answer. Only the default network
