@@ -11,11 +11,14 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, bail, ensure};
 use rustix::fs::{AtFlags, CWD, FallocateFlags, FileType, Mode, RenameFlags};
 use rustix::io::Errno;
+use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
 
 /// Works on a file, and compares it with what should be in it.
 pub(crate) const FILE: &str = "work-on-a-file";
 /// Works on a tree of files, and on the same one somewhere else.
 pub(crate) const TREE: &str = "work-on-a-tree";
+
+const PAGE_BYTES: u64 = 4096;
 
 /// [`FILE`]: a file, which is made, and a number to begin at random with. What should be in the file is written beside it.
 pub(crate) fn on_a_file(words: &[String]) -> Result<()> {
@@ -35,7 +38,7 @@ pub(crate) fn on_a_file(words: &[String]) -> Result<()> {
         let (offset, length) = (random.below(BYTES_MAX), random.below(16 << 10) + 1);
         let (from, to) = (offset as usize, (offset + length) as usize);
         let end = to.min(model.len());
-        match random.below(12) {
+        match random.below(14) {
             0..=3 => {
                 let bytes = vec![random.below(256) as u8; to - from];
                 file.write_all_at(&bytes, offset)?;
@@ -76,7 +79,18 @@ pub(crate) fn on_a_file(words: &[String]) -> Result<()> {
                     model.extend(&bytes);
                 }
             }
-            10 => {
+            10 | 11 if from < end => {
+                let start = offset / PAGE_BYTES * PAGE_BYTES;
+                let at = FileOffset::new(file.try_clone()?, start);
+                let mapped: MmapRegion = MmapRegion::from_file(at, end - start as usize)?;
+                let mut bytes = vec![0; end - from];
+                mapped.as_volatile_slice().read_slice(&mut bytes, (offset - start) as usize)?;
+                ensure!(bytes == model[from..end], "step {step}: mapped, bytes at {offset} are others");
+                bytes.fill(random.below(256) as u8);
+                mapped.as_volatile_slice().write_slice(&bytes, (offset - start) as usize)?;
+                model[from..end].copy_from_slice(&bytes);
+            }
+            12 => {
                 fs::rename(&names[name], &names[1 - name])?;
                 name = 1 - name;
             }
