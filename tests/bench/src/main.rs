@@ -4,12 +4,13 @@
 //! `bench returned` tells how soon the host has the memory back that a container let go of; it wants a larger machine.
 //! `bench engine [NAME …]` holds our engine, run natively, against a private dockerd, `bench net [NAME …]` its networks;
 //! `bench net linear` tells whether many networks stay as fast as few, `bench net vm` holds ports and the NAT of the machine
-//! against QEMU's user network and passt; `bench soak [CYCLES]` tells whether its memory grows; `bench client` tells what of a
-//! figure is the stock client's own time.
+//! against QEMU's user network and passt, `bench files [ROW …]` shared folders against virtiofsd; `bench soak [CYCLES]` tells
+//! whether its memory grows; `bench client` tells what of a figure is the stock client's own time.
 #![forbid(unsafe_code)]
 #![expect(clippy::print_stdout, reason = "a benchmark prints")]
 
 mod boot;
+mod files;
 mod memory;
 mod peer;
 mod through;
@@ -37,6 +38,8 @@ fn main() -> Result<()> {
         Some((group, names)) if group == "net" && names == ["vm"] => return through::measure(),
         Some((group, names)) if group == "net" => return peer::networks(names),
         Some((group, words)) if group == through::GUEST => return through::guest(words),
+        Some((group, names)) if group == "files" => return files::measure(names),
+        Some((group, words)) if group == files::GUEST => return files::guest(words),
         Some((group, port)) if group == peer::SERVE => {
             return peer::serve(port.first().map_or("", String::as_str));
         }

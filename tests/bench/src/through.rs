@@ -24,7 +24,7 @@ const ROUNDS: usize = 3;
 /// Connections under way at a time.
 const CLIENTS: usize = 4;
 const CHUNK_BYTES: usize = 256 << 10;
-const QEMU: &str = "qemu-system-x86_64";
+pub(crate) const QEMU: &str = "qemu-system-x86_64";
 const GUEST_IMAGE: &str = "through:1";
 /// The port of the container that is published as users do, so that it clashes with no other.
 const PUBLISHED: u16 = 5201;
@@ -178,7 +178,7 @@ fn free_ports() -> Result<[u16; 3]> {
     Ok(ports)
 }
 
-fn real_qemu() -> Result<String> {
+pub(crate) fn real_qemu() -> Result<String> {
     let path = std::env::var("PATH").unwrap_or_default();
     let found = path.split(':').map(|folder| Path::new(folder).join(QEMU)).find(|program| program.exists());
     Ok(found.with_context(|| format!("`{QEMU}` is not in PATH"))?.display().to_string())
