@@ -4,14 +4,16 @@
 //! `bench returned` tells how soon the host has the memory back that a container let go of; it wants a larger machine.
 //! `bench engine [NAME …]` holds our engine, run natively, against a private dockerd, `bench net [NAME …]` its networks;
 //! `bench net linear` tells whether many networks stay as fast as few, `bench net vm` holds ports and the NAT of the machine
-//! against QEMU's user network and passt, `bench files [ROW …]` shared folders against virtiofsd; `bench soak [CYCLES]` tells
-//! whether its memory grows; `bench client` tells what of a figure is the stock client's own time.
+//! against QEMU's user network and passt, `bench files [ROW …]` shared folders against virtiofsd, `bench microvm` our machine on
+//! KVM against QEMU's (from the checkout's root); `bench soak [CYCLES]` tells whether its memory grows; `bench client` tells what
+//! of a figure is the stock client's own time.
 #![forbid(unsafe_code)]
 #![expect(clippy::print_stdout, reason = "a benchmark prints")]
 
 mod boot;
 mod files;
 mod memory;
+mod microvm;
 mod peer;
 mod through;
 mod throughput;
@@ -32,6 +34,9 @@ const MEASURES: [(&str, Measure); 6] = [
 ];
 
 fn main() -> Result<()> {
+    if std::process::id() == 1 && std::env::args().next().as_deref() == Some(microvm::GUEST) {
+        microvm::guest();
+    }
     let wanted: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--").collect();
     match wanted.split_first() {
         Some((group, names)) if group == "engine" => return peer::compare(names),
@@ -43,6 +48,7 @@ fn main() -> Result<()> {
         Some((group, port)) if group == peer::SERVE => {
             return peer::serve(port.first().map_or("", String::as_str));
         }
+        Some((group, _)) if group == "microvm" => return microvm::measure(),
         Some((group, _)) if group == "client" => return peer::client(),
         Some((group, _)) if group == "returned" => return memory::returned(),
         Some((group, count)) if group == "soak" => return peer::soak(count.first().map(String::as_str)),

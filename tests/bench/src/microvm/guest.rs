@@ -1,0 +1,178 @@
+//! The guest's only program: measures its disk and its network, and says so on the console.
+
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::process::Command;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use rustix::fs::OFlags;
+use rustix::mount::{MountFlags, mount};
+use rustix::system::finit_module;
+
+use super::initramfs::{MODULES, module};
+use super::word;
+use crate::boot::mib;
+
+/// What the guest sends, and what it is sent.
+pub(super) const NET_BYTES: usize = 32 << 20;
+pub(super) const CHUNK_BYTES: usize = 256 << 10;
+/// The first byte of a connection.
+pub(super) const SEND: u8 = b's';
+const RECEIVE: u8 = b'r';
+
+const DISK: &str = "/dev/vda";
+const STREAM_BYTES: u64 = 64 << 20;
+const LARGE_BYTES: usize = 1 << 20;
+const SMALL_BYTES: usize = 4 << 10;
+/// How long small requests are made.
+const SMALL_TIME: Duration = Duration::from_secs(3);
+const DEEP: usize = 32;
+/// Memory for direct I/O begins at a multiple of this.
+const ALIGNMENT: usize = 4096;
+
+/// The life of the guest.
+pub(crate) fn run() -> ! {
+    println!("{}", word::FIRST);
+    if let Err(error) = measure() {
+        println!("{}{error:#}", word::FAILED);
+    } else {
+        println!("{}", word::DONE);
+    }
+    // The kernel would panic without it, and the host looks at the monitor's memory.
+    loop {
+        std::thread::park();
+    }
+}
+
+fn figure(name: &str, value: f64) {
+    println!("{}{name} {value:.2}", word::FIGURE);
+}
+
+fn measure() -> Result<()> {
+    for (kind, place) in [("devtmpfs", "/dev"), ("proc", "/proc"), ("sysfs", "/sys")] {
+        fs::create_dir_all(place)?;
+        mount(kind, place, kind, MountFlags::empty(), None)
+            .with_context(|| format!("cannot mount {place}"))?;
+    }
+    for name in MODULES {
+        match File::open(module(name)) {
+            Ok(file) => finit_module(&file, c"", 0).with_context(|| format!("cannot load {name}"))?,
+            // The kernel has it built in.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    disk().context("its disk")?;
+    network().context("its network")
+}
+
+fn disk() -> Result<()> {
+    let open = || {
+        File::options().read(true).write(true).custom_flags(OFlags::DIRECT.bits().cast_signed()).open(DISK)
+    };
+    let disk = open().with_context(|| format!("cannot open {DISK}"))?;
+    let mut large = aligned(LARGE_BYTES);
+    let offsets = || (0..STREAM_BYTES).step_by(LARGE_BYTES);
+    let begin = Instant::now();
+    for offset in offsets() {
+        disk.write_all_at(large.bytes(), offset)?;
+    }
+    disk.sync_all()?;
+    figure("disk, written in a row, MiB/s", mib(STREAM_BYTES) / begin.elapsed().as_secs_f64());
+    let begin = Instant::now();
+    for offset in offsets() {
+        disk.read_exact_at(large.bytes_mut(), offset)?;
+    }
+    figure("disk, read in a row, MiB/s", mib(STREAM_BYTES) / begin.elapsed().as_secs_f64());
+    for depth in [1, DEEP] {
+        figure(&format!("disk, 4k reads at depth {depth}, 1/s"), small(&disk, depth, false)?);
+        figure(&format!("disk, 4k writes at depth {depth}, 1/s"), small(&disk, depth, true)?);
+    }
+    Ok(())
+}
+
+/// Requests a second, `depth` of them under way at a time, all over what has been written.
+fn small(disk: &File, depth: usize, write: bool) -> Result<f64> {
+    let (count, begin) = (AtomicU64::new(0), Instant::now());
+    let one = |seed: usize| -> Result<()> {
+        let (mut block, mut state) = (aligned(SMALL_BYTES), seed as u64 * 2 + 1);
+        while begin.elapsed() < SMALL_TIME {
+            // Any odd number makes a sequence of all numbers; its upper bits jump about (Knuth, TAOCP 3.3.4).
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            let offset = (state >> 33) % (STREAM_BYTES / SMALL_BYTES as u64) * SMALL_BYTES as u64;
+            if write {
+                disk.write_all_at(block.bytes(), offset)?;
+            } else {
+                disk.read_exact_at(block.bytes_mut(), offset)?;
+            }
+            count.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(())
+    };
+    std::thread::scope(|scope| -> Result<()> {
+        let threads: Vec<_> = (0..depth).map(|seed| scope.spawn(move || one(seed))).collect();
+        for thread in threads {
+            thread.join().map_err(|_| anyhow::anyhow!("a thread panicked"))??;
+        }
+        Ok(())
+    })?;
+    Ok(count.into_inner() as f64 / begin.elapsed().as_secs_f64())
+}
+
+/// A buffer for direct I/O.
+struct Aligned {
+    memory: Vec<u8>,
+    start: usize,
+    length: usize,
+}
+
+fn aligned(length: usize) -> Aligned {
+    let memory = vec![0x5a; length + ALIGNMENT];
+    let start = memory.as_ptr().align_offset(ALIGNMENT);
+    Aligned { memory, start, length }
+}
+
+impl Aligned {
+    fn bytes(&self) -> &[u8] {
+        &self.memory[self.start..self.start + self.length]
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        &mut self.memory[self.start..self.start + self.length]
+    }
+}
+
+fn network() -> Result<()> {
+    let variable =
+        |name: &str| std::env::var(name).with_context(|| format!("the command line names no {name}"));
+    let (address, peer, port) = (variable("ADDRESS")?, variable("PEER")?, variable("PORT")?);
+    for words in [format!("addr add {address}/24 dev eth0"), "link set eth0 up".to_owned()] {
+        let status = Command::new("/busybox").arg("ip").args(words.split(' ')).status()?;
+        ensure!(status.success(), "ip {words}: {status}");
+    }
+    let connect = || TcpStream::connect((peer.as_str(), port.parse()?)).context("cannot reach the host");
+    let mut buffer = vec![0x5a; CHUNK_BYTES];
+    let mut stream = connect()?;
+    stream.write_all(&[SEND])?;
+    let begin = Instant::now();
+    for _ in 0..NET_BYTES / CHUNK_BYTES {
+        stream.write_all(&buffer)?;
+    }
+    stream.shutdown(std::net::Shutdown::Write)?;
+    stream.read_exact(&mut [0])?;
+    figure("network, outwards, MiB/s", mib(NET_BYTES as u64) / begin.elapsed().as_secs_f64());
+    let mut stream = connect()?;
+    stream.write_all(&[RECEIVE])?;
+    let (begin, mut received) = (Instant::now(), 0);
+    while received < NET_BYTES {
+        let count = stream.read(&mut buffer)?;
+        ensure!(count > 0, "the host sent {received} bytes only");
+        received += count;
+    }
+    figure("network, inwards, MiB/s", mib(NET_BYTES as u64) / begin.elapsed().as_secs_f64());
+    Ok(())
+}

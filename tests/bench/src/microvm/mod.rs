@@ -1,0 +1,299 @@
+//! Our machine beside QEMU's `microvm`, both on the real KVM, with one kernel and one initramfs.
+//!
+//! Where KVM does not work the whole comparison goes into the machine of `tests/nested/run`, where it does. The guest is this
+//! program ([`guest`]) as the only one there is; what it measures it says on its console.
+
+mod guest;
+mod initramfs;
+
+use std::collections::BTreeMap;
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use command_fds::{CommandFdExt, FdMapping};
+use host_vmm::control::{self, Channel, Receiver, Sender};
+use host_vmm::{BackendChoice, DiskSpec, MachineSpec, NetworkSpec};
+
+use crate::boot::{median, mib};
+
+pub(crate) use guest::run as guest;
+pub(crate) use initramfs::GUEST;
+
+const ROUNDS: usize = 3;
+const MEMORY_MIB: u32 = 256;
+const DISK_BYTES: u64 = 256 << 20;
+/// Between two looks at the console.
+const LOOK: Duration = Duration::from_millis(2);
+/// A machine that hangs is not waited for longer: the processor may be an emulated one.
+const LIMIT: Duration = Duration::from_secs(400);
+const QEMU: &str = "qemu-system-x86_64";
+/// Set in the machine of `tests/nested/run`.
+const INSIDE: &str = "ENGINE_TEST_MICROVM";
+
+/// What the guest says on its console.
+mod word {
+    /// Of the first instructions of the first program.
+    pub const FIRST: &str = "@first";
+    /// Everything is measured; the guest waits for its end.
+    pub const DONE: &str = "@done";
+    /// What follows is why.
+    pub const FAILED: &str = "@failed ";
+    /// `@figure NAME VALUE`.
+    pub const FIGURE: &str = "@figure ";
+}
+
+/// What is promised of ours, divided by QEMU's.
+enum Promise {
+    AtMost(f64),
+    AtLeast(f64),
+}
+
+const START: &str = "start to first instruction, s";
+const BEYOND: &str = "beyond the guest's memory, MiB";
+
+/// Measures, here or in a machine in which KVM works.
+pub(crate) fn measure() -> Result<()> {
+    if let Some(folder) = std::env::var_os(INSIDE) {
+        return compare(Path::new(&folder));
+    }
+    let folder = tempfile::Builder::new().prefix("microvm-").tempdir()?;
+    initramfs::make(folder.path())?;
+    let program = std::env::current_exe()?;
+    let programs = program.parent().context("this program is nowhere")?;
+    let status = Command::new("tests/nested/run")
+        .arg("--plain")
+        .arg(programs)
+        .arg(programs.join("vm-image"))
+        .arg(&program)
+        .args(["--", "microvm"])
+        .env(INSIDE, folder.path())
+        .status()
+        .context("cannot start `tests/nested/run`: call this from the root of the checkout")?;
+    ensure!(status.success(), "the measurement failed: {status}");
+    Ok(())
+}
+
+/// By name, what each round of one machine gave.
+type Figures = BTreeMap<String, Vec<f64>>;
+
+fn compare(folder: &Path) -> Result<()> {
+    let (mut ours, mut theirs) = (Figures::new(), Figures::new());
+    for round in 1..=ROUNDS {
+        println!("round {round} of {ROUNDS}");
+        run::<Ours>(folder, &mut ours).context("our machine")?;
+        run::<Microvm>(folder, &mut theirs).context("QEMU's machine")?;
+    }
+    println!("{:<44} {:>10} {:>10}   ratio", "on KVM", "ours", "microvm");
+    for (name, values) in &ours {
+        let other = theirs.get(name).with_context(|| format!("QEMU's machine has no figure for {name}"))?;
+        let (one, other) = (median(values.iter().copied()), median(other.iter().copied()));
+        let ratio = one / other;
+        let (kept, promise) = match promise(name) {
+            Promise::AtMost(most) => (ratio <= most, format!("<= {most}")),
+            Promise::AtLeast(least) => (ratio >= least, format!(">= {least}")),
+        };
+        let kept = if kept { "kept" } else { "MISSED" };
+        println!("{name:<44} {one:>10.2} {other:>10.2}   {ratio:.2}  promised {promise}: {kept}");
+    }
+    Ok(())
+}
+
+fn promise(name: &str) -> Promise {
+    match name {
+        START => Promise::AtMost(1.0),
+        BEYOND => Promise::AtMost(0.25),
+        _ => Promise::AtLeast(1.0),
+    }
+}
+
+/// A way to run the guest.
+trait Monitor: Sized {
+    /// The guest's address, and what it calls the host's localhost.
+    const NETWORK: (&'static str, &'static str);
+
+    fn start(folder: &Path, scratch: &Path, cmdline: &str) -> Result<Self>;
+    fn process(&self) -> u32;
+}
+
+fn run<M: Monitor>(folder: &Path, figures: &mut Figures) -> Result<()> {
+    let scratch = tempfile::tempdir()?;
+    let (port, sink) = peer()?;
+    let (address, host) = M::NETWORK;
+    // What the kernel does not know becomes the first program's environment.
+    let cmdline = format!("console=ttyS0 quiet panic=-1 ADDRESS={address} PEER={host} PORT={port}");
+    let console = scratch.path().join("console");
+    let begin = Instant::now();
+    let machine = M::start(folder, scratch.path(), &cmdline)?;
+    let seen = |wanted: &str| -> Result<Duration> {
+        loop {
+            let text = std::fs::read(&console).unwrap_or_default();
+            let text = String::from_utf8_lossy(&text);
+            if text.lines().any(|line| line.starts_with(wanted)) {
+                return Ok(begin.elapsed());
+            }
+            ensure!(!text.contains(word::FAILED), "{text}");
+            ensure!(begin.elapsed() < LIMIT, "the guest has not said `{wanted}` within {LIMIT:?}:\n{text}");
+            std::thread::sleep(LOOK);
+        }
+    };
+    let mut tell = |name: &str, value: f64| figures.entry(name.to_owned()).or_default().push(value);
+    tell(START, seen(word::FIRST)?.as_secs_f64());
+    seen(word::DONE)?;
+    tell(BEYOND, mib(beyond(machine.process())?));
+    let text = std::fs::read_to_string(&console)?;
+    for line in text.lines().filter_map(|line| line.strip_prefix(word::FIGURE)) {
+        let (name, value) = line.trim().rsplit_once(' ').with_context(|| format!("`{line}` is no figure"))?;
+        tell(name, value.parse().with_context(|| format!("`{line}` is no figure"))?);
+    }
+    sink.join().map_err(|_| anyhow::anyhow!("the guest's peer panicked"))?
+}
+
+/// The guest's peer on the network: takes one connection's bytes, then sends some on a second one.
+fn peer() -> Result<(u16, JoinHandle<Result<()>>)> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    let port = listener.local_addr()?.port();
+    let serve = move || {
+        for _ in 0..2 {
+            let (stream, _) = listener.accept()?;
+            play(stream)?;
+        }
+        Ok(())
+    };
+    Ok((port, std::thread::spawn(serve)))
+}
+
+fn play(mut stream: TcpStream) -> Result<()> {
+    let mut what = [0];
+    stream.read_exact(&mut what)?;
+    let mut buffer = vec![0; guest::CHUNK_BYTES];
+    if what[0] == guest::SEND {
+        while stream.read(&mut buffer)? > 0 {}
+        return Ok(stream.write_all(b"x")?);
+    }
+    for _ in 0..guest::NET_BYTES / guest::CHUNK_BYTES {
+        stream.write_all(&buffer)?;
+    }
+    Ok(())
+}
+
+/// Bytes of memory that a process has beyond the guest's, which is a file in memory without a name.
+fn beyond(process: u32) -> Result<u64> {
+    let (mut kib, mut is_guests) = (0, false);
+    for line in std::fs::read_to_string(format!("/proc/{process}/smaps"))?.lines() {
+        if let Some(share) = line.strip_prefix("Pss:").filter(|_| !is_guests) {
+            kib += share.trim().trim_end_matches(" kB").parse::<u64>()?;
+        } else if line.split(' ').next().is_some_and(|word| word.contains('-')) {
+            is_guests = line.contains("/memfd:");
+        }
+    }
+    Ok(kib << 10)
+}
+
+/// `engine-vmm`, as the daemon starts it. It ends when its control channel does.
+struct Ours {
+    process: Child,
+    _control: (Sender, Receiver),
+}
+
+impl Monitor for Ours {
+    const NETWORK: (&'static str, &'static str) = ("198.18.0.2", "198.18.0.254");
+
+    fn start(folder: &Path, scratch: &Path, cmdline: &str) -> Result<Self> {
+        let spec = MachineSpec {
+            cpus: 1,
+            memory_mib: MEMORY_MIB,
+            kernel: initramfs::kernel()?,
+            vmlinux: None,
+            initramfs: initramfs::path(folder),
+            cmdline: cmdline.into(),
+            disk: DiskSpec { path: scratch.join("disk"), size_bytes: DISK_BYTES },
+            console_log: scratch.join("console"),
+            backend: BackendChoice::Kvm,
+            network: NetworkSpec::Nat,
+            shares: Vec::new(),
+            // There is no agent in this guest.
+            boot_timeout_seconds: 3600,
+        };
+        let (near, far) = UnixStream::pair()?;
+        let program = std::env::var_os("ENGINE_VMM").context("ENGINE_VMM does not name `engine-vmm`")?;
+        let mut command = Command::new(program);
+        command.args(["--control-fd", "9"]).env("ENGINE_LOG", "warn").stdin(Stdio::null());
+        let process = command.fd_mappings(vec![FdMapping { parent_fd: far.into(), child_fd: 9 }])?.spawn()?;
+        drop(command);
+        let (mut control, events) = Channel::new(near)?.split();
+        control.send(&control::Command::Start(spec), &[])?;
+        Ok(Self { process, _control: (control, events) })
+    }
+
+    fn process(&self) -> u32 {
+        self.process.id()
+    }
+}
+
+/// QEMU with what it has for a machine like ours.
+struct Microvm(Child);
+
+impl Monitor for Microvm {
+    const NETWORK: (&'static str, &'static str) = ("10.0.2.15", "10.0.2.2");
+
+    fn start(folder: &Path, scratch: &Path, cmdline: &str) -> Result<Self> {
+        let disk = scratch.join("disk");
+        std::fs::File::create(&disk)?.set_len(DISK_BYTES)?;
+        let process = Command::new(QEMU)
+            .args(["-machine", "microvm,accel=kvm,memory-backend=memory"])
+            .args(["-cpu", "host", "-smp", "1", "-m", &format!("{MEMORY_MIB}M")])
+            .args(["-object", &format!("memory-backend-memfd,id=memory,size={MEMORY_MIB}M,share=on")])
+            .args(["-global", "virtio-mmio.force-legacy=false"])
+            .args(["-no-user-config", "-nodefaults", "-no-reboot", "-display", "none", "-serial"])
+            .arg(format!("file:{}", scratch.join("console").display()))
+            .arg("-kernel")
+            .arg(initramfs::kernel()?)
+            .arg("-initrd")
+            .arg(initramfs::path(folder))
+            .args(["-append", cmdline])
+            .args(["-object", "iothread,id=io", "-device", "virtio-blk-device,drive=disk,iothread=io"])
+            .arg("-drive")
+            .arg(format!(
+                "id=disk,if=none,format=raw,cache=writeback,aio=threads,discard=unmap,file={}",
+                disk.display()
+            ))
+            .args(["-netdev", "user,id=net", "-device", "virtio-net-device,netdev=net"])
+            .args(["-device", "virtio-rng-device"])
+            .stdin(Stdio::null())
+            .spawn()
+            .with_context(|| format!("cannot start `{QEMU}`"))?;
+        Ok(Self(process))
+    }
+
+    fn process(&self) -> u32 {
+        self.0.id()
+    }
+}
+
+impl Drop for Ours {
+    fn drop(&mut self) {
+        // Gone already, if it failed.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+impl Drop for Microvm {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A file of the VM image.
+fn of_image(name: &str) -> Result<PathBuf> {
+    let folder =
+        std::env::var_os("ENGINE_IMAGE").context("ENGINE_IMAGE does not name the folder of a VM image")?;
+    Ok(Path::new(&folder).join(name))
+}
