@@ -386,6 +386,7 @@ impl Networks {
         if !has_ports {
             return self.publish(record).await;
         }
+        self.admit_loopback(&record.id)?;
         self.firewall.refresh().await?;
         self.land(&record.id).await;
         Ok(())

@@ -124,18 +124,13 @@ impl Networks {
     /// Publishes what a container asks for, all or nothing.
     pub(super) async fn publish(&self, record: &Record) -> Result<(), Failure> {
         let wanted = ports::wanted(&record.config, &record.host)?;
-        let (target, bridges, binding) = {
+        let (target, binding) = {
             let state = self.state();
             let Some(member) = state.members.get(&record.id) else { return Ok(()) };
             let nets =
                 member.endpoints.iter().filter_map(|endpoint| state.networks.get(&endpoint.network_id));
-            let bridges: Vec<String> = nets
-                .clone()
-                .filter(|net| net.settings.bridge().is_some())
-                .map(|net| net.record.interface.clone())
-                .collect();
-            let binding = nets.filter_map(|net| net.settings.bridge()?.host_binding).next();
-            (target(&state, member), bridges, binding)
+            let mut bindings = nets.filter_map(|net| net.settings.bridge()?.host_binding);
+            (target(&state, member), bindings.next())
         };
         if wanted.is_empty() || target == ports::Target::default() {
             return Ok(());
@@ -178,12 +173,26 @@ impl Networks {
                 landings::choose(&mut state, &record.id);
             }
         }
+        self.admit_loopback(&record.id)?;
+        self.firewall.refresh().await?;
+        self.land(&record.id).await;
+        Ok(())
+    }
+
+    /// Lets what comes from a loopback address of this host to a published port pass to wherever the container is by now.
+    pub(super) fn admit_loopback(&self, container: &str) -> Result<(), Failure> {
+        let bridges: Vec<String> = {
+            let state = self.state();
+            let Some(member) = state.members.get(container) else { return Ok(()) };
+            let nets =
+                member.endpoints.iter().filter_map(|endpoint| state.networks.get(&endpoint.network_id));
+            let bridges = nets.filter(|net| net.settings.bridge().is_some());
+            bridges.map(|net| net.record.interface.clone()).collect()
+        };
         for bridge in bridges {
             forwarding::enable_loopback(&bridge)
                 .map_err(|error| Failure::internal("cannot publish ports on the loopback address", &error))?;
         }
-        self.firewall.refresh().await?;
-        self.land(&record.id).await;
         Ok(())
     }
 
