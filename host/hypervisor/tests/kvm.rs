@@ -1,6 +1,6 @@
 //! Machines on the real KVM, each with a kernel of a few instructions.
 //!
-//! Where the probe finds KVM unusable these tests are shown as ignored and say why: `tests/run nested-kvm` (arm64:
+//! Where the probe finds KVM unusable these tests are shown as ignored and say why: `tests/run kvm` (arm64:
 //! `tests/nested/run-arm64`) runs them in a machine with a KVM that works.
 #![expect(clippy::print_stdout, reason = "says why tests are not run")]
 
@@ -39,8 +39,7 @@ const TESTS: &[(&str, Test)] = &[
     ("an_interrupt_of_a_slot_reaches_the_controller", slot_interrupt),
 ];
 /// What runs these tests where KVM works.
-const RUN: &str =
-    if cfg!(target_arch = "aarch64") { "tests/nested/run-arm64" } else { "tests/run nested-kvm" };
+const RUN: &str = if cfg!(target_arch = "aarch64") { "tests/nested/run-arm64" } else { "tests/run kvm" };
 
 fn main() -> ExitCode {
     let arguments = Arguments::from_args();

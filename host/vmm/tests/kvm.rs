@@ -1,6 +1,6 @@
 //! The VM image on a machine of ours, on the real KVM: from `start` to an answer of the Docker API, and back down.
 //!
-//! Where KVM or the image is missing these tests are shown as ignored and say why: `tests/run nested-kvm` (arm64:
+//! Where KVM or the image is missing these tests are shown as ignored and say why: `tests/run kvm` (arm64:
 //! `tests/nested/run-arm64`) runs them in a machine that has both.
 #![forbid(unsafe_code)]
 #![expect(clippy::print_stdout, reason = "says why tests are not run")]
@@ -25,8 +25,7 @@ const LIMIT: Duration = Duration::from_secs(480);
 /// The folder of a VM image.
 const IMAGE: &str = "ENGINE_IMAGE";
 /// What runs these tests where both are.
-const RUN: &str =
-    if cfg!(target_arch = "aarch64") { "tests/nested/run-arm64" } else { "tests/run nested-kvm" };
+const RUN: &str = if cfg!(target_arch = "aarch64") { "tests/nested/run-arm64" } else { "tests/run kvm" };
 /// How many boots in a row `boots_in_a_row` shall make; without it there is no such test.
 const BOOTS: &str = "ENGINE_TEST_BOOTS";
 
