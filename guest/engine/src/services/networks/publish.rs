@@ -127,9 +127,8 @@ impl Networks {
         let (target, binding) = {
             let state = self.state();
             let Some(member) = state.members.get(&record.id) else { return Ok(()) };
-            let nets =
-                member.endpoints.iter().filter_map(|endpoint| state.networks.get(&endpoint.network_id));
-            let mut bindings = nets.filter_map(|net| net.settings.bridge()?.host_binding);
+            let mut bindings =
+                state.networks_of(member).filter_map(|net| net.settings.bridge()?.host_binding);
             (target(&state, member), bindings.next())
         };
         if wanted.is_empty() || target == ports::Target::default() {
@@ -184,9 +183,7 @@ impl Networks {
         let bridges: Vec<String> = {
             let state = self.state();
             let Some(member) = state.members.get(container) else { return Ok(()) };
-            let nets =
-                member.endpoints.iter().filter_map(|endpoint| state.networks.get(&endpoint.network_id));
-            let bridges = nets.filter(|net| net.settings.bridge().is_some());
+            let bridges = state.networks_of(member).filter(|net| net.settings.bridge().is_some());
             bridges.map(|net| net.record.interface.clone()).collect()
         };
         for bridge in bridges {

@@ -192,6 +192,11 @@ impl Net {
 }
 
 impl State {
+    /// The networks a container is on, in the order of its endpoints.
+    pub fn networks_of<'a>(&'a self, member: &'a Member) -> impl Iterator<Item = &'a Net> + Clone {
+        member.endpoints.iter().filter_map(|endpoint| self.networks.get(&endpoint.network_id))
+    }
+
     /// A network by id, name, or the start of its id.
     pub fn find(&self, wanted: &str) -> Result<&Net, Failure> {
         if let Some(net) = self.networks.get(wanted) {

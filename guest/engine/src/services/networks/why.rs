@@ -69,7 +69,7 @@ fn listener((protocol, port): Port, pid: i32, name: &str, is_host: bool) -> WayL
 }
 
 fn networks(state: &State, member: &Member) -> WayLink {
-    let nets = member.endpoints.iter().filter_map(|endpoint| state.networks.get(&endpoint.network_id));
+    let nets = state.networks_of(member);
     let name = &member.record.name;
     for net in nets.clone() {
         let interface = &net.record.interface;
