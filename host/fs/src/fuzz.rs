@@ -2,7 +2,9 @@
 
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::path::Path;
 
+use crate::saved::{Saved, SavedFile, SavedHandle};
 use crate::{CachePolicy, ExportSpec, Owners, Payload, Room, Server};
 
 /// A write's data in memory.
@@ -36,7 +38,50 @@ impl Room for Space {
 }
 
 /// Feeds requests to a server that shares `folder`: each begins with its length in two bytes.
-pub fn requests(folder: &std::path::Path, mut data: &[u8]) {
+pub fn requests(folder: &Path, data: &[u8]) {
+    if let Some(server) = server(folder) {
+        serve(&server, data);
+    }
+}
+
+/// Feeds a saved state to such a server, which names files in and beside `folder`, and then requests.
+pub fn saved(folder: &Path, mut data: &[u8]) {
+    let Some(server) = server(folder) else { return };
+    let mut byte = || {
+        let (first, rest) = data.split_first().unwrap_or((&0, &[]));
+        data = rest;
+        usize::from(*first)
+    };
+    let files = (0..byte() % 8).map(|_| {
+        let at = ["", "file", "folder", "up", "..", "../canary"][byte() % 6];
+        let stat = rustix::fs::lstat(folder.join(at)).ok();
+        let name = ["a", "b", "file", "folder", "up", "canary", "..", ""][byte() % 8];
+        SavedFile {
+            number: byte() as u64 % 10,
+            export: ["a", "b", "c"][byte() % 3].to_owned(),
+            device: stat.map_or(0, |stat| stat.st_dev),
+            inode: stat.map_or(0, |stat| stat.st_ino),
+            kind: [0o100000, 0o040000, 0o120000, 0][byte() % 4],
+            lookups: byte() as u64,
+            place: (byte() as u64 % 10, name.into()),
+        }
+    });
+    let files: Vec<SavedFile> = files.collect();
+    let handles = (0..byte() % 8).map(|_| SavedHandle {
+        number: byte() as u64 % 10,
+        file: byte() as u64 % 10,
+        flags: Some(byte() as u32).filter(|flags| *flags < 200),
+    });
+    let handles: Vec<SavedHandle> = handles.collect();
+    let state = Saved { devices: vec![byte() as u64], files, last_file: 8, handles, last_handle: 8 };
+    match server.restore(&state) {
+        Ok(()) => serve(&server, data),
+        Err(_) => assert_eq!(server.held(), (0, 0), "something is left of a refused state"),
+    }
+}
+
+/// A server of two exports.
+fn server(folder: &Path) -> Option<Server> {
     let server = Server::new(64);
     for (name, read_only) in [("a", false), ("b", true)] {
         let spec = ExportSpec {
@@ -46,10 +91,12 @@ pub fn requests(folder: &std::path::Path, mut data: &[u8]) {
             cache: CachePolicy::default(),
             owners: Owners::of_process(),
         };
-        if server.add(spec).is_err() {
-            return;
-        }
+        server.add(spec).ok()?;
     }
+    Some(server)
+}
+
+fn serve(server: &Server, mut data: &[u8]) {
     while let Some((length, rest)) = data.split_first_chunk() {
         let length = usize::from(u16::from_le_bytes(*length)).min(rest.len());
         let (request, rest) = rest.split_at(length);

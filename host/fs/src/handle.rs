@@ -6,7 +6,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::io::Errno;
 
-use crate::node::Node;
+use crate::node::{Node, ROOT};
+use crate::saved::SavedHandle;
 
 /// What is open.
 #[derive(Debug)]
@@ -79,6 +80,38 @@ impl Handles {
         let number = table.last;
         table.open.insert(number, Arc::new(Handle { open, node }));
         Ok(number)
+    }
+
+    /// What a saved machine keeps: what is open and the last number given, in the order of the numbers. What the repeating
+    /// thread has open is not kept.
+    pub fn save(&self) -> rustix::io::Result<(Vec<SavedHandle>, u64)> {
+        let table = self.table();
+        let mut handles = Vec::with_capacity(table.open.len());
+        for (number, handle) in &table.open {
+            let flags = match &handle.open {
+                Open::File(file) => Some(rustix::fs::fcntl_getfl(file)?.bits()),
+                Open::Folder(_) | Open::Root => None,
+                Open::Repeated { .. } => continue,
+            };
+            let file = handle.node.as_ref().map_or(ROOT, |node| node.number);
+            handles.push(SavedHandle { number: *number, file, flags });
+        }
+        handles.sort_by_key(|handle| handle.number);
+        Ok((handles, table.last))
+    }
+
+    /// Numbers from here on were never given.
+    pub fn set_last(&self, last: u64) {
+        self.table().last = last;
+    }
+
+    /// The same as [`Self::insert`], under a number that was given before; `false` when it is taken.
+    pub fn restore(&self, number: u64, open: Open, node: Option<Arc<Node>>) -> Result<bool, Errno> {
+        let mut table = self.table();
+        if table.open.len() >= self.open_max {
+            return Err(Errno::NFILE);
+        }
+        Ok(table.open.insert(number, Arc::new(Handle { open, node })).is_none())
     }
 
     pub fn get(&self, number: u64) -> Result<Arc<Handle>, Errno> {

@@ -1,10 +1,10 @@
 //! A FUSE server over folders of the host, which are shared with the machine.
 //!
 //! Owns: the FUSE protocol (`request`, `reply`), which files the guest knows (`node`), what it has open (`handle`), the
-//! folders that are shared (`export`), whose the files in them are (`owner`) and what changes in them on the host (`watch`). Does not own: the device that carries
-//! requests, guest memory, or the decision which folder may be shared. It starts no thread: [`Server::handle`] may be
-//! called from several at a time, and blocks for as long as the host's file system takes; [`Server::follow`] wants one of its
-//! own.
+//! folders that are shared (`export`), whose the files in them are (`owner`), what changes in them on the host (`watch`) and
+//! what of all this a saved machine keeps (`saved`). Does not own: the device that carries requests, guest memory, or the
+//! decision which folder may be shared. It starts no thread: [`Server::handle`] may be called from several at a time, and
+//! blocks for as long as the host's file system takes; [`Server::follow`] wants one of its own.
 //!
 //! One server shows one file system: a made-up root, whose folders are the exports. They come and go while it is mounted.
 //!
@@ -27,6 +27,7 @@ mod node;
 mod owner;
 mod reply;
 mod request;
+mod saved;
 mod server;
 mod watch;
 
@@ -35,5 +36,6 @@ pub use owner::Owners;
 pub use reply::Reply;
 pub use request::{HEADER_BYTES, REQUEST_BYTES_MAX, WRITE_HEAD_BYTES, is_slow, is_write};
 pub use rustix::io::Errno;
+pub use saved::{Saved, SavedError};
 pub use server::{Payload, Room, Server};
 pub use watch::FollowError;

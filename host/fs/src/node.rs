@@ -16,6 +16,8 @@ use rustix::fs::{FileType, Mode, OFlags, ResolveFlags, Stat};
 use rustix::io::Errno;
 
 use crate::export::Export;
+use crate::request::is_component;
+use crate::saved::{SavedError, SavedFile};
 use crate::watch::{Folders, Notifier, Token};
 
 /// Looks at so many files at most to find one whose descriptor can be closed.
@@ -248,7 +250,9 @@ impl Table {
 
     fn forget(&mut self, number: u64) -> Option<Known> {
         let known = self.known.remove(&number)?;
-        self.numbers.remove(&known.identity);
+        if self.numbers.get(&known.identity) == Some(&number) {
+            self.numbers.remove(&known.identity);
+        }
         if !self.folders.is_idle() {
             self.folders.unwatch(number);
             if let Some(place) = &known.place {
@@ -280,7 +284,7 @@ impl Nodes {
     }
 
     fn get_within(&self, number: u64, depth: usize) -> Result<Arc<Node>, Errno> {
-        let (export, identity, place) = {
+        let (export, identity, kind, place) = {
             let table = self.table();
             let known = table.known.get(&number).ok_or(Errno::STALE)?;
             if known.export.removed.load(Ordering::Acquire) {
@@ -290,7 +294,8 @@ impl Nodes {
                 node.used.store(true, Ordering::Relaxed);
                 return Ok(Arc::clone(node));
             }
-            (Arc::clone(&known.export), known.identity, known.place.clone().ok_or(Errno::STALE)?)
+            let place = known.place.clone().ok_or(Errno::STALE)?;
+            (Arc::clone(&known.export), known.identity, known.kind, place)
         };
         let depth = depth.checked_sub(1).ok_or(Errno::STALE)?;
         let file = match place.folder {
@@ -306,7 +311,9 @@ impl Nodes {
                 )?
             }
         };
-        if Identity::of(&export, &rustix::fs::fstat(&file)?) != identity {
+        let stat = rustix::fs::fstat(&file)?;
+        // A number that is used again may be another kind of file, and some kinds are not opened.
+        if Identity::of(&export, &stat) != identity || FileType::from_raw_mode(stat.st_mode) != kind {
             return Err(Errno::STALE);
         }
         let (node, gone) = self.table().enliven(number, file, self.descriptors_max)?;
@@ -340,11 +347,14 @@ impl Nodes {
     ) -> Result<Arc<Node>, Errno> {
         let identity = Identity::of(export, stat);
         let mut table = self.table();
-        let number = match table.numbers.get(&identity) {
-            Some(number) => *number,
+        let kind = FileType::from_raw_mode(stat.st_mode);
+        let number = table.numbers.get(&identity).copied();
+        // Of another kind is another file, to which the host gave the inode number of one that is gone.
+        let same = |number: &u64| table.known.get(number).is_some_and(|known| known.kind == kind);
+        let number = match number.filter(same) {
+            Some(number) => number,
             None => {
                 let number = table.fresh();
-                let kind = FileType::from_raw_mode(stat.st_mode);
                 let (export, seen) = (Arc::clone(export), Seen::default());
                 table.numbers.insert(identity, number);
                 let known = Known { export, identity, kind, seen, lookups: 0, place: None, node: None };
@@ -416,6 +426,62 @@ impl Nodes {
             table.known.iter().filter(|(_, known)| which(&known.export)).map(|(number, _)| *number).collect();
         let gone: Vec<Known> = numbers.into_iter().filter_map(|number| table.forget(number)).collect();
         drop((table, gone));
+    }
+
+    /// What a saved machine keeps: the files and the last number given, in the order of their numbers.
+    pub fn save(&self) -> (Vec<SavedFile>, u64) {
+        let table = self.table();
+        let file = |(number, known): (&u64, &Known)| {
+            // One without a name goes with its descriptor.
+            let place = known.place.as_ref()?;
+            Some(SavedFile {
+                number: *number,
+                export: known.export.spec.name.clone(),
+                device: known.identity.device,
+                inode: known.identity.inode,
+                kind: known.kind.as_raw_mode(),
+                lookups: known.lookups,
+                place: (place.folder, place.name.as_bytes().to_vec()),
+            })
+        };
+        let mut files: Vec<SavedFile> = table.known.iter().filter_map(file).collect();
+        files.sort_by_key(|file| file.number);
+        (files, table.last)
+    }
+
+    /// Knows these files again, of the exports that `export` finds; the others are stale. None is known before, and none has a
+    /// descriptor until it is asked for.
+    pub fn restore(
+        &self,
+        files: &[SavedFile],
+        last: u64,
+        export: impl Fn(&str) -> Option<Arc<Export>>,
+    ) -> Result<(), SavedError> {
+        let mut table = self.table();
+        for file in files {
+            let SavedFile { number, device, inode, lookups, .. } = *file;
+            if number <= ROOT || number > last {
+                return Err(SavedError("a file has a number that was never given"));
+            }
+            if lookups == 0 {
+                return Err(SavedError("a file was never looked up"));
+            }
+            let (folder, name) = &file.place;
+            let name = CString::new(name.as_slice()).ok().filter(|name| is_component(name.as_bytes()));
+            let name = name.ok_or(SavedError("a file has no name of a file"))?;
+            let place = Some(Place { folder: *folder, name });
+            let Some(export) = export(&file.export) else { continue };
+            let identity = Identity { export: export.number, device, inode };
+            let kind = FileType::from_raw_mode(file.kind);
+            let known = Known { export, identity, kind, seen: Seen::default(), lookups, place, node: None };
+            if table.known.contains_key(&number) || table.numbers.contains_key(&identity) {
+                return Err(SavedError("a file is there twice"));
+            }
+            table.known.insert(number, known);
+            table.numbers.insert(identity, number);
+        }
+        table.last = last;
+        Ok(())
     }
 
     /// Begins to watch folders, or ends it. None is watched at first.

@@ -412,12 +412,13 @@ impl<'a> Reader<'a> {
 
     fn name(&mut self) -> Result<Name<'a>, Errno> {
         let name = self.text(NAME_BYTES_MAX + 1)?;
-        match name.to_bytes() {
-            b"" | b"." | b".." => Err(Errno::INVAL),
-            bytes if bytes.contains(&b'/') => Err(Errno::INVAL),
-            _ => Ok(Name(name)),
-        }
+        is_component(name.to_bytes()).then_some(Name(name)).ok_or(Errno::INVAL)
     }
+}
+
+/// Whether a text without zeroes is one component of a path that leads down.
+pub fn is_component(name: &[u8]) -> bool {
+    !matches!(name, b"" | b"." | b"..") && !name.contains(&b'/')
 }
 
 /// The pairs of node and count in the list of a [`Operation::BatchForget`].

@@ -197,7 +197,7 @@ impl Server {
 }
 
 /// Opens a file that the guest knows. Only files with data: pipes and sockets are the guest's, devices nobody's.
-fn reopen(node: &Node, flags: OFlags) -> Result<OwnedFd, Errno> {
+pub(super) fn reopen(node: &Node, flags: OFlags) -> Result<OwnedFd, Errno> {
     match node.kind {
         FileType::RegularFile => {}
         FileType::Directory => return Err(Errno::ISDIR),

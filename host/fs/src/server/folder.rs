@@ -28,8 +28,7 @@ impl Server {
             if node.kind != FileType::Directory {
                 return Err(Errno::NOTDIR);
             }
-            let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-            let folder = rustix::fs::openat(CWD, path_of(&node.file), flags, Mode::empty())?;
+            let folder = read_names_of(&node)?;
             self.handles.insert(Open::Folder(Mutex::new(folder)), Some(node))?
         };
         let mut writer = Writer::default();
@@ -119,6 +118,12 @@ impl Server {
         }
         Ok(())
     }
+}
+
+/// Opens a folder for its names.
+pub(super) fn read_names_of(folder: &Node) -> Result<OwnedFd, Errno> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    rustix::fs::openat(CWD, path_of(&folder.file), flags, Mode::empty())
 }
 
 /// An answer with names, with what they lead to if that was asked for.

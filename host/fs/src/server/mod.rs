@@ -6,6 +6,7 @@ mod data;
 mod folder;
 mod lookup;
 mod repeat;
+mod save;
 #[cfg(test)]
 mod tests;
 

@@ -133,6 +133,27 @@ fn a_file_that_the_host_replaced_is_not_found_again() {
     assert_eq!(guest.read(handle, 0, 100).unwrap(), b"inside");
 }
 
+/// The host gives inode numbers away again.
+#[test]
+fn a_number_stands_for_one_kind_of_file() {
+    let (inside, guest, root) = tight(64);
+    let link = inside.path().join("link");
+    std::os::unix::fs::symlink("x", &link).unwrap();
+    let known = guest.lookup(root, "link").unwrap();
+    crowd(&guest, root);
+    fs::remove_file(&link).unwrap();
+    for number in 0..200 {
+        let name = format!("d{number}");
+        fs::create_dir(inside.path().join(&name)).unwrap();
+        let folder = guest.lookup(root, &name).unwrap();
+        assert_ne!(folder.node, known.node);
+        assert_eq!(guest.names(folder.node), [".", ".."]);
+    }
+    assert_eq!(guest.attributes(known.node).unwrap_err(), Errno::STALE);
+    guest.forget(known.node, 1);
+    assert!(guest.lookup(root, "d0").is_ok());
+}
+
 #[test]
 fn a_guest_that_holds_everything_is_refused_more() {
     let (_inside, guest, root) = tight(64);

@@ -6,12 +6,17 @@ use std::sync::Arc;
 
 use rustix::io::Errno;
 
+use crate::ExportSpec;
 use crate::fuzz::Bytes;
 use crate::reply::Reply;
+use crate::saved::Saved;
 use crate::server::{Room, Server};
 
 /// Room for an answer, as a kernel leaves it.
 const ROOM_BYTES: usize = 1 << 17;
+
+/// So many files may a server have open.
+const DESCRIPTORS_MAX: usize = 1 << 12;
 
 /// What a lookup answers, as far as tests look at it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -96,12 +101,26 @@ fn entry(bytes: &[u8]) -> Entry {
 
 impl Guest {
     pub fn new() -> Self {
-        Self::with_descriptors(1 << 12)
+        Self::with_descriptors(DESCRIPTORS_MAX)
     }
 
     /// Of a server that may have few files open.
     pub fn with_descriptors(descriptors_max: usize) -> Self {
         Self { server: Arc::new(Server::new(descriptors_max)), uid: 0, gid: 0, process: 1 }
+    }
+
+    /// The same guest in a machine that was saved and goes on with another server, which has these exports.
+    pub fn moved(&self, specs: impl IntoIterator<Item = ExportSpec>) -> Self {
+        let saved = serde_json::to_string(&self.server.save().unwrap()).unwrap();
+        let guest = Self { server: Arc::new(Server::new(DESCRIPTORS_MAX)), ..*self };
+        for spec in specs {
+            guest.server.add(spec).unwrap();
+        }
+        let saved: Saved = serde_json::from_str(&saved).unwrap();
+        guest.server.restore(&saved).unwrap();
+        // What came of it is kept as it was, but for what could not be found.
+        assert_eq!(guest.server.save().unwrap().last_file, saved.last_file);
+        guest
     }
 
     fn request(&self, opcode: u32, node: u64, body: &[u8]) -> Vec<u8> {
@@ -278,7 +297,19 @@ impl Guest {
 
     /// All names in a folder, read in small pieces.
     pub fn names(&self, folder: u64) -> Vec<String> {
-        let handle = number(&self.ask(27, folder, &[0; 8]).unwrap(), 0);
+        let handle = self.open_folder(folder);
+        let names = self.names_in(handle);
+        self.ask(29, folder, &[&handle.to_le_bytes()[..], &[0; 16]].concat()).unwrap();
+        names
+    }
+
+    /// Opens a folder; its handle.
+    pub fn open_folder(&self, folder: u64) -> u64 {
+        number(&self.ask(27, folder, &[0; 8]).unwrap(), 0)
+    }
+
+    /// All names in an open folder.
+    pub fn names_in(&self, handle: u64) -> Vec<String> {
         let mut names = Vec::new();
         let mut offset = 0;
         loop {
@@ -291,14 +322,13 @@ impl Guest {
                 offset = next;
             }
         }
-        self.ask(29, folder, &[&handle.to_le_bytes()[..], &[0; 16]].concat()).unwrap();
         names.sort();
         names
     }
 
     /// Names with what they lead to, in one piece.
     pub fn names_plus(&self, folder: u64) -> Vec<(String, Entry)> {
-        let handle = number(&self.ask(27, folder, &[0; 8]).unwrap(), 0);
+        let handle = self.open_folder(folder);
         let mut answer = &self.read_folder(44, handle, 0, 1 << 16)[..];
         let mut names = Vec::new();
         while !answer.is_empty() {

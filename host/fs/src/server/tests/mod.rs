@@ -8,6 +8,7 @@ mod files;
 mod guest;
 mod owners;
 mod random;
+mod saved;
 
 use std::time::Duration;
 

@@ -25,6 +25,8 @@ enum Step {
     Truncate(usize, u64),
     Append(usize, Vec<u8>),
     ForgetAll,
+    /// The machine is saved and goes on elsewhere.
+    Move,
 }
 
 /// The names there are: two at the top, three in each of two folders that may be there, and some deeper.
@@ -50,6 +52,7 @@ fn step() -> impl Strategy<Value = Step> {
         2 => (path.clone(), 0..200u64).prop_map(|(path, size)| Step::Truncate(path, size)),
         2 => (path.clone(), data()).prop_map(|(path, data)| Step::Append(path, data)),
         1 => Just(Step::ForgetAll),
+        1 => Just(Step::Move),
     ]
 }
 
@@ -142,6 +145,7 @@ impl Walker {
                 guest.server.reset();
                 Ok(())
             }
+            Step::Move => unreachable!("the test does it"),
         }
     }
 }
@@ -181,7 +185,7 @@ fn run_on_host(root: &Path, step: &Step) -> Result<(), Errno> {
             let end = rustix::fs::fstat(&file)?.st_size as u64;
             rustix::io::pwrite(file, data, end).map(drop)
         }
-        Step::ForgetAll => Ok(()),
+        Step::ForgetAll | Step::Move => Ok(()),
     }
 }
 
@@ -255,8 +259,12 @@ proptest! {
         let (inside, beside) = (folder(), folder());
         let guest = Guest::with_descriptors(DESCRIPTORS_MAX);
         guest.server.add(spec("one", inside.path())).unwrap();
-        let walker = Walker { guest };
+        let mut walker = Walker { guest };
         for step in &steps {
+            if matches!(step, Step::Move) {
+                walker.guest = walker.guest.moved([spec("one", inside.path())]);
+                continue;
+            }
             prop_assert_eq!(walker.run(step), run_on_host(beside.path(), step), "{:?}", step);
         }
         let made = tree(beside.path());
