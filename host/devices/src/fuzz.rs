@@ -18,10 +18,10 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::virtio::device::{
-    DeviceError, DeviceKind, Interrupt, Memory, QueueResources, QueueState, VirtioDevice,
+    DeviceError, DeviceKind, DeviceState, Interrupt, Memory, QueueResources, QueueState, VirtioDevice,
 };
-use crate::virtio::mmio::MmioDevice;
-use crate::virtio::ring::Ring;
+use crate::virtio::mmio::{MmioDevice, SavedQueue, SavedTransport};
+use crate::virtio::ring::{Addresses, Ring};
 use crate::virtio::worker::{Model, Rings};
 use crate::virtio::{balloon, block, console, net, rng, vsock};
 
@@ -49,8 +49,8 @@ struct Guest {
 }
 
 impl Guest {
-    /// `None` when the host has no memory or descriptors left.
-    fn new(kind: DeviceKind, queues: usize, event_idx: bool) -> Option<Self> {
+    /// With rings that begin at this entry. `None` when the host has no memory or descriptors left.
+    fn new(kind: DeviceKind, queues: usize, event_idx: bool, entry: u16) -> Option<Self> {
         let memory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY_BYTES)]).ok()?);
         let mut rings = Vec::new();
         for index in 0..queues {
@@ -60,6 +60,8 @@ impl Guest {
             queue.try_set_avail_ring_address(GuestAddress(start + 0x400)).ok()?;
             queue.try_set_used_ring_address(GuestAddress(start + 0x800)).ok()?;
             queue.set_event_idx(event_idx);
+            queue.set_next_avail(entry);
+            queue.set_next_used(entry);
             queue.set_ready(true);
             let resources = QueueResources {
                 memory: Memory::from(Arc::clone(&memory)),
@@ -69,7 +71,7 @@ impl Guest {
             };
             rings.push(Some(Ring::new(kind, index, resources)));
         }
-        Some(Self { memory, rings, published: vec![0; queues] })
+        Some(Self { memory, rings, published: vec![entry; queues] })
     }
 
     /// Writes bytes into guest memory; what does not fit is not written.
@@ -119,7 +121,7 @@ fn byte(data: &mut &[u8]) -> u8 {
 /// Feeds a socket device, either with packets in well-formed chains or with memory and rings as they come.
 pub fn vsock(mut data: &[u8]) {
     let mode = byte(&mut data);
-    let Some(mut guest) = Guest::new(DeviceKind::Vsock, 2, mode & 2 != 0) else { return };
+    let Some(mut guest) = Guest::new(DeviceKind::Vsock, 3, mode & 2 != 0, 0) else { return };
     let Ok(poll) = mio::Poll::new() else { return };
     let Ok(registry) = poll.registry().try_clone() else { return };
     let sockets = Arc::new(Mutex::new(Vec::<OwnedFd>::new()));
@@ -177,7 +179,7 @@ pub fn vsock(mut data: &[u8]) {
 /// Feeds a disk, either with requests in well-formed chains or with memory and rings as they come.
 pub fn block(mut data: &[u8]) {
     let mode = byte(&mut data);
-    let Some(mut guest) = Guest::new(DeviceKind::Block, 1, mode & 2 != 0) else { return };
+    let Some(mut guest) = Guest::new(DeviceKind::Block, 1, mode & 2 != 0, 0) else { return };
     let Ok(file) = rustix::fs::memfd_create("disk", MemfdFlags::CLOEXEC) else { return };
     let file = File::from(file);
     if file.set_len(1 << 16).is_err() {
@@ -279,7 +281,8 @@ fn feed(
     mut meanwhile: impl FnMut(u8),
 ) {
     let mode = byte(&mut data);
-    let Some(mut guest) = Guest::new(kind, queues, mode & 2 != 0) else { return };
+    let entry = if mode & 4 == 0 { 0 } else { u16::MAX - 2 };
+    let Some(mut guest) = Guest::new(kind, queues, mode & 2 != 0, entry) else { return };
     model.ack_features(features);
     if mode & 1 == 0 {
         guest.write(0, data);
@@ -355,15 +358,30 @@ impl VirtioDevice for Inert {
     fn reset(&mut self) {
         *self = Self::default();
     }
+
+    fn save(&self) -> Result<DeviceState, DeviceError> {
+        assert!(self.running.iter().all(Option::is_none), "saved while a queue runs");
+        Ok(DeviceState::default())
+    }
+
+    fn restore(&mut self, _state: &DeviceState) -> Result<(), DeviceError> {
+        assert!(!self.negotiated, "restored after the features");
+        Ok(())
+    }
 }
 
 /// Feeds the registers of virtio-mmio with accesses: what, where, and up to eight bytes.
-pub fn mmio(mut data: &[u8]) {
+pub fn mmio(data: &[u8]) {
     let Ok(memory) = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY_BYTES)]) else { return };
     let Ok(interrupt) = EventFd::new(EFD_NONBLOCK) else { return };
     let Ok(device) = MmioDevice::new(Box::new(Inert::default()), Memory::new(memory), interrupt) else {
         return;
     };
+    access(&device, data);
+}
+
+/// Reads and writes registers of a device, and saves it.
+fn access(device: &MmioDevice, mut data: &[u8]) {
     while !data.is_empty() {
         let shape = byte(&mut data);
         // Most registers lie in the first 256 bytes, on a multiple of four.
@@ -375,8 +393,110 @@ pub fn mmio(mut data: &[u8]) {
         let mut value: Vec<u8> = (0..width).map(|_| byte(&mut data)).collect();
         match shape & 24 {
             0 => device.read(offset, &mut value),
-            8 => drop(device.save()),
+            8 => {
+                device.save().expect("a device that cannot fail is saved");
+                device.resume();
+            }
             _ => device.write(offset, &value),
+        }
+    }
+}
+
+/// Restores registers from a state of somebody else's making, and lets a driver go on with what came of it.
+fn restore(mut data: &[u8]) {
+    let Ok(memory) = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY_BYTES)]) else { return };
+    let Ok(interrupt) = EventFd::new(EFD_NONBLOCK) else { return };
+    let data = &mut data;
+    let (shape, count) = (byte(data), byte(data));
+    let entry = |data: &mut &[u8]| u16::from_le_bytes([byte(data), byte(data)]);
+    let mut queue = || SavedQueue {
+        // One in eight is no power of two.
+        size: if shape & 7 == 0 { entry(data).into() } else { 1 << (byte(data) % 10) },
+        addresses: Addresses {
+            descriptors: u64::from(entry(data)) << 4,
+            available: u64::from(entry(data)) << 2,
+            used: u64::from(entry(data)) << 2,
+        },
+        ready: byte(data) & 3 != 0,
+        next_available: entry(data),
+        next_used: entry(data),
+    };
+    let queues = (0..if count < 240 { 2 } else { count & 3 }).map(|_| queue()).collect();
+    let state = SavedTransport {
+        device: if shape & 8 == 0 { DeviceKind::Rng.id() } else { byte(data).into() },
+        status: byte(data).into(),
+        interrupt_status: byte(data).into(),
+        device_features_page: byte(data).into(),
+        driver_features_page: byte(data).into(),
+        driver_features: [u32::from(byte(data)) << 24, byte(data).into(), 0, u32::from(shape >> 7)],
+        selected_queue: byte(data).into(),
+        queues,
+        config_generation: byte(data).into(),
+        model: DeviceState::default(),
+    };
+    let Ok(device) = MmioDevice::restore(Box::new(Inert::default()), Memory::new(memory), interrupt, &state)
+    else {
+        return;
+    };
+    // What was accepted is what is saved again, but that the driver is told of its configuration.
+    let again = device.save().expect("a device that cannot fail is saved");
+    assert_eq!(again.queues, state.queues, "queues are as they were");
+    assert_eq!(again.driver_features, state.driver_features, "features are as they were");
+    assert_eq!(
+        again.interrupt_status & state.interrupt_status,
+        state.interrupt_status,
+        "an interrupt was lost"
+    );
+    device.resume();
+    access(&device, data);
+}
+
+/// Feeds saved states: of the registers, or of a model, which then works on the rest.
+pub fn saved(mut data: &[u8]) {
+    let which = byte(&mut data);
+    if which & 7 == 0 {
+        return restore(data);
+    }
+    let mut part = |limit: u8| {
+        let length = usize::from(byte(&mut data) % limit).min(data.len());
+        let (part, rest) = data.split_at(length);
+        data = rest;
+        part.to_vec()
+    };
+    let state = DeviceState { config: part(64), model: part(8) };
+    let Ok(poll) = mio::Poll::new() else { return };
+    match which & 7 {
+        1 | 2 => {
+            let Ok(registry) = poll.registry().try_clone() else { return };
+            let backend = vsock::Backend { ports: [1024].into(), accepted: Box::new(|_, _| {}) };
+            let mut model = vsock::model(vsock::Cid(3), registry, backend);
+            if model.restore(&state).is_ok() {
+                feed(data, DeviceKind::Vsock, 3, 0, &mut model, |_| {});
+            }
+        }
+        3 | 4 => {
+            let Ok(file) = rustix::fs::memfd_create("disk", MemfdFlags::CLOEXEC) else { return };
+            let file = File::from(file);
+            if file.set_len(1 << 16).is_err() {
+                return;
+            }
+            let Ok(backend) = block::Backend::new(file, "fuzz", false) else { return };
+            let mut model = block::model(backend, 1);
+            if model.restore(&state).is_ok() {
+                feed(data, DeviceKind::Block, 1, 0, &mut model, |_| {});
+            }
+        }
+        5 => {
+            let mut model = balloon::model(balloon::Backend { discard: Box::new(|_, _| {}) });
+            if model.restore(&state).is_ok() {
+                feed(data, DeviceKind::Balloon, 4, u64::MAX, &mut model, |_| {});
+            }
+        }
+        _ => {
+            let mut model = rng::model();
+            if model.restore(&state).is_ok() {
+                feed(data, DeviceKind::Rng, 1, 0, &mut model, |_| {});
+            }
         }
     }
 }
@@ -397,6 +517,7 @@ mod tests {
             balloon(&data);
             net(&data);
             mmio(&data);
+            saved(&data);
         }
     }
 

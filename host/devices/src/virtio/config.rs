@@ -12,6 +12,8 @@ struct Shared {
     space: Mutex<Space>,
     /// What the driver may write.
     writable: Vec<Range<usize>>,
+    /// What a restored device has as it was; the rest is its own, which may be other than the saved one's.
+    kept: Vec<Range<usize>>,
 }
 
 #[derive(Debug, Default)]
@@ -25,13 +27,15 @@ struct Space {
 impl ConfigSpace {
     /// A space that only the device changes.
     pub fn new(bytes: Vec<u8>) -> Self {
-        Self::with_writable(bytes, Vec::new())
+        Self::with_writable(bytes, Vec::new(), None)
     }
 
-    /// A space of which the driver writes these ranges, which lie within it.
-    pub fn with_writable(bytes: Vec<u8>, writable: Vec<Range<usize>>) -> Self {
+    /// A space of which the driver writes these ranges, which lie within it, and of which a restored device keeps them and
+    /// this other.
+    pub fn with_writable(bytes: Vec<u8>, writable: Vec<Range<usize>>, kept: Option<Range<usize>>) -> Self {
         let space = Space { initial: bytes.clone(), bytes, generation: 0 };
-        Self(Arc::new(Shared { space: Mutex::new(space), writable }))
+        let kept = writable.iter().cloned().chain(kept).collect();
+        Self(Arc::new(Shared { space: Mutex::new(space), writable, kept }))
     }
 
     /// Answers the driver's read. Beyond the end there are zeroes.
@@ -83,24 +87,17 @@ impl ConfigSpace {
         }
     }
 
-    /// The bytes that are not as they were when the space was made; none when all are.
-    pub fn changed(&self) -> Vec<u8> {
-        let space = self.space();
-        if space.bytes == space.initial { Vec::new() } else { space.bytes.clone() }
+    /// All of it.
+    pub fn bytes(&self) -> Vec<u8> {
+        self.space().bytes.clone()
     }
 
-    /// Takes on bytes from [`Self::changed`]; `false` when they are not of a space like this.
-    pub fn restore(&self, bytes: &[u8]) -> bool {
+    /// Takes on what is kept of the bytes of a saved space, which is as long as this one.
+    pub fn restore(&self, bytes: &[u8]) {
         let mut space = self.space();
-        if bytes.is_empty() {
-            return true;
+        for range in &self.0.kept {
+            space.bytes[range.clone()].copy_from_slice(&bytes[range.clone()]);
         }
-        let fits = bytes.len() == space.bytes.len();
-        if fits {
-            space.bytes.copy_from_slice(bytes);
-            space.generation = space.generation.wrapping_add(1);
-        }
-        fits
     }
 
     fn space(&self) -> MutexGuard<'_, Space> {
@@ -128,7 +125,7 @@ mod tests {
 
     #[test]
     fn a_driver_writes_only_what_it_may() {
-        let space = ConfigSpace::with_writable(vec![0; 12], vec![4..6, 6..8]);
+        let space = ConfigSpace::with_writable(vec![0; 12], vec![4..6, 6..8], Some(11..12));
         space.write(2, &[9; 8]);
         space.write(u64::MAX, &[9; 2]);
         space.write(11, &[9; 4]);
@@ -136,10 +133,10 @@ mod tests {
         assert_eq!(space.generation(), 0);
         space.set(0, &[1]);
         assert_eq!(space.generation(), 1);
-        let saved = space.changed();
         space.reset();
         assert_eq!([0, 4].map(|offset| space.word(offset)), [1, 0]);
-        assert!(space.restore(&saved) && space.restore(&[]) && !space.restore(&[1]));
-        assert_eq!(space.word(4), 0x0909_0909);
+        // Of a saved one, what the driver wrote and what is kept.
+        space.restore(&[7; 12]);
+        assert_eq!(space.bytes(), [1, 0, 0, 0, 7, 7, 7, 7, 0, 0, 0, 7]);
     }
 }

@@ -88,10 +88,14 @@ pub trait Interrupt: Send + Sync {
     fn needs_reset(&self) {}
 }
 
-/// What a model cannot learn anew from its host or its driver, for a saved machine: bytes that only the same kind of
-/// device reads.
+/// What a saved machine keeps of a model, beside the features and the queues: those are the transport's.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct DeviceState(pub Vec<u8>);
+pub struct DeviceState {
+    /// Configuration space as the driver could read it.
+    pub config: Vec<u8>,
+    /// What only a model of this kind reads; most keep nothing.
+    pub model: Vec<u8>,
+}
 
 /// Everything a model needs to work on one queue.
 pub struct QueueResources {
@@ -137,13 +141,21 @@ pub enum DeviceError {
         #[source]
         source: io::Error,
     },
-    /// Saved state that this device did not write.
-    #[error("the {kind} device cannot go on from {length} bytes of saved state")]
+    /// The model has state that cannot be saved.
+    #[error("the state of the {kind} device cannot be saved: {reason}")]
+    Unsaved {
+        /// The device asked.
+        kind: DeviceKind,
+        /// Why not, as a clause.
+        reason: String,
+    },
+    /// Saved state that this device cannot have written, or that does not fit what it is given now.
+    #[error("the {kind} device cannot go on from its saved state: {reason}")]
     InvalidState {
         /// The device asked.
         kind: DeviceKind,
-        /// How many bytes there were.
-        length: usize,
+        /// Why not, as a clause.
+        reason: String,
     },
     /// The device's thread has ended.
     #[error("the thread of the {kind} device has ended")]
@@ -200,15 +212,18 @@ pub trait VirtioDevice: Send {
     }
 
     /// What a machine that is saved keeps of the device, beside features and queues. Called while no queue runs.
-    fn save(&self) -> DeviceState {
-        DeviceState::default()
+    fn save(&self) -> Result<DeviceState, DeviceError> {
+        Ok(DeviceState::default())
     }
 
-    /// Goes on from what [`Self::save`] returned. Comes before [`Self::ack_features`].
+    /// Goes on from what [`Self::save`] returned; the state may be anybody's. Comes once, before [`Self::ack_features`].
     fn restore(&mut self, state: &DeviceState) -> Result<(), DeviceError> {
-        match state.0.is_empty() {
+        match *state == DeviceState::default() {
             true => Ok(()),
-            false => Err(DeviceError::InvalidState { kind: self.kind(), length: state.0.len() }),
+            false => {
+                let reason = "it keeps nothing".to_owned();
+                Err(DeviceError::InvalidState { kind: self.kind(), reason })
+            }
         }
     }
 }

@@ -113,14 +113,20 @@ impl<T: Threaded> VirtioDevice for T {
         self.front().worker.life()
     }
 
-    fn save(&self) -> DeviceState {
-        DeviceState(self.front().config.changed())
+    fn save(&self) -> Result<DeviceState, DeviceError> {
+        let model = self.front().worker.save()?;
+        Ok(DeviceState { config: self.front().config.bytes(), model })
     }
 
     fn restore(&mut self, state: &DeviceState) -> Result<(), DeviceError> {
-        match self.front().config.restore(&state.0) {
-            true => Ok(()),
-            false => Err(DeviceError::InvalidState { kind: self.kind(), length: state.0.len() }),
+        let Front { kind, config, worker, .. } = self.front();
+        let (saved, length) = (state.config.len(), config.bytes().len());
+        if saved != length {
+            let reason = format!("its configuration space has {saved} bytes, not {length}");
+            return Err(DeviceError::InvalidState { kind: *kind, reason });
         }
+        worker.restore(state.clone())?;
+        config.restore(&state.config);
+        Ok(())
     }
 }

@@ -16,7 +16,7 @@ use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Registry, Token, Waker};
 use tracing::error;
 
-use crate::virtio::device::{DeviceError, DeviceKind, QueueResources, QueueState};
+use crate::virtio::device::{DeviceError, DeviceKind, DeviceState, QueueResources, QueueState};
 use crate::virtio::life::Life;
 use crate::virtio::ring::Ring;
 
@@ -55,6 +55,18 @@ pub(crate) trait Model: Send + 'static {
     /// order that [`Ring::untake`] wants.
     fn stopping(&mut self, _index: usize, _ring: &mut Ring) {}
 
+    /// What a saved machine keeps of the model, beside features, queues and configuration space; `Err` is why it cannot, as a
+    /// clause. Called while no queue runs.
+    fn save(&self) -> Result<Vec<u8>, String> {
+        Ok(Vec::new())
+    }
+
+    /// Goes on from a saved state, before the first queue starts; `Err` is why it cannot, as a clause. Of configuration space
+    /// only what is kept is taken over, after this.
+    fn restore(&mut self, state: &DeviceState) -> Result<(), String> {
+        keeps_nothing(state)
+    }
+
     /// When `run` must come at the latest even if nothing happens.
     fn deadline(&self) -> Option<Instant>;
 
@@ -62,11 +74,21 @@ pub(crate) trait Model: Send + 'static {
     fn reset(&mut self);
 }
 
+/// Refuses what a model that keeps nothing has not saved.
+pub(crate) fn keeps_nothing(state: &DeviceState) -> Result<(), String> {
+    match state.model.len() {
+        0 => Ok(()),
+        length => Err(format!("it keeps nothing of its own, and not {length} bytes")),
+    }
+}
+
 enum Command<M> {
     AckFeatures(u64),
     Start { index: usize, resources: QueueResources, done: Sender<Result<(), DeviceError>> },
     Stop { index: usize, done: Sender<Option<QueueState>> },
     Reset { done: Sender<()> },
+    Save { done: Sender<Result<Vec<u8>, String>> },
+    Restore { state: DeviceState, done: Sender<Result<(), String>> },
     Message(M),
     End,
 }
@@ -162,6 +184,19 @@ impl<M: Send + 'static> Worker<M> {
         let _ended = self.ask(|done| Command::Reset { done });
     }
 
+    /// What the model keeps for [`Self::restore`].
+    pub fn save(&self) -> Result<Vec<u8>, DeviceError> {
+        let kind = self.kind;
+        let saved = self.ask(|done| Command::Save { done }).ok_or(DeviceError::Gone { kind })?;
+        saved.map_err(|reason| DeviceError::Unsaved { kind, reason })
+    }
+
+    pub fn restore(&self, state: DeviceState) -> Result<(), DeviceError> {
+        let kind = self.kind;
+        let restored = self.ask(|done| Command::Restore { state, done }).ok_or(DeviceError::Gone { kind })?;
+        restored.map_err(|reason| DeviceError::InvalidState { kind, reason })
+    }
+
     /// Sends a command and waits for its answer; `None` when the thread has ended.
     fn ask<T>(&self, command: impl FnOnce(Sender<T>) -> Command<M>) -> Option<T> {
         let (done, answer) = mpsc::channel();
@@ -247,6 +282,12 @@ impl<T: Model> Loop<T> {
                     }
                     self.model.reset();
                     let _unheard = done.send(());
+                }
+                Command::Save { done } => {
+                    let _unheard = done.send(self.model.save());
+                }
+                Command::Restore { state, done } => {
+                    let _unheard = done.send(self.model.restore(&state));
                 }
                 Command::Message(message) => self.model.message(message),
                 Command::End => return std::ops::ControlFlow::Break(()),

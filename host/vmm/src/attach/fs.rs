@@ -11,7 +11,7 @@ use host_devices::virtio::VirtioDevice;
 use host_devices::virtio::buffers::Buffers;
 use host_devices::virtio::fs::{Backend, Fs};
 use host_fs::{
-    CachePolicy, ExportSpec, HEADER_BYTES, Owners, Payload, REQUEST_BYTES_MAX, Reply, Room, Server,
+    CachePolicy, ExportSpec, HEADER_BYTES, Owners, Payload, REQUEST_BYTES_MAX, Reply, Room, Saved, Server,
     WRITE_HEAD_BYTES,
 };
 use host_hypervisor::qemu::Device;
@@ -145,6 +145,19 @@ impl Backend for Requests {
     fn reset(&self) {
         self.0.reset();
     }
+
+    fn save(&self) -> Result<Vec<u8>, String> {
+        let saved =
+            self.0.save().map_err(|error| format!("what the guest has open cannot be told ({error})"))?;
+        serde_json::to_vec(&saved)
+            .map_err(|error| format!("what the guest knows cannot be written ({error})"))
+    }
+
+    fn restore(&self, state: &[u8]) -> Result<(), String> {
+        let saved = serde_json::from_slice::<Saved>(state)
+            .map_err(|error| format!("what the guest knew cannot be read ({error})"))?;
+        self.0.restore(&saved).map_err(|error| error.to_string())
+    }
 }
 
 /// A write's data in guest memory.
@@ -171,5 +184,22 @@ impl Room for Space<'_, '_> {
     fn read_at(&mut self, file: BorrowedFd<'_>, offset: u64, count: usize) -> io::Result<usize> {
         self.0.truncate(count);
         self.0.read_at(file, offset)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_guest_knows_goes_with_a_saved_machine() {
+        let requests = || Requests(Arc::new(Server::new(16)));
+        let saved = requests().save().unwrap();
+        requests().restore(&saved).unwrap();
+        let error = requests().restore(b"{}").unwrap_err();
+        assert!(error.starts_with("what the guest knew cannot be read (missing field"), "{error}");
+        let made_up = br#"{"devices":[],"files":[],"last_file":1,"handles":[{"number":1,"file":1,"flags":null}],"last_handle":0}"#;
+        let error = requests().restore(made_up).unwrap_err();
+        assert!(error.ends_with("an open file has a number that was never given"), "{error}");
     }
 }

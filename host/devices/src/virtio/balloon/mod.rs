@@ -170,7 +170,8 @@ impl Balloon {
 }
 
 fn config_space() -> ConfigSpace {
-    ConfigSpace::with_writable(vec![0; CONFIG_BYTES], vec![ACTUAL..ACTUAL + 4, POISON..POISON + 4])
+    let writable = vec![ACTUAL..ACTUAL + 4, POISON..POISON + 4];
+    ConfigSpace::with_writable(vec![0; CONFIG_BYTES], writable, Some(TARGET..TARGET + 4))
 }
 
 /// The model without a thread, for fuzz targets.

@@ -130,7 +130,7 @@ fn the_target_is_told_and_the_driver_follows() {
     assert_eq!(handle.actual(), 1 << 20);
     // A saved machine keeps both.
     let (mut other, _) = device();
-    other.restore(&machine.device.save()).unwrap();
+    other.restore(&machine.device.save().unwrap()).unwrap();
     assert_eq!(other.handle().actual(), 1 << 20);
     handle.set_target(u64::MAX);
     machine.device.read_config(0, &mut target);

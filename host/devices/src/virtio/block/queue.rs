@@ -11,8 +11,9 @@ use super::request::{RequestError, serve};
 use super::{Counters, Message};
 use crate::throttle::Throttle;
 use crate::virtio::config::ConfigSpace;
+use crate::virtio::device::DeviceState;
 use crate::virtio::ring::{Ring, Round};
-use crate::virtio::worker::{Model, Rings};
+use crate::virtio::worker::{Model, Rings, keeps_nothing};
 
 /// Where the disk's capacity is in configuration space (virtio 1.3 §5.2.4).
 const CAPACITY: usize = 0;
@@ -125,6 +126,17 @@ impl Model for Queues {
             }
         }
         more
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), String> {
+        keeps_nothing(state)?;
+        // The file may have grown meanwhile, and the driver is told. It uses all that it once saw.
+        let known = state.config.first_chunk().map_or(0, |capacity| u64::from_le_bytes(*capacity));
+        let sectors = self.backend.sectors();
+        match known <= sectors {
+            true => Ok(()),
+            false => Err(format!("the driver uses {known} sectors, and the disk has {sectors}")),
+        }
     }
 
     fn deadline(&self) -> Option<Instant> {

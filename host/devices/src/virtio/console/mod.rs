@@ -28,6 +28,8 @@ const QUEUE_SIZES: [u16; 2] = [64, 64];
 /// Feature bit: the size in configuration space means something (§5.3.3).
 const F_SIZE: u32 = 0;
 const CONFIG_BYTES: usize = 12;
+/// Columns and rows, at the beginning of it.
+const SIZE_BYTES: usize = 4;
 
 /// What the device has done since it was made.
 #[derive(Debug, Default)]
@@ -76,7 +78,8 @@ impl Console {
     /// Makes a console of a connected socket, and its thread. A socket that closes leaves a console that nobody reads.
     pub fn new(stream: UnixStream) -> io::Result<Self> {
         let counters = Arc::new(Counters::default());
-        let config = ConfigSpace::new(vec![0; CONFIG_BYTES]);
+        // A restored console is as large as it was until it is resized.
+        let config = ConfigSpace::with_writable(vec![0; CONFIG_BYTES], Vec::new(), Some(0..SIZE_BYTES));
         let shared = Arc::clone(&counters);
         let front = Front::try_spawn(
             DeviceKind::Console,

@@ -43,6 +43,14 @@ pub trait Backend: Send + Sync + 'static {
 
     /// The driver starts over: forget what it knew.
     fn reset(&self);
+
+    /// What the driver knows and has open, for a saved machine; `Err` is why it cannot be said, as a clause. No request is
+    /// being served.
+    fn save(&self) -> Result<Vec<u8>, String>;
+
+    /// Goes on from what [`Self::save`] returned, which may be anybody's; `Err` is why it cannot, as a clause. Comes before
+    /// the first request.
+    fn restore(&self, state: &[u8]) -> Result<(), String>;
 }
 
 /// What the device has done since it was made.

@@ -12,6 +12,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::pool::{self, Done, Job, Pool};
 use super::{Backend, Counters, QUEUES, SLOW_THREADS};
+use crate::virtio::device::DeviceState;
 use crate::virtio::ring::Ring;
 use crate::virtio::worker::{Model, Rings};
 
@@ -151,6 +152,14 @@ impl Model for Queues {
                 None => return,
             }
         }
+    }
+
+    fn save(&self) -> Result<Vec<u8>, String> {
+        self.backend.save()
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), String> {
+        self.backend.restore(&state.model)
     }
 
     fn deadline(&self) -> Option<Instant> {

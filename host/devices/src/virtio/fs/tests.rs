@@ -20,6 +20,8 @@ const ANSWER: u64 = 0x11_0000;
 struct Mirror {
     go: Mutex<Receiver<Word>>,
     resets: Counter,
+    /// The only state it goes on from.
+    state: Vec<u8>,
 }
 
 #[derive(PartialEq)]
@@ -48,6 +50,17 @@ impl Backend for Mirror {
     fn reset(&self) {
         self.resets.add(1);
     }
+
+    fn save(&self) -> Result<Vec<u8>, String> {
+        match self.state.is_empty() {
+            true => Err("a mirror has no memory".into()),
+            false => Ok(self.state.clone()),
+        }
+    }
+
+    fn restore(&self, state: &[u8]) -> Result<(), String> {
+        (state == self.state).then_some(()).ok_or_else(|| "it is another mirror's".into())
+    }
 }
 
 struct Guest {
@@ -62,7 +75,8 @@ struct Guest {
 impl Guest {
     fn new(event_idx: bool) -> Self {
         let (go, waits) = mpsc::channel();
-        let backend = Arc::new(Mirror { go: Mutex::new(waits), resets: Counter::default() });
+        let (resets, state) = (Counter::default(), b"mirror".to_vec());
+        let backend = Arc::new(Mirror { go: Mutex::new(waits), resets, state });
         let mut device = Fs::new("home", Arc::clone(&backend) as _).unwrap();
         let memory = driver::memory(4 << 20);
         let high_priority = DriverQueue::new(&memory, HIGH_PRIORITY, 16, event_idx);
@@ -194,6 +208,22 @@ fn a_queue_that_is_stopped_does_not_wait_for_a_lost_request() {
     assert!(guest.device.stop_queue(1).is_none());
     panicking.join().unwrap();
     assert_eq!(guest.failure(), "its thread panicked: no way to go on");
+}
+
+#[test]
+fn what_the_back_end_keeps_is_saved() {
+    let device = |state: &[u8]| {
+        let (_, waits) = mpsc::channel();
+        let backend = Mirror { go: Mutex::new(waits), resets: Counter::default(), state: state.to_vec() };
+        Fs::new("home", Arc::new(backend)).unwrap()
+    };
+    let saved = device(b"mirror").save().unwrap();
+    assert_eq!(saved.model, b"mirror");
+    device(b"mirror").restore(&saved).unwrap();
+    let refused = device(b"other").restore(&saved).unwrap_err().to_string();
+    assert_eq!(refused, "the fs device cannot go on from its saved state: it is another mirror's");
+    let unsaved = device(b"").save().unwrap_err().to_string();
+    assert_eq!(unsaved, "the state of the fs device cannot be saved: a mirror has no memory");
 }
 
 #[test]

@@ -16,6 +16,8 @@
 //! too late (features after FEATURES_OK, addresses of a ready queue) is ignored. A queue that cannot be started sets
 //! DEVICE_NEEDS_RESET.
 //!
+//! A device that is saved is paused for it: its queues are stopped as for a reset, and where they were is kept.
+//!
 //! Files: `registers` is the machine behind the window, `line` the interrupt, `saved` what a saved machine keeps.
 
 mod line;
@@ -29,7 +31,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-pub use self::saved::{RestoreError, SavedQueue, SavedTransport};
+pub use self::saved::{RestoreError, SaveError, SavedQueue, SavedTransport};
 
 use self::line::Line;
 use self::registers::{CONFIG, INTERRUPT_ACK, INTERRUPT_STATUS, QUEUE_NOTIFY, Registers};
@@ -62,7 +64,8 @@ impl MmioDevice {
         Ok(Self { kind, registers: Mutex::new(registers), line, kicks })
     }
 
-    /// The same as [`Self::new`], going on where the device of a saved machine was. Guest memory has been restored.
+    /// The same as [`Self::new`], going on where the device of a saved machine was. Guest memory has been restored. The state
+    /// may be anybody's. The driver is told to read configuration space again: what it leads to may be other than it was.
     pub fn restore(
         device: Box<dyn VirtioDevice>,
         memory: Memory,
@@ -118,9 +121,19 @@ impl MmioDevice {
         }
     }
 
-    /// What a saved machine keeps of this device. No virtual CPU may run; the device pauses meanwhile and then goes on.
-    pub fn save(&self) -> SavedTransport {
+    /// Pauses the device and tells what a saved machine keeps of it. No virtual CPU may run from before that until
+    /// [`Self::resume`].
+    ///
+    /// When it returns, all requests that the device had taken are done and handed back, or will be taken again, and the
+    /// device touches guest memory no more: with every device paused, memory can be saved. After an error the device
+    /// goes on.
+    pub fn save(&self) -> Result<SavedTransport, SaveError> {
         self.registers().save()
+    }
+
+    /// Lets a device go on that [`Self::save`] has paused; harmless if it was not.
+    pub fn resume(&self) {
+        self.registers().resume();
     }
 
     fn kick(&self, queue: u32) {

@@ -12,8 +12,8 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::line::Line;
-use super::saved::{RestoreError, SavedQueue, SavedTransport};
+use super::line::{CONFIG_CHANGED, Line, USED};
+use super::saved::{RestoreError, SaveError, SavedQueue, SavedTransport};
 use crate::throttle::Throttle;
 use crate::virtio::device::{DeviceError, Interrupt, Memory, QueueResources, VirtioDevice};
 use crate::virtio::ring::{self, Addresses};
@@ -64,6 +64,15 @@ struct QueueRegisters {
     addresses: Addresses,
     ready: bool,
     running: bool,
+    /// Where it starts.
+    position: Position,
+}
+
+/// Where a queue goes on: the next entries of its rings.
+#[derive(Clone, Copy, Default)]
+struct Position {
+    available: u16,
+    used: u16,
 }
 
 pub(super) struct Registers {
@@ -77,6 +86,10 @@ pub(super) struct Registers {
     driver_features: [u32; 4],
     selected_queue: u32,
     queues: Vec<QueueRegisters>,
+    /// No queue runs until the device goes on.
+    paused: bool,
+    /// Changes of configuration space before the device was restored.
+    config_generations: u32,
     throttle: Throttle,
 }
 
@@ -99,6 +112,8 @@ impl Registers {
             driver_features: [0; 4],
             selected_queue: 0,
             queues,
+            paused: false,
+            config_generations: 0,
             throttle: Throttle::default(),
         }
     }
@@ -127,7 +142,7 @@ impl Registers {
             STATUS => self.status(),
             // There is no shared memory: its length and its base read as all ones (§4.2.2).
             SHARED_MEMORY_LENGTH_LOW..=SHARED_MEMORY_BASE_HIGH => u32::MAX,
-            CONFIG_GENERATION => self.device.config_generation(),
+            CONFIG_GENERATION => self.config_generation(),
             _ => 0,
         }
     }
@@ -165,6 +180,10 @@ impl Registers {
             QUEUE_USED_HIGH => set_high(&mut addresses.used, value),
             _ => {}
         }
+    }
+
+    fn config_generation(&self) -> u32 {
+        self.config_generations.wrapping_add(self.device.config_generation())
     }
 
     fn maximum(&self) -> Option<u16> {
@@ -215,6 +234,7 @@ impl Registers {
         let index = self.selected_queue as usize;
         let Some(queue) = self.queues.get_mut(index) else { return };
         queue.ready = value == 1;
+        queue.position = Position::default();
         if queue.ready && self.start_state(index).is_err() {
             self.queues[index].ready = false;
             self.fail(index, &"its size or an address is none a queue can have");
@@ -225,7 +245,7 @@ impl Registers {
     /// Brings one queue of the model to where the registers want it.
     fn update(&mut self, index: usize) {
         let queue = self.queues[index];
-        let wanted = queue.ready && self.status & DRIVER_OK != 0 && self.status & FAILED == 0;
+        let wanted = queue.ready && self.status & DRIVER_OK != 0 && self.status & FAILED == 0 && !self.paused;
         match (wanted, queue.running) {
             (true, false) => match self.start_state(index) {
                 Ok(queue) => self.start(index, queue),
@@ -234,18 +254,22 @@ impl Registers {
             (false, true) => {
                 self.device.stop_queue(index);
                 self.queues[index].running = false;
+                self.queues[index].position = Position::default();
             }
             _ => {}
         }
     }
 
-    /// The queue as the driver has set it up, from its beginning.
+    /// The queue as the driver has set it up, from where it is.
     fn start_state(&self, index: usize) -> Result<Queue, virtio_queue::Error> {
         let maximum = self.device.queue_sizes()[index];
         let registers = self.queues[index];
         let size = u16::try_from(registers.size).map_err(|_| virtio_queue::Error::InvalidSize)?;
         let event_idx = self.taken_features() & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
-        ring::queue(maximum, size, registers.addresses, event_idx)
+        let mut queue = ring::queue(maximum, size, registers.addresses, event_idx)?;
+        queue.set_next_avail(registers.position.available);
+        queue.set_next_used(registers.position.used);
+        Ok(queue)
     }
 
     fn start(&mut self, index: usize, queue: Queue) {
@@ -287,49 +311,50 @@ impl Registers {
         self.line.reset();
     }
 
-    pub fn save(&mut self) -> SavedTransport {
-        let mut queues = Vec::with_capacity(self.queues.len());
-        let mut stopped = Vec::new();
-        for (index, registers) in self.queues.iter().enumerate() {
-            let state = if registers.running { self.device.stop_queue(index) } else { None };
-            queues.push(SavedQueue {
-                size: registers.size,
-                addresses: registers.addresses,
-                ready: registers.ready,
-                next_available: state.map_or(0, |state| state.next_avail),
-                next_used: state.map_or(0, |state| state.next_used),
-            });
-            if registers.running {
-                stopped.push(index);
-            }
-        }
-        let saved = SavedTransport {
-            device: self.device.kind().id(),
+    pub fn save(&mut self) -> Result<SavedTransport, SaveError> {
+        let kind = self.device.kind();
+        let model = self.pause().and_then(|()| self.device.save()).map_err(|source| {
+            self.resume();
+            SaveError { kind, source }
+        })?;
+        let queue = |registers: &QueueRegisters| SavedQueue {
+            size: registers.size,
+            addresses: registers.addresses,
+            ready: registers.ready,
+            next_available: registers.position.available,
+            next_used: registers.position.used,
+        };
+        Ok(SavedTransport {
+            device: kind.id(),
             status: self.status(),
             interrupt_status: self.line.pending(),
             device_features_page: self.device_features_page,
             driver_features_page: self.driver_features_page,
             driver_features: self.driver_features,
             selected_queue: self.selected_queue,
-            queues,
-            model: self.device.save(),
-        };
-        for index in stopped {
-            self.queues[index].running = false;
-            self.resume(index, &saved.queues[index]);
-        }
-        saved
+            queues: self.queues.iter().map(queue).collect(),
+            config_generation: self.config_generation(),
+            model,
+        })
     }
 
-    /// Starts a queue where it was.
-    fn resume(&mut self, index: usize, saved: &SavedQueue) {
-        match self.start_state(index) {
-            Ok(mut queue) => {
-                queue.set_next_avail(saved.next_available);
-                queue.set_next_used(saved.next_used);
-                self.start(index, queue);
-            }
-            Err(error) => self.fail(index, &error),
+    /// Stops all queues where they are.
+    fn pause(&mut self) -> Result<(), DeviceError> {
+        self.paused = true;
+        for (index, registers) in self.queues.iter_mut().enumerate().filter(|(_, queue)| queue.running) {
+            let stopped = self.device.stop_queue(index);
+            let state = stopped.ok_or(DeviceError::Gone { kind: self.device.kind() })?;
+            registers.running = false;
+            registers.position = Position { available: state.next_avail, used: state.next_used };
+        }
+        Ok(())
+    }
+
+    /// Starts them again.
+    pub fn resume(&mut self) {
+        self.paused = false;
+        for index in 0..self.queues.len() {
+            self.update(index);
         }
     }
 
@@ -349,6 +374,27 @@ impl Registers {
         if negotiated && missing != 0 {
             return Err(RestoreError::Features { kind, features: missing });
         }
+        let impossible = |what| Err(RestoreError::Impossible { kind, what });
+        if saved.status & !(ANY_TIME | FEATURES_OK | DRIVER_OK | VIRTIO_CONFIG_S_NEEDS_RESET) != 0 {
+            return impossible("its status has a bit that is none");
+        }
+        if negotiated && self.taken_features() & (1 << VIRTIO_F_VERSION_1) == 0 {
+            return impossible("its driver is a legacy one");
+        }
+        if saved.status & DRIVER_OK != 0 && !negotiated {
+            return impossible("its driver has agreed to no features");
+        }
+        if saved.interrupt_status & !(USED | CONFIG_CHANGED) != 0 {
+            return impossible("its interrupt has a reason that is none");
+        }
+        for (registers, saved) in self.queues.iter_mut().zip(&saved.queues) {
+            let position = Position { available: saved.next_available, used: saved.next_used };
+            let SavedQueue { size, addresses, ready, .. } = *saved;
+            *registers = QueueRegisters { size, addresses, ready, running: false, position };
+        }
+        if (0..count).any(|index| self.queues[index].ready && self.start_state(index).is_err()) {
+            return impossible("a queue has a size or an address that none can have");
+        }
         self.device.restore(&saved.model).map_err(|source| RestoreError::Model { kind, source })?;
         if negotiated {
             self.device.ack_features(self.taken_features() as u64);
@@ -357,25 +403,16 @@ impl Registers {
         self.device_features_page = saved.device_features_page;
         self.driver_features_page = saved.driver_features_page;
         self.selected_queue = saved.selected_queue;
+        // Whatever the driver has read half of it reads again.
+        self.config_generations = saved.config_generation.wrapping_add(1);
         if saved.status & VIRTIO_CONFIG_S_NEEDS_RESET != 0 {
             self.line.mark_broken();
         }
-        for (registers, saved) in self.queues.iter_mut().zip(&saved.queues) {
-            *registers = QueueRegisters {
-                size: saved.size,
-                addresses: saved.addresses,
-                ready: saved.ready,
-                running: false,
-            };
-        }
-        if self.status & DRIVER_OK != 0 && self.status & FAILED == 0 {
-            for (index, saved) in saved.queues.iter().enumerate().filter(|(_, saved)| saved.ready) {
-                self.resume(index, saved);
-            }
-        }
-        if saved.interrupt_status != 0 {
-            // An interrupt that the driver has not acknowledged comes again: its edge is lost with the old machine.
-            let _untold = self.line.raise(saved.interrupt_status);
+        self.resume();
+        // An interrupt that the driver has not acknowledged comes again: its edge is lost with the old machine.
+        let told = if self.status & DRIVER_OK == 0 { 0 } else { CONFIG_CHANGED };
+        if saved.interrupt_status | told != 0 {
+            let _untold = self.line.raise(saved.interrupt_status | told);
         }
         Ok(())
     }

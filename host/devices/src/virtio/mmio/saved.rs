@@ -26,6 +26,8 @@ pub struct SavedTransport {
     pub selected_queue: u32,
     /// The queues, by index.
     pub queues: Vec<SavedQueue>,
+    /// How often configuration space had changed.
+    pub config_generation: u32,
     /// The model's own.
     pub model: DeviceState,
 }
@@ -43,6 +45,17 @@ pub struct SavedQueue {
     pub next_available: u16,
     /// The next entry of the used ring that the device writes.
     pub next_used: u16,
+}
+
+/// A device's state cannot be saved.
+#[derive(Debug, thiserror::Error)]
+#[error("the {kind} device cannot be saved")]
+pub struct SaveError {
+    /// The device.
+    pub kind: DeviceKind,
+    /// Why.
+    #[source]
+    pub source: DeviceError,
 }
 
 /// A device cannot go on from its saved state.
@@ -68,6 +81,14 @@ pub enum RestoreError {
         saved: usize,
         /// How many there are.
         count: usize,
+    },
+    /// A driver cannot have brought a device to this.
+    #[error("the saved state of the {kind} device is none that it can be in: {what}")]
+    Impossible {
+        /// The device at hand.
+        kind: DeviceKind,
+        /// What is wrong, as a clause.
+        what: &'static str,
     },
     /// The driver uses a feature that is not offered any more.
     #[error("the driver of the saved {kind} device uses features that are not offered: {features:#x}")]

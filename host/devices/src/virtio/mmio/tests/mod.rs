@@ -7,6 +7,8 @@ use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+mod saved;
+
 use super::*;
 use crate::virtio::block::Block;
 use crate::virtio::device::{DeviceError, DeviceState, Interrupt, QueueResources, QueueState};
@@ -86,14 +88,14 @@ impl VirtioDevice for Recorder {
         let resets = log.resets + 1;
         *log = Log { resets, ..Log::default() };
     }
-    fn save(&self) -> DeviceState {
-        DeviceState(vec![7])
+    fn save(&self) -> Result<DeviceState, DeviceError> {
+        assert!(self.log().running.is_empty(), "saved while a queue runs");
+        Ok(DeviceState { config: Vec::new(), model: vec![7] })
     }
     fn restore(&mut self, state: &DeviceState) -> Result<(), DeviceError> {
-        match state.0[..] {
-            [7] => Ok(()),
-            _ => Err(DeviceError::InvalidState { kind: self.kind(), length: state.0.len() }),
-        }
+        let reason = || "it is not seven".to_owned();
+        let fits = state.model == [7];
+        fits.then_some(()).ok_or_else(|| DeviceError::InvalidState { kind: self.kind(), reason: reason() })
     }
 }
 
@@ -289,7 +291,8 @@ fn features_and_queues_are_settled_once_they_hold() {
     assert_eq!(recorder.log().features, Some(1 << 32 | 1 << 29));
     machine.set(0x38, 4);
     machine.set(0x80, 0xdead_0000);
-    let saved = machine.device.save();
+    let saved = machine.device.save().unwrap();
+    machine.device.resume();
     assert_eq!((saved.queues[0].size, saved.queues[0].addresses.descriptors), (16, 0x1000));
     // Taking bits back is not possible, only starting over.
     machine.set(STATUS, ACKNOWLEDGE);
@@ -427,62 +430,6 @@ fn accesses_of_another_shape_read_zero_and_write_nothing() {
     assert_eq!([0xb0, 0xb4, 0xb8, 0xbc].map(|offset| machine.get(offset)), [u32::MAX; 4]);
 }
 
-#[test]
-fn a_saved_device_goes_on_elsewhere() {
-    let machine = Machine::new(disk(1));
-    machine.negotiate(machine.features());
-    let mut queue = queue_on(&machine, true);
-    machine.set_up_queue(0, &queue);
-    machine.go();
-    assert_eq!(read_sector(&machine, &mut queue), 1);
-    let saved = machine.device.save();
-    assert_eq!((saved.queues[0].next_available, saved.queues[0].next_used), (1, 1));
-    // Saving does not end it.
-    assert_eq!(read_sector(&machine, &mut queue), 1);
-
-    let saved: SavedTransport =
-        serde_json::from_str(&serde_json::to_string(&machine.device.save()).unwrap()).unwrap();
-    let Machine { device, irq, memory } = machine;
-    drop(device);
-    let _spent = irq.read();
-    let device =
-        MmioDevice::restore(disk(2), driver::atomic(&memory), irq.try_clone().unwrap(), &saved).unwrap();
-    // What had been raised is raised again.
-    assert_eq!(irq.read().unwrap(), 1);
-    let machine = Machine { device, irq, memory };
-    assert_eq!((machine.get(STATUS), machine.get(0x60)), (15, 1));
-    assert_eq!(read_sector(&machine, &mut queue), 2);
-    assert_eq!(machine.device.save().queues[0].next_available, 3);
-}
-
-#[test]
-fn state_of_another_device_is_refused() {
-    let (_, machine) = running();
-    let saved = machine.device.save();
-    let check = |saved: SavedTransport, expected: &str| {
-        let irq = EventFd::new(EFD_NONBLOCK).unwrap();
-        let restored =
-            MmioDevice::restore(Box::new(Recorder::default()), driver::atomic(&machine.memory), irq, &saved);
-        assert_eq!(restored.err().expect("it was accepted").to_string(), expected);
-    };
-    check(
-        SavedTransport { device: 4, ..saved.clone() },
-        "the saved state is of a virtio device 4, not of the block device",
-    );
-    check(
-        SavedTransport { queues: vec![SavedQueue::default()], ..saved.clone() },
-        "the saved block device had 1 queues, this one has 2",
-    );
-    check(
-        SavedTransport { driver_features: [2, 1, 0, 0], ..saved.clone() },
-        "the driver of the saved block device uses features that are not offered: 0x2",
-    );
-    check(
-        SavedTransport { model: DeviceState(vec![1, 2]), ..saved.clone() },
-        "cannot restore the model of the block device",
-    );
-}
-
 /// What a driver can do, with more weight on what means something.
 fn action() -> impl Strategy<Value = (u64, u32)> {
     let register = prop_oneof![
@@ -525,10 +472,14 @@ proptest! {
                 let size = resources.queue.size();
                 prop_assert!(size.is_power_of_two() && size <= maximum);
             }
+            let ran: Vec<usize> = log.running.keys().copied().collect();
             drop(log);
-            let saved = machine.device.save();
+            let saved = machine.device.save().unwrap();
+            prop_assert!(recorder.log().running.is_empty());
+            machine.device.resume();
             for (index, queue) in saved.queues.iter().enumerate() {
                 let runs = recorder.log().running.contains_key(&index);
+                prop_assert_eq!(runs, ran.contains(&index), "a pause is all that it is");
                 prop_assert!(!runs || queue.ready);
                 prop_assert!(runs || !queue.ready || status & DRIVER_OK == 0 || status & FAILED != 0);
             }
