@@ -37,7 +37,7 @@ use crate::virtio::device::DeviceKind;
 use crate::virtio::threaded::{Front, Threaded};
 use crate::virtio::worker::Mailbox;
 
-/// Receive, transmit and event queue. Nothing is ever reported on the third.
+/// Receive, transmit and event queue. The third tells a restored guest that its streams are gone.
 const QUEUE_SIZES: [u16; 3] = [256, 256, 64];
 
 /// What the device needs from outside.

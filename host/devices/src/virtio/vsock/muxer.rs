@@ -108,6 +108,20 @@ impl Muxer {
         }
     }
 
+    /// The port of the next stream that the host opens.
+    pub fn next_port(&self) -> u32 {
+        self.next_port
+    }
+
+    /// Gives no port away that a guest may still have packets for; `false` if it is none that the host gives.
+    pub fn go_on_from(&mut self, port: u32) -> bool {
+        let is_ours = (FIRST_EPHEMERAL_PORT..=LAST_EPHEMERAL_PORT).contains(&port);
+        if is_ours {
+            self.next_port = port;
+        }
+        is_ours
+    }
+
     fn ephemeral_port(&mut self, guest_port: u32) -> Option<u32> {
         // One more try than there are streams finds a free port.
         for _ in 0..=MAX_CONNECTIONS {

@@ -14,17 +14,24 @@ use super::connection::{Received, Verdict};
 use super::muxer::{Muxer, Turn};
 use super::packet::{HEADER_BYTES, Header};
 use crate::virtio::buffers::Buffers;
+use crate::virtio::device::DeviceState;
 use crate::virtio::ring::{Ring, Round};
 use crate::virtio::worker::{Model, Rings};
 
 /// Queue indexes (virtio 1.3 §5.10.2).
 const RECEIVE: usize = 0;
 const TRANSMIT: usize = 1;
+const EVENT: usize = 2;
+
+/// The event that all streams are gone and the guest's context id may be another (§5.10.6.7): its number, u32.
+const EVENT_TRANSPORT_RESET: u32 = 0;
 
 /// Packets taken from the guest before the other queue has its turn.
 const TRANSMIT_BUDGET: usize = 64;
 /// Packets given to the guest before the other queue has its turn.
 const RECEIVE_BUDGET: usize = 256;
+/// Buffers for events looked at before the other queues have their turn.
+const EVENT_BUDGET: usize = 64;
 /// The most guest buffers filled by one read of a host socket. Linux offers buffers of just under 4 KiB.
 const BURST: usize = 16;
 
@@ -32,6 +39,8 @@ const BURST: usize = 16;
 pub(crate) struct Queues {
     muxer: Muxer,
     transmit_kicked: bool,
+    /// The guest goes on from a saved state, and has not been told yet that its streams are gone.
+    transport_reset: bool,
 }
 
 /// A guest buffer that waits to be filled.
@@ -51,12 +60,31 @@ enum Sent {
 
 impl Queues {
     pub(super) fn new(muxer: Muxer) -> Self {
-        Self { muxer, transmit_kicked: false }
+        Self { muxer, transmit_kicked: false, transport_reset: false }
     }
 
     /// Opens a stream from the host to a port of the guest.
     pub fn connect(&mut self, port: u32, preface: Vec<u8>, socket: OwnedFd, now: Instant) {
         self.muxer.connect(port, preface, socket, now);
+    }
+
+    /// Tells the guest that its streams are gone, once it offers a buffer to be told in; `true` when it offers more than
+    /// were looked at.
+    fn tell_reset(&mut self, ring: &mut Ring) -> bool {
+        let event = EVENT_TRANSPORT_RESET.to_le_bytes();
+        let round = ring.serve(EVENT_BUDGET, |mut chain| {
+            if !self.transport_reset {
+                return None;
+            }
+            if chain.writable.len() < event.len() {
+                self.muxer.counters().malformed.add(1);
+                return Some(0);
+            }
+            self.transport_reset = false;
+            Some(chain.writable.copy_in(&event) as u32)
+        });
+        ring.flush();
+        self.transport_reset && round == Round::HasMore
     }
 
     /// Takes packets from the guest; `true` when there may be more.
@@ -239,17 +267,24 @@ impl Model for Queues {
         if self.muxer.deadline().is_some() {
             self.muxer.tick(Instant::now());
         }
+        let mut more = false;
+        if self.transport_reset
+            && let Some(ring) = &mut rings[EVENT]
+        {
+            more = self.tell_reset(ring);
+        }
         if self.transmit_kicked
             && let Some(ring) = &mut rings[TRANSMIT]
         {
             self.transmit_kicked = self.transmit(ring);
             ring.flush();
         }
-        let mut more = false;
+        // A stream that the guest hears of before the reset would be taken for one of those that are gone.
         if self.muxer.has_output()
+            && !self.transport_reset
             && let Some(ring) = &mut rings[RECEIVE]
         {
-            more = self.receive(ring);
+            more |= self.receive(ring);
             ring.flush();
         }
         more || (self.transmit_kicked && rings[TRANSMIT].is_some())
@@ -259,8 +294,23 @@ impl Model for Queues {
         self.muxer.deadline()
     }
 
+    /// No stream is saved: its other end is a socket of the host. The guest is told.
+    fn save(&self) -> Result<Vec<u8>, String> {
+        Ok(self.muxer.next_port().to_le_bytes().to_vec())
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), String> {
+        let port = <[u8; 4]>::try_from(&state.model[..]).map(u32::from_le_bytes).ok();
+        self.transport_reset = true;
+        match port.is_some_and(|port| self.muxer.go_on_from(port)) {
+            true => Ok(()),
+            false => Err("the port of its next stream is none of the host's".to_owned()),
+        }
+    }
+
     fn reset(&mut self) {
         self.muxer.reset();
         self.transmit_kicked = false;
+        self.transport_reset = false;
     }
 }

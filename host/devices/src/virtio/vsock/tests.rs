@@ -23,6 +23,8 @@ const SERVED: u32 = 1024;
 
 const RX_QUEUE: u64 = 0;
 const TX_QUEUE: u64 = 0x1_0000;
+const EVENT_QUEUE: u64 = 0x2_0000;
+const EVENT_BUFFER: u64 = 0x3_0000;
 const RX_BUFFERS: u64 = 0x10_0000;
 const RX_BUFFER_BYTES: u32 = 4096;
 const RX_COUNT: u16 = 128;
@@ -83,7 +85,7 @@ impl Guest {
         Self::with(true, RX_BUFFER_BYTES)
     }
 
-    fn with(event_idx: bool, rx_buffer_bytes: u32) -> Self {
+    fn device() -> (Vsock, Receiver<(u32, OwnedFd)>) {
         let (sender, accepted) = mpsc::channel();
         let backend = Backend {
             ports: Ports::from([SERVED]),
@@ -91,7 +93,26 @@ impl Guest {
                 let _test_is_over = sender.send((port, socket));
             }),
         };
-        let mut device = Vsock::new(GUEST, backend).unwrap();
+        (Vsock::new(GUEST, backend).unwrap(), accepted)
+    }
+
+    /// Goes on with another device, restored from what this one has saved, and its event queue, which is empty.
+    fn moved(mut self) -> (Self, DriverQueue) {
+        let states = [0, 1].map(|queue| self.device.stop_queue(queue).unwrap());
+        let saved = self.device.save().unwrap();
+        let (mut device, accepted) = Self::device();
+        device.restore(&saved).unwrap();
+        device.ack_features(device.features());
+        let event = DriverQueue::new(&self.memory, EVENT_QUEUE, 16, true);
+        device.start_queue(0, self.rx.resume(states[0])).unwrap();
+        device.start_queue(1, self.tx.resume(states[1])).unwrap();
+        device.start_queue(2, event.resources()).unwrap();
+        let handle = device.handle();
+        (Self { device, handle, accepted, ..self }, event)
+    }
+
+    fn with(event_idx: bool, rx_buffer_bytes: u32) -> Self {
+        let (mut device, accepted) = Self::device();
         let memory = driver::memory(8 << 20);
         let rx = DriverQueue::new(&memory, RX_QUEUE, 128, event_idx);
         let tx = DriverQueue::new(&memory, TX_QUEUE, 256, event_idx);
@@ -768,6 +789,75 @@ fn a_reset_of_the_device_closes_every_stream() {
     assert!(read_to_end(&mut first).is_empty());
     assert!(read_to_end(&mut second).is_empty());
     assert_eq!(guest.device.counters().open_streams(), 0);
+}
+
+#[test]
+fn a_state_without_a_port_is_refused() {
+    let (mut device, _) = Guest::device();
+    let saved = device.save().unwrap();
+    assert_eq!(saved.model, 0x8000_0000u32.to_le_bytes());
+    for model in [Vec::new(), vec![0; 4], vec![0xff; 4], vec![0x80; 5]] {
+        let error = device.restore(&crate::virtio::DeviceState { model, ..saved.clone() }).unwrap_err();
+        let expected = "the vsock device cannot go on from its saved state: the port of its next stream is none of the host's";
+        assert_eq!(error.to_string(), expected);
+    }
+    device.restore(&saved).unwrap();
+}
+
+/// A buffer for events of this length.
+fn event_buffer(length: u32) -> [Piece; 1] {
+    [Piece { address: EVENT_BUFFER, length, writable: true }]
+}
+
+#[test]
+fn a_restored_guest_is_told_first_that_its_streams_are_gone() {
+    let mut guest = Guest::new();
+    let (mut from_host, lost) = guest.host_opens();
+    let (mut from_guest, _) = guest.guest_opens(5000);
+    let (mut guest, mut event) = guest.moved();
+    assert!(read_to_end(&mut from_host).is_empty());
+    assert!(read_to_end(&mut from_guest).is_empty());
+    // Neither a new stream nor the answer to a packet of one that is gone overtakes the news.
+    let (_near, far) = UnixStream::pair().unwrap();
+    guest.handle.connect(2375, Vec::new(), far.into()).unwrap();
+    // The new stream does not have the ports of the old one, or this would be its data.
+    guest.send(lost, b"late");
+    guest.until("the packet is taken", |guest| guest.tx_slots.len() == TX_COUNT);
+    assert!(guest.requests.is_empty() && !guest.streams[&lost].reset);
+    // A buffer that is too small is no place for it.
+    event.add(&event_buffer(3));
+    event.notify();
+    assert_eq!(event.wait_used().1, 0);
+    assert!(guest.rx.take_used().is_none());
+    guest.memory.write_slice(&[0xff; 8], GuestAddress(EVENT_BUFFER)).unwrap();
+    event.add(&event_buffer(8));
+    event.add(&event_buffer(8));
+    event.notify();
+    assert_eq!(event.wait_used().1, 4);
+    assert_eq!(guest.memory.read_obj::<u64>(GuestAddress(EVENT_BUFFER)).unwrap(), 0xffff_ffff << 32);
+    guest.until_reset(lost);
+    guest.until("the host asks for a stream", |guest| !guest.requests.is_empty());
+    let (_served, _) = guest.guest_opens(5001);
+    assert_eq!(event.take_used(), None, "it is told once");
+    assert_eq!(guest.device.counters().malformed.get(), 1);
+}
+
+#[test]
+fn a_driver_that_starts_over_has_no_streams_to_lose() {
+    let (mut guest, _) = Guest::new().moved();
+    guest.device.reset();
+    let mut guest = Guest { streams: HashMap::new(), ..guest };
+    let mut event = DriverQueue::new(&guest.memory, EVENT_QUEUE, 16, true);
+    event.add(&event_buffer(8));
+    guest.rx = DriverQueue::new(&guest.memory, RX_QUEUE, 128, true);
+    guest.tx = DriverQueue::new(&guest.memory, TX_QUEUE, 256, true);
+    guest.offer(RX_BUFFERS, RX_BUFFER_BYTES);
+    guest.device.ack_features(guest.device.features());
+    for (index, queue) in [&guest.rx, &guest.tx, &event].into_iter().enumerate() {
+        guest.device.start_queue(index, queue.resources()).unwrap();
+    }
+    let (_near, _) = guest.host_opens();
+    assert_eq!(event.take_used(), None);
 }
 
 #[test]
