@@ -2,12 +2,14 @@
 
 use crate::networks::{ECHO, ECHO_IMAGE, docker, echoes, load_echo, ok, says};
 use anyhow::{Result, ensure};
-use std::io::Write;
-use std::net::{TcpListener, UdpSocket};
+use std::io::{BufRead, BufReader, Write};
+use std::net::{TcpListener, TcpStream, UdpSocket};
+use std::time::Duration;
 use tests_harness::{Engine, IMAGE, Stage, wait_until};
 
 crate::scenarios![
     what_a_host_container_listens_at_is_on_localhost,
+    connections_to_a_host_container_go_by_the_network,
     a_program_of_the_host_is_reached_from_containers,
     a_program_of_the_host_is_reached_in_ipv6,
     the_way_to_a_port_is_walked_to_its_first_broken_link,
@@ -29,6 +31,43 @@ fn what_a_host_container_listens_at_is_on_localhost(engine: &Engine) -> Result<(
     ok(engine, "rm -f hosted hosted-udp")?;
     wait_until("the port is free again", || Ok(TcpListener::bind(&address).ok().map(drop)))?;
     ok(engine, &format!("rmi {ECHO_IMAGE}")).map(drop)
+}
+
+/// In the machine they do so past the engine, and look as on a computer without one. The listener hears both families, as
+/// most do.
+fn connections_to_a_host_container_go_by_the_network(engine: &Engine) -> Result<()> {
+    if engine.stage == Stage::Native {
+        crate::skip("what listens on the computer's own network is reached without us");
+        return Ok(());
+    }
+    let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+    // Tells each client its own line of the kernel's table: addresses are its second and third word.
+    let line =
+        "i=$(readlink /proc/self/fd/0); i=${i#*[}; cat /proc/net/tcp6 /proc/net/tcp | grep \" ${i%]} \"; cat";
+    let serve = ["nc", "-ll", "-p", &port.to_string(), "-e", "sh", "-c", line];
+    docker(
+        engine,
+        &[&["run", "-d", "--init", "--name", "hosted", "--network", "host", IMAGE][..], &serve].concat(),
+    )?
+    .ok()?;
+    let streams = || engine.engine(["machine", "info", "--format", "{{.open_streams}}"])?.ok();
+    let before = streams()?;
+    // Until the engine has seen it listen and has told the computer where connections land, they go by way of the engine.
+    let said = wait_until("connections go past the engine", || {
+        let Ok(stream) = TcpStream::connect(("127.0.0.1", port)) else { return Ok(None) };
+        stream.set_read_timeout(Some(Duration::from_secs(20)))?;
+        let (mut reader, mut line) = (BufReader::new(&stream), String::new());
+        Ok((reader.read_line(&mut line).is_ok_and(|count| count > 0) && streams()? == before).then_some(line))
+    })?;
+    let words: Vec<&str> = said.split_whitespace().collect();
+    ensure!(
+        words.iter().skip(1).take(2).all(|word| word.contains("0100007F:")),
+        "the two ends are in {said}"
+    );
+    let way = engine.engine(["net", "why", &format!("localhost:{port}")])?.ok()?;
+    ensure!(way.contains("hosted") && way.contains("takes connections on this computer"), "{way}");
+    ok(engine, "rm -f hosted")?;
+    wait_until("the port is free again", || Ok(TcpListener::bind(("127.0.0.1", port)).ok().map(drop)))
 }
 
 fn a_program_of_the_host_is_reached_from_containers(engine: &Engine) -> Result<()> {

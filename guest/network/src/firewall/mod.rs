@@ -11,6 +11,7 @@
 //! prerouting   from outside, for an address at which connections land: to the container.
 //!              For an address of the host and a published port: to the container, unless a relay is to carry it
 //! output       the same, from the host itself, IPv4 loopback addresses included
+//! input        what landed for a loopback address of the host: from there
 //! forward      for an address at which connections land, but not led further: refused.
 //!              Replies; between containers of a network, or what links of one open; published ports; trusted
 //!              interfaces; out: accepted. Into or out of an internal network, between containers of a network whose
@@ -122,12 +123,14 @@ pub struct FirewallPort {
     pub container_port: u16,
 }
 
-/// One port at which TCP connections from outside land, as if the host's own address in the container's network had made them.
+/// One port at which TCP connections from outside land, as if the host's own address in the container's network had made them,
+/// or, for one of the host's loopback addresses, that.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct FirewallLanding {
     /// One of the addresses of [`Rules::landing`], and the port.
     pub at: SocketAddr,
-    /// The container's address, of the same family, and its port.
+    /// The container's address, of the same family, and its port. A loopback address of the host needs
+    /// [`enable_loopback`](crate::forwarding::enable_loopback) for the interface to the outside.
     pub container: SocketAddr,
 }
 

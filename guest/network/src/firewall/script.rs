@@ -38,7 +38,7 @@ const SETS_AT: [(&str, &str); 2] = [
     ("map ports6_at", "type inet_proto . ipv6_addr . inet_service : ipv6_addr . inet_service"),
 ];
 
-const CHAINS: [(&str, &str, &[&str]); 5] = [
+const CHAINS: [(&str, &str, &[&str]); 6] = [
     ("raw", "type filter hook prerouting priority raw", &["iifname @bridges ip daddr 127.0.0.0/8 drop"]),
     (
         "prerouting",
@@ -67,6 +67,12 @@ const CHAINS: [(&str, &str, &[&str]); 5] = [
             "fib daddr type local dnat ip6 to meta l4proto . ip6 daddr . th dport map @ports6_at",
             "fib daddr type local dnat ip6 to meta l4proto . th dport map @ports6",
         ],
+    ),
+    (
+        "input",
+        "type nat hook input priority 100",
+        // What landed for a loopback address of the host comes from there, as it would have without us.
+        &["ct original ip daddr @landing4 ip daddr 127.0.0.0/8 snat ip to 127.0.0.1"],
     ),
     (
         "forward",

@@ -742,6 +742,9 @@ fn connections_land_from_outside_only_and_come_from_the_bridge() {
             ip(&["route", "add", "fd07::3/128", "via", "fd07::2"]);
         });
         let listener = inside(&container, || TcpListener::bind("[::]:80").unwrap());
+        ip(&["link", "set", "lo", "up"]);
+        forwarding::enable_loopback("out0").unwrap();
+        let own = TcpListener::bind("127.0.0.1:0").unwrap();
         let landing = |at: &str, container: &str| FirewallLanding {
             at: at.parse().unwrap(),
             container: container.parse().unwrap(),
@@ -754,19 +757,24 @@ fn connections_land_from_outside_only_and_come_from_the_bridge() {
             landings: vec![
                 landing("198.18.0.3:1024", "172.17.0.2:80"),
                 landing("[fd07::3]:1025", "[fd00:17::2]:80"),
+                landing("198.18.0.3:1026", &own.local_addr().unwrap().to_string()),
             ],
             ..Rules::default()
         };
         Firewall::new("engine").apply(&rules).await.unwrap();
-        let reach = |address: &str| {
-            TcpStream::connect_timeout(&address.parse().unwrap(), PATIENCE)?.write_all(b"hello")?;
+        let reach = |address: &str, listener: &TcpListener| {
+            let mut client = TcpStream::connect_timeout(&address.parse().unwrap(), PATIENCE)?;
+            client.write_all(b"hello")?;
             let (mut stream, peer) = listener.accept()?;
             let mut heard = [0; 5];
             stream.read_exact(&mut heard)?;
+            stream.write_all(&heard)?;
+            client.read_exact(&mut heard)?;
             std::io::Result::Ok(peer.ip().to_canonical().to_string())
         };
-        assert_eq!(inside(&world, || reach("198.18.0.3:1024")).unwrap(), "172.17.0.1");
-        assert_eq!(inside(&world, || reach("[fd07::3]:1025")).unwrap(), "fd00:17::1");
+        assert_eq!(inside(&world, || reach("198.18.0.3:1024", &listener)).unwrap(), "172.17.0.1");
+        assert_eq!(inside(&world, || reach("[fd07::3]:1025", &listener)).unwrap(), "fd00:17::1");
+        assert_eq!(inside(&world, || reach("198.18.0.3:1026", &own)).unwrap(), "127.0.0.1");
         let refused = |address: &str| {
             let error = TcpStream::connect_timeout(&address.parse().unwrap(), PATIENCE).unwrap_err();
             error.kind() == std::io::ErrorKind::ConnectionRefused

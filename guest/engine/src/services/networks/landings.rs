@@ -1,15 +1,19 @@
 //! Where connections to published TCP ports enter the machine: each container's port has a port of the landing addresses,
-//! from which the firewall leads to wherever the container is.
+//! from which the firewall leads to wherever the container is. What containers on the machine's own network listen at in
+//! IPv4 has one too, from which the firewall leads to 127.0.0.1.
 //!
 //! The number is the container's for as long as it runs. Which address it is of follows from the family in which the
-//! container is reached. UDP has none, nor has what the kernel alone cannot lead to: those ports are carried by the engine.
+//! container is reached. UDP has none, nor has what the kernel alone cannot lead to (`::1`): those ports are carried by the
+//! engine.
 
 use std::collections::BTreeSet;
-use std::net::{IpAddr, SocketAddr};
+use std::collections::btree_map::Entry;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use guest_network::Protocol;
 use guest_protocol::{LANDING_V4, LANDING_V6, Landing};
 
+use super::listening::Led;
 use super::publish;
 use super::state::{Member, State};
 
@@ -21,32 +25,50 @@ pub fn addresses(state: &State) -> Vec<IpAddr> {
     if state.relays { Vec::new() } else { vec![LANDING_V4.into(), LANDING_V6.into()] }
 }
 
-/// Gives each TCP port that a container publishes a landing. Each number in turn, so that one is not used again as long as
-/// anybody may think it another container's. With all given, a port stays without.
-pub fn choose(state: &mut State, container: &str) {
-    let State { members, last_landing, .. } = state;
-    let mut taken: BTreeSet<u16> =
-        members.values().flat_map(|member| member.landings.values().copied()).collect();
+/// The numbers that somebody has.
+fn taken(state: &State) -> BTreeSet<u16> {
+    let members = state.members.values().flat_map(|member| member.landings.values().copied());
+    members.chain(state.led.values().filter_map(|led| led.landing)).collect()
+}
+
+/// The next number after `last` that is not taken. Each in turn, so that one is not used again as long as anybody may think
+/// it another container's. `None` when all are taken.
+fn give(last: &mut u16, taken: &mut BTreeSet<u16>) -> Option<u16> {
     // What an engine before this one gave last is not known, but what is left of it.
-    if *last_landing == 0 {
-        *last_landing = taken.last().copied().unwrap_or(FIRST - 1);
-    }
+    let from = if *last == 0 { taken.last().copied().unwrap_or(FIRST - 1) } else { *last };
+    let free = (from..=u16::MAX).skip(1).chain(1..=from).find(|one| !taken.contains(one))?;
+    taken.insert(free);
+    *last = free;
+    Some(free)
+}
+
+/// A number that nobody has; who asks keeps it in `state`.
+pub fn next(state: &mut State) -> Option<u16> {
+    let mut taken = taken(state);
+    give(&mut state.last_landing, &mut taken)
+}
+
+/// Gives each TCP port that a container publishes a landing, as long as there are any.
+pub fn choose(state: &mut State, container: &str) {
+    let mut taken = taken(state);
+    let State { members, last_landing, .. } = state;
     let Some(member) = members.get_mut(container) else { return };
     let published = member.ports.iter().filter(|port| port.protocol == Protocol::Tcp);
     let ports: BTreeSet<u16> = published.map(|port| port.container_port).collect();
     member.landings.retain(|port, _| ports.contains(port));
     for port in ports {
-        if member.landings.contains_key(&port) {
-            continue;
+        if let Entry::Vacant(place) = member.landings.entry(port) {
+            let Some(number) = give(last_landing, &mut taken) else { return };
+            place.insert(number);
         }
-        let given = *last_landing;
-        let Some(free) = (given..=u16::MAX).skip(1).chain(1..=given).find(|one| !taken.contains(one)) else {
-            return;
-        };
-        taken.insert(free);
-        *last_landing = free;
-        member.landings.insert(port, free);
     }
+}
+
+/// The landing of a port that a container on the machine's own network listens at, if the kernel alone can lead there.
+pub fn of_led(led: &Led) -> Option<(Landing, SocketAddr)> {
+    let number = led.landing.filter(|_| led.target.ip() == Ipv4Addr::LOCALHOST)?;
+    let landing = Landing { container_port: led.target.port(), at: (LANDING_V4, number).into() };
+    Some((landing, led.target))
 }
 
 /// A container's landings, each with where it leads now; none while nothing leads to the container.
@@ -195,5 +217,18 @@ mod tests {
         assert_eq!(shown(&[]), [] as [&str; 0]);
         assert_eq!(addresses(&state).len(), 2);
         assert_eq!(addresses(&State { relays: true, ..State::default() }), [] as [IpAddr; 0]);
+    }
+
+    #[test]
+    fn listeners_that_hear_ipv4s_loopback_are_led_to_it() {
+        let shown = |target: &str, landing| {
+            let led = Led { target: target.parse().unwrap(), ports: Vec::new(), landing };
+            of_led(&led).map(|(landing, to)| format!("{} {} {to}", landing.container_port, landing.at))
+        };
+        assert_eq!(shown("127.0.0.1:80", Some(7)).as_deref(), Some("80 198.18.0.3:7 127.0.0.1:80"));
+        assert_eq!(shown("127.0.0.1:53", None), None, "UDP has none");
+        for other in ["[::1]:80", "198.18.0.2:80"] {
+            assert_eq!(shown(other, Some(7)), None);
+        }
     }
 }

@@ -5,17 +5,23 @@
 //! [`PERIOD`], and whose a socket is only when they have changed. Ports that cannot be had are told in the log; the
 //! container runs on, as it does where a computer's own programs compete for a port.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
+use guest_network::forwarding;
 use guest_protocol::sockets::{self, Listener};
 use guest_protocol::{GrantedPort, PortRequest, Transport};
+use rustix::net::sockopt::ipv6_v6only;
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 use tokio_util::sync::CancellationToken;
 
 use super::service::Networks;
 use super::state::{Place, State};
+use super::{landings, routes};
+use crate::failure::Failure;
 use crate::host::HostLeases;
 
 /// Between two looks at the kernel's tables.
@@ -40,6 +46,8 @@ pub struct Led {
     pub target: SocketAddr,
     /// Where it is heard, on the computer.
     pub ports: Vec<GrantedPort>,
+    /// The port of the landing addresses that is its own: see [`landings`].
+    pub landing: Option<u16>,
 }
 
 impl Wish {
@@ -85,8 +93,15 @@ fn waiting(tables: &[(Transport, String)]) -> BTreeMap<u64, (Transport, SocketAd
         .collect()
 }
 
+/// Whose a socket is.
+struct Owner {
+    container: String,
+    /// Of one at all IPv6 addresses: IPv4 reaches it too. The kernel's tables do not tell.
+    hears_ipv4: bool,
+}
+
 /// Which of the containers have which of the sockets open, by the names of their processes' cgroups.
-fn owners(containers: &[String], inodes: &BTreeSet<u64>) -> BTreeMap<u64, String> {
+fn owners(containers: &[String], waiting: &BTreeMap<u64, (Transport, SocketAddr)>) -> BTreeMap<u64, Owner> {
     let mut owners = BTreeMap::new();
     for process in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
         // A process that ends while it is looked at has nothing open.
@@ -95,28 +110,41 @@ fn owners(containers: &[String], inodes: &BTreeSet<u64>) -> BTreeMap<u64, String
         for descriptor in std::fs::read_dir(process.path().join("fd")).into_iter().flatten().flatten() {
             let Ok(target) = std::fs::read_link(descriptor.path()) else { continue };
             let inode = target.to_str().and_then(|text| text.strip_prefix("socket:[")?.strip_suffix(']'));
-            if let Some(inode) = inode.and_then(|inode| inode.parse().ok()).filter(|one| inodes.contains(one))
-            {
-                owners.insert(inode, container.clone());
-            }
+            let Some(inode) = inode.and_then(|inode| inode.parse().ok()) else { continue };
+            let Some((_, address)) = waiting.get(&inode) else { continue };
+            let is_for_all = *address == SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), address.port());
+            let hears_ipv4 = is_for_all && hears_ipv4(&process.file_name(), &descriptor.file_name());
+            owners.insert(inode, Owner { container: container.clone(), hears_ipv4 });
         }
     }
     owners
 }
 
+/// Whether an IPv6 socket is reached by IPv4 too; `false` when its process has ended.
+fn hears_ipv4(process: &OsStr, descriptor: &OsStr) -> bool {
+    let number = |name: &OsStr| name.to_str().and_then(|text| text.parse().ok());
+    let (Some(process), Some(descriptor)) = (number(process).and_then(Pid::from_raw), number(descriptor))
+    else {
+        return false;
+    };
+    let socket = pidfd_open(process, PidfdFlags::empty())
+        .and_then(|process| pidfd_getfd(process, descriptor, PidfdGetfdFlags::empty()));
+    socket.and_then(ipv6_v6only).is_ok_and(|only| !only)
+}
+
 /// What is to be held, and where in the machine it leads.
 fn wishes(
     waiting: &BTreeMap<u64, (Transport, SocketAddr)>,
-    owners: &BTreeMap<u64, String>,
+    owners: &BTreeMap<u64, Owner>,
 ) -> BTreeMap<Wish, SocketAddr> {
     let mut wishes: BTreeMap<Wish, SocketAddr> = BTreeMap::new();
-    for (inode, container) in owners {
+    for (inode, owner) in owners {
         let Some((transport, address)) = waiting.get(inode) else { continue };
-        let wish = Wish { container: container.clone(), transport: *transport, port: address.port() };
+        let wish = Wish { container: owner.container.clone(), transport: *transport, port: address.port() };
         let ip = match address.ip() {
             ip if !ip.is_unspecified() => ip,
-            IpAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
-            IpAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
+            IpAddr::V6(_) if !owner.hears_ipv4 => Ipv6Addr::LOCALHOST.into(),
+            _ => Ipv4Addr::LOCALHOST.into(),
         };
         let target = SocketAddr::new(ip, address.port());
         // Of several sockets on one port the one that hears IPv4.
@@ -163,7 +191,7 @@ impl Networks {
                 if (&containers, &waiting) == (&before.0, &before.1) {
                     return (None, before);
                 }
-                let owners = owners(&containers, &waiting.keys().copied().collect());
+                let owners = owners(&containers, &waiting);
                 (Some(wishes(&waiting, &owners)), (containers, waiting))
             });
             // Only an engine that is ending loses its threads.
@@ -185,11 +213,14 @@ impl Networks {
             gone
         };
         gone.iter().for_each(|wish| outside.release(&wish.lease()));
+        let mut changed = Vec::new();
         for (wish, target) in wishes {
             {
                 let mut state = self.state();
                 if let Some(led) = state.led.get_mut(&wish) {
-                    led.target = target;
+                    if std::mem::replace(&mut led.target, target) != target {
+                        changed.push(wish);
+                    }
                     continue;
                 }
                 if state.not_led.contains_key(&wish) {
@@ -197,7 +228,13 @@ impl Networks {
                 }
             }
             match outside.acquire(&wish.lease(), vec![wish.request()]).await {
-                Ok(ports) => drop(self.state().led.insert(wish, Led { target, ports })),
+                Ok(ports) => {
+                    let mut state = self.state();
+                    let landing =
+                        if wish.transport == Transport::Tcp { landings::next(&mut state) } else { None };
+                    state.led.insert(wish.clone(), Led { target, ports, landing });
+                    changed.push(wish);
+                }
                 Err(error) => {
                     tracing::warn!(container = &wish.container[..12], port = wish.port, transport = %wish.transport,
                         %error, "what it listens at cannot be reached on the computer's localhost");
@@ -205,12 +242,39 @@ impl Networks {
                 }
             }
         }
+        if !(gone.is_empty() && changed.is_empty()) {
+            self.land_led(outside, &changed).await;
+        }
+    }
+
+    /// Has the kernel lead connections to what is listened at, as far as it can, and the computer bring them there. Those for
+    /// which it fails come by way of this engine, as all others do.
+    async fn land_led(&self, outside: &HostLeases, changed: &[Wish]) {
+        if let Err(failure) = self.let_landings_reach_loopback().await {
+            tracing::warn!(error = %failure.message, "what listens on the machine's own network is reached by way of the engine");
+            return;
+        }
+        for wish in changed {
+            let landing = self.state().led.get(wish).and_then(landings::of_led).map(|(landing, _)| landing);
+            if let Err(error) = outside.land(&wish.lease(), landing.into_iter().collect()).await {
+                tracing::warn!(container = &wish.container[..12], port = wish.port, %error, "it is reached by way of the engine");
+            }
+        }
+    }
+
+    async fn let_landings_reach_loopback(&self) -> Result<(), Failure> {
+        let uplink = routes::uplink().ok_or_else(|| Failure::broken("the machine has no default route"))?;
+        forwarding::enable_loopback(&uplink)
+            .map_err(|error| Failure::internal("cannot lead connections to loopback addresses", &error))?;
+        self.firewall.refresh().await
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use socket2::{Domain, Socket, Type};
+    use std::net::TcpListener;
 
     #[test]
     fn what_waits_for_others_is_led_and_nothing_else() {
@@ -236,24 +300,38 @@ mod tests {
         let found = waiting(&[(Transport::Tcp, tcp), (Transport::Tcp, six), (Transport::Udp, udp)]);
         assert_eq!(found.keys().copied().collect::<Vec<_>>(), [1, 3, 4]);
 
-        // 4 is another program's.
-        let owners = [(1, "a".to_owned()), (3, "b".to_owned())].into();
-        let wishes = wishes(&found, &owners);
-        let shown: Vec<(String, String)> =
-            wishes.iter().map(|(wish, target)| (wish.lease(), target.to_string())).collect();
-        let expected = [("a/tcp/8080", "127.0.0.1:8080"), ("b/tcp/8081", "[::1]:8081")];
-        assert_eq!(shown, expected.map(|(lease, target)| (lease.to_owned(), target.to_owned())));
+        for (hears_ipv4, target) in [(false, "[::1]:8081"), (true, "127.0.0.1:8081")] {
+            let owner = |container: &str, hears_ipv4| Owner { container: container.to_owned(), hears_ipv4 };
+            // 4 is another program's.
+            let wishes = wishes(&found, &[(1, owner("a", false)), (3, owner("b", hears_ipv4))].into());
+            let shown: Vec<(String, String)> =
+                wishes.iter().map(|(wish, target)| (wish.lease(), target.to_string())).collect();
+            let expected = [("a/tcp/8080", "127.0.0.1:8080"), ("b/tcp/8081", target)];
+            assert_eq!(shown, expected.map(|(lease, target)| (lease.to_owned(), target.to_owned())));
+        }
     }
 
     #[test]
-    fn our_own_socket_is_ours() {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = listener.local_addr().unwrap();
-        let found = waiting(&tables());
-        let inode =
-            found.iter().find(|(_, at)| **at == (Transport::Tcp, address)).map(|(inode, _)| *inode).unwrap();
-        // Every process is in some cgroup below the root.
-        let owners = owners(&["/".to_owned()], &[inode].into());
-        assert_eq!(owners.get(&inode).map(String::as_str), Some("/"));
+    fn our_own_sockets_are_ours_and_tell_whether_they_hear_ipv4() {
+        let for_all = |only| {
+            let socket = Socket::new(Domain::IPV6, Type::STREAM, None).unwrap();
+            socket.set_only_v6(only).unwrap();
+            socket.bind(&SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0)).into()).unwrap();
+            socket.listen(1).unwrap();
+            TcpListener::from(socket)
+        };
+        for (listener, hears_ipv4) in [
+            (TcpListener::bind("127.0.0.1:0").unwrap(), false),
+            (for_all(false), true),
+            (for_all(true), false),
+        ] {
+            let address = listener.local_addr().unwrap();
+            let mut found = waiting(&tables());
+            found.retain(|_, at| *at == (Transport::Tcp, address));
+            // Every process is in some cgroup below the root.
+            let owners: Vec<Owner> = owners(&["/".to_owned()], &found).into_values().collect();
+            let [owner] = owners.as_slice() else { panic!("{} owners", owners.len()) };
+            assert_eq!((owner.container.as_str(), owner.hears_ipv4), ("/", hears_ipv4), "{address}");
+        }
     }
 }

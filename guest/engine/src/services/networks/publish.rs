@@ -116,7 +116,7 @@ impl Networks {
         let led = state.led.iter().map(|(wish, led)| guest_protocol::Lease {
             container: wish.lease(),
             ports: led.ports.clone(),
-            landings: Vec::new(),
+            landings: landings::of_led(led).map(|(landing, _)| landing).into_iter().collect(),
         });
         published.chain(led).collect()
     }

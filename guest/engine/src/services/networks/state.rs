@@ -293,8 +293,10 @@ impl State {
             }
         }
         let links = self.links().into_iter().map(|(_, _, link)| link).collect();
-        let landings = self.members.values().flat_map(|member| super::landings::of(self, member));
-        let landings = landings.map(|(landing, container)| FirewallLanding { at: landing.at, container });
+        let published = self.members.values().flat_map(|member| super::landings::of(self, member));
+        let landings = published
+            .chain(self.led.values().filter_map(super::landings::of_led))
+            .map(|(landing, container)| FirewallLanding { at: landing.at, container });
         Rules {
             networks,
             ports,
