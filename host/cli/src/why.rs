@@ -8,7 +8,7 @@ use crate::output::line;
 use anyhow::Result;
 use guest_api::network::WayLink;
 use guest_api::{ContainerInspect, ContainerSummary};
-use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
 use std::time::Duration;
 
 /// How long this computer may take to accept on its own address.
@@ -76,6 +76,9 @@ async fn walk(docker: &Docker, target: Target) -> Result<Vec<WayLink>> {
                 Some((container.id.clone(), format!("{}/{}", bound.private_port, bound.kind)))
             });
             let Some((id, inner)) = found else {
+                if let Some(links) = hosted(docker, &containers, port).await? {
+                    return Ok(links);
+                }
                 let at = address.map_or_else(|| port.to_string(), |ip| SocketAddr::new(ip, port).to_string());
                 return Ok(vec![broken(
                     "lease",
@@ -88,9 +91,7 @@ async fn walk(docker: &Docker, target: Target) -> Result<Vec<WayLink>> {
             (id, Some(inner), Some(port))
         }
     };
-    let query = port.as_ref().map(|port| format!("?port={}", encode(port))).unwrap_or_default();
-    let links: Result<Vec<WayLink>> = docker.get(&format!("/containers/{}/why{query}", encode(&name))).await;
-    let mut links = match links {
+    let mut links = match ask(docker, &name, port.as_deref()).await {
         Err(error) if error.downcast_ref::<ApiError>().is_some_and(|error| error.status.as_u16() == 404) => {
             return Ok(vec![broken(
                 "name",
@@ -113,6 +114,23 @@ async fn walk(docker: &Docker, target: Target) -> Result<Vec<WayLink>> {
         links.truncate(first_broken.map_or(links.len(), |at| at + 1));
     }
     Ok(links)
+}
+
+async fn ask(docker: &Docker, container: &str, port: Option<&str>) -> Result<Vec<WayLink>> {
+    let query = port.map(|port| format!("?port={}", encode(port))).unwrap_or_default();
+    docker.get(&format!("/containers/{}/why{query}", encode(container))).await
+}
+
+/// The way to what a container on the machine's own network listens at; such ports are published without being asked for.
+async fn hosted(docker: &Docker, containers: &[ContainerSummary], port: u16) -> Result<Option<Vec<WayLink>>> {
+    for container in containers.iter().filter(|one| one.host_config.network_mode == "host") {
+        let mut links = ask(docker, &container.id, Some(&format!("{port}/tcp"))).await?;
+        if links.iter().all(|link| link.holds) {
+            links.push(reach(SocketAddr::from((Ipv4Addr::LOCALHOST, port))));
+            return Ok(Some(links));
+        }
+    }
+    Ok(None)
 }
 
 /// Whether a listener at `bound` hears what is sent to `address`.
