@@ -128,16 +128,17 @@ impl Networks {
 
     /// Takes a network's rules and interface away. What is not there is fine.
     pub(super) async fn lower(&self, id: &str) -> Result<(), Failure> {
-        let (record, was_guarded, is_shared) = {
+        let (record, was_made, is_shared) = {
             let mut state = self.state();
             let Some(net) = state.networks.get_mut(id) else { return Ok(()) };
-            let was_guarded = std::mem::take(&mut net.guarded);
+            // One that has a record was made once, perhaps before this engine was started and not looked at since.
+            let was_made = std::mem::take(&mut net.guarded) || net.phase != super::state::Phase::Making;
             net.raised = std::sync::Arc::default();
             let record = net.record.clone();
             let same =
                 |net: &super::state::Net| net.record.id != id && net.record.interface == record.interface;
             let is_shared = state.networks.values().any(same);
-            (record, was_guarded, is_shared)
+            (record, was_made, is_shared)
         };
         let hangs = matches!(record.driver, Driver::Macvlan | Driver::Ipvlan) && !has_own_parent(&record);
         if hangs && !is_shared && Vlan::is_named(&record.interface) {
@@ -145,7 +146,7 @@ impl Networks {
                 Failure::internal(format!("cannot remove the interface of network {}", record.name), &error)
             })?;
         }
-        if !was_guarded {
+        if !was_made {
             return Ok(());
         }
         if record.driver == Driver::Bridge && record.owns_interface {
