@@ -1,9 +1,10 @@
 //! Containers on the host's own network: through the machine as if it were not there.
 
 use crate::networks::{ECHO, ECHO_IMAGE, docker, echoes, load_echo, ok, says};
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream, UdpSocket};
+use std::process::Command;
 use std::time::Duration;
 use tests_harness::{Engine, IMAGE, Stage, wait_until};
 
@@ -13,6 +14,7 @@ crate::scenarios![
     a_program_of_the_host_is_reached_from_containers,
     a_program_of_the_host_is_reached_in_ipv6,
     the_way_to_a_port_is_walked_to_its_first_broken_link,
+    the_firewall_of_another_program_is_named,
 ];
 
 fn what_a_host_container_listens_at_is_on_localhost(engine: &Engine) -> Result<()> {
@@ -172,4 +174,49 @@ fn the_way_to_a_port_is_walked_to_its_first_broken_link(engine: &Engine) -> Resu
     }
     ok(engine, "rm -f way")?;
     tells(&address, &["broken  lease", "no running container publishes"])
+}
+
+/// Another program's table stays as it is, is named, and its cure helps; ours is whole again once somebody flushed it.
+fn the_firewall_of_another_program_is_named(engine: &Engine) -> Result<()> {
+    if engine.stage != Stage::Native {
+        crate::skip("in the machine there is no other program's firewall");
+        return Ok(());
+    }
+    let nft = |script: &str| -> Result<String> {
+        let done = Command::new("nft").arg(script).output()?;
+        ensure!(done.status.success(), "nft {script}: {}", String::from_utf8_lossy(&done.stderr));
+        Ok(String::from_utf8(done.stdout)?)
+    };
+    let why = || engine.engine(["net", "why", "walled:80"]);
+    let holds = || -> Result<()> {
+        wait_until("all links hold", || {
+            let said = why()?;
+            Ok((said.code == 0).then_some(()))
+        })
+    };
+    let serve = ["nc", "-ll", "-p", "80", "-e", "cat"];
+    let run = ["run", "-d", "--init", "--name", "walled", "-p", "0.0.0.0::80", IMAGE];
+    docker(engine, &[&run[..], &serve].concat())?.ok()?;
+    holds()?;
+
+    nft(
+        "add table inet wall; add chain inet wall way { type filter hook forward priority 5; policy drop; }",
+    )?;
+    let wall = nft("list table inet wall")?;
+    let said = why()?;
+    ensure!(said.code == 1 && said.stdout.contains("chain way of table inet wall"), "{said:?}");
+    // `nft insert rule inet wall way oifname BRIDGE accept`, and the same with iifname.
+    let cure = said.stdout.split('`').find(|word| word.starts_with("nft insert")).context("no cure")?;
+    let rule = cure.trim_start_matches("nft ");
+    ensure!(nft("list table inet wall")? == wall, "the other program's table is not what it was");
+    nft(rule)?;
+    nft(&rule.replace("oifname", "iifname"))?;
+    holds()?;
+
+    nft("flush ruleset")?;
+    let said = why()?;
+    ensure!(said.code == 1 && said.stdout.contains("the engine's firewall table is gone"), "{said:?}");
+    ok(engine, "restart -t 1 walled")?;
+    holds()?;
+    ok(engine, "rm -f walled").map(drop)
 }
