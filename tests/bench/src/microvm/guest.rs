@@ -1,7 +1,7 @@
-//! The guest's only program: measures its disk and its network, and says so on the console.
+//! The guest's only program: measures its disk, its network and its vsock, and says so on the console.
 
 use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::net::TcpStream;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::process::Command;
@@ -12,20 +12,24 @@ use anyhow::{Context, Result, ensure};
 use rustix::fs::OFlags;
 use rustix::mount::{MountFlags, mount};
 use rustix::system::finit_module;
+use vsock::{VMADDR_CID_HOST, VsockStream};
 
 use super::initramfs::{MODULES, module};
 use super::word;
 use crate::boot::mib;
 
-/// What the guest sends, and what it is sent.
-pub(super) const NET_BYTES: usize = 32 << 20;
+/// What the guest sends on a connection, and what it is sent.
+pub(super) const STREAM_BYTES: usize = 8 << 20;
 pub(super) const CHUNK_BYTES: usize = 256 << 10;
 /// The first byte of a connection.
 pub(super) const SEND: u8 = b's';
 const RECEIVE: u8 = b'r';
 
+/// A port of the host's that `engine-vmm` lets a guest connect to.
+pub(super) const VSOCK_PORT: u32 = guest_protocol::port::LOG;
+
 const DISK: &str = "/dev/vda";
-const STREAM_BYTES: u64 = 64 << 20;
+const DISK_BYTES: u64 = 64 << 20;
 const LARGE_BYTES: usize = 1 << 20;
 const SMALL_BYTES: usize = 4 << 10;
 /// How long small requests are made.
@@ -62,12 +66,13 @@ fn measure() -> Result<()> {
         match File::open(module(name)) {
             Ok(file) => finit_module(&file, c"", 0).with_context(|| format!("cannot load {name}"))?,
             // The kernel has it built in.
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(error.into()),
         }
     }
     disk().context("its disk")?;
-    network().context("its network")
+    network().context("its network")?;
+    vsock().context("its vsock")
 }
 
 fn disk() -> Result<()> {
@@ -76,18 +81,18 @@ fn disk() -> Result<()> {
     };
     let disk = open().with_context(|| format!("cannot open {DISK}"))?;
     let mut large = aligned(LARGE_BYTES);
-    let offsets = || (0..STREAM_BYTES).step_by(LARGE_BYTES);
+    let offsets = || (0..DISK_BYTES).step_by(LARGE_BYTES);
     let begin = Instant::now();
     for offset in offsets() {
         disk.write_all_at(large.bytes(), offset)?;
     }
     disk.sync_all()?;
-    figure("disk, written in a row, MiB/s", mib(STREAM_BYTES) / begin.elapsed().as_secs_f64());
+    figure("disk, written in a row, MiB/s", mib(DISK_BYTES) / begin.elapsed().as_secs_f64());
     let begin = Instant::now();
     for offset in offsets() {
         disk.read_exact_at(large.bytes_mut(), offset)?;
     }
-    figure("disk, read in a row, MiB/s", mib(STREAM_BYTES) / begin.elapsed().as_secs_f64());
+    figure("disk, read in a row, MiB/s", mib(DISK_BYTES) / begin.elapsed().as_secs_f64());
     for depth in [1, DEEP] {
         figure(&format!("disk, 4k reads at depth {depth}, 1/s"), small(&disk, depth, false)?);
         figure(&format!("disk, 4k writes at depth {depth}, 1/s"), small(&disk, depth, true)?);
@@ -103,7 +108,7 @@ fn small(disk: &File, depth: usize, write: bool) -> Result<f64> {
         while begin.elapsed() < SMALL_TIME {
             // Any odd number makes a sequence of all numbers; its upper bits jump about (Knuth, TAOCP 3.3.4).
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            let offset = (state >> 33) % (STREAM_BYTES / SMALL_BYTES as u64) * SMALL_BYTES as u64;
+            let offset = (state >> 33) % (DISK_BYTES / SMALL_BYTES as u64) * SMALL_BYTES as u64;
             if write {
                 disk.write_all_at(block.bytes(), offset)?;
             } else {
@@ -146,33 +151,43 @@ impl Aligned {
     }
 }
 
+/// What the kernel did not know on its command line.
+fn variable(name: &str) -> Result<String> {
+    std::env::var(name).with_context(|| format!("the command line names no {name}"))
+}
+
 fn network() -> Result<()> {
-    let variable =
-        |name: &str| std::env::var(name).with_context(|| format!("the command line names no {name}"));
     let (address, peer, port) = (variable("ADDRESS")?, variable("PEER")?, variable("PORT")?);
     for words in [format!("addr add {address}/24 dev eth0"), "link set eth0 up".to_owned()] {
         let status = Command::new("/busybox").arg("ip").args(words.split(' ')).status()?;
         ensure!(status.success(), "ip {words}: {status}");
     }
-    let connect = || TcpStream::connect((peer.as_str(), port.parse()?)).context("cannot reach the host");
+    let port = port.parse()?;
+    stream("network", || TcpStream::connect((peer.as_str(), port)))
+}
+
+fn vsock() -> Result<()> {
+    stream("vsock", || VsockStream::connect_with_cid_port(VMADDR_CID_HOST, VSOCK_PORT))
+}
+
+/// Bytes to the host on one connection, and from it on a second one.
+fn stream<S: Read + Write>(name: &str, connect: impl Fn() -> io::Result<S>) -> Result<()> {
+    let connect = || connect().context("cannot reach the host");
     let mut buffer = vec![0x5a; CHUNK_BYTES];
     let mut stream = connect()?;
     stream.write_all(&[SEND])?;
     let begin = Instant::now();
-    for _ in 0..NET_BYTES / CHUNK_BYTES {
+    for _ in 0..STREAM_BYTES / CHUNK_BYTES {
         stream.write_all(&buffer)?;
     }
-    stream.shutdown(std::net::Shutdown::Write)?;
-    stream.read_exact(&mut [0])?;
-    figure("network, outwards, MiB/s", mib(NET_BYTES as u64) / begin.elapsed().as_secs_f64());
+    stream.read_exact(&mut [0]).context("the host did not take all")?;
+    figure(&format!("{name}, outwards, MiB/s"), mib(STREAM_BYTES as u64) / begin.elapsed().as_secs_f64());
     let mut stream = connect()?;
     stream.write_all(&[RECEIVE])?;
-    let (begin, mut received) = (Instant::now(), 0);
-    while received < NET_BYTES {
-        let count = stream.read(&mut buffer)?;
-        ensure!(count > 0, "the host sent {received} bytes only");
-        received += count;
+    let begin = Instant::now();
+    for _ in 0..STREAM_BYTES / CHUNK_BYTES {
+        stream.read_exact(&mut buffer).context("the host did not send all")?;
     }
-    figure("network, inwards, MiB/s", mib(NET_BYTES as u64) / begin.elapsed().as_secs_f64());
+    figure(&format!("{name}, inwards, MiB/s"), mib(STREAM_BYTES as u64) / begin.elapsed().as_secs_f64());
     Ok(())
 }

@@ -8,17 +8,19 @@ mod initramfs;
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use command_fds::{CommandFdExt, FdMapping};
-use host_vmm::control::{self, Channel, Receiver, Sender};
+use host_vmm::control::{self, Channel, Event, Sender};
 use host_vmm::{BackendChoice, DiskSpec, MachineSpec, NetworkSpec};
+
+use vsock::{VMADDR_CID_ANY, VsockListener};
 
 use crate::boot::{median, mib};
 
@@ -28,10 +30,15 @@ pub(crate) use initramfs::GUEST;
 const ROUNDS: usize = 3;
 const MEMORY_MIB: u32 = 256;
 const DISK_BYTES: u64 = 256 << 20;
-/// Between two looks at the console.
+/// Between two looks at the console: until the first instruction, and while the guest measures, which looking would slow down.
 const LOOK: Duration = Duration::from_millis(2);
+const LATER_LOOK: Duration = Duration::from_millis(200);
 /// A machine that hangs is not waited for longer: the processor may be an emulated one.
-const LIMIT: Duration = Duration::from_secs(400);
+const LIMIT: Duration = Duration::from_secs(1200);
+/// What `engine-vmm` tells every kernel, for both.
+const CMDLINE: &str = "console=ttyS0 panic=-1 reboot=t no_timer_check";
+/// QEMU's machine on vsock.
+const VSOCK_CID: u32 = 3;
 const QEMU: &str = "qemu-system-x86_64";
 /// Set in the machine of `tests/nested/run`.
 const INSIDE: &str = "ENGINE_TEST_MICROVM";
@@ -73,6 +80,8 @@ pub(crate) fn measure() -> Result<()> {
         .arg(&program)
         .args(["--", "microvm"])
         .env(INSIDE, folder.path())
+        // Each machine has a limit of its own.
+        .env("ENGINE_TEST_LIMIT", (LIMIT.as_secs() * 2 * ROUNDS as u64).to_string())
         .status()
         .context("cannot start `tests/nested/run`: call this from the root of the checkout")?;
     ensure!(status.success(), "the measurement failed: {status}");
@@ -85,8 +94,9 @@ type Figures = BTreeMap<String, Vec<f64>>;
 fn compare(folder: &Path) -> Result<()> {
     let (mut ours, mut theirs) = (Figures::new(), Figures::new());
     for round in 1..=ROUNDS {
-        println!("round {round} of {ROUNDS}");
+        println!("== round {round} of {ROUNDS}: ours");
         run::<Ours>(folder, &mut ours).context("our machine")?;
+        println!("== round {round} of {ROUNDS}: microvm");
         run::<Microvm>(folder, &mut theirs).context("QEMU's machine")?;
     }
     println!("{:<44} {:>10} {:>10}   ratio", "on KVM", "ours", "microvm");
@@ -112,72 +122,84 @@ fn promise(name: &str) -> Promise {
     }
 }
 
+/// Ends when the guest has measured, or with why it could not.
+type Peer = JoinHandle<Result<()>>;
+
 /// A way to run the guest.
 trait Monitor: Sized {
     /// The guest's address, and what it calls the host's localhost.
     const NETWORK: (&'static str, &'static str);
 
-    fn start(folder: &Path, scratch: &Path, cmdline: &str) -> Result<Self>;
+    /// Starts the machine, and the guest's peer on [`guest::VSOCK_PORT`].
+    fn start(folder: &Path, scratch: &Path, cmdline: &str) -> Result<(Self, Peer)>;
     fn process(&self) -> u32;
 }
 
 fn run<M: Monitor>(folder: &Path, figures: &mut Figures) -> Result<()> {
     let scratch = tempfile::tempdir()?;
-    let (port, sink) = peer()?;
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    let port = listener.local_addr()?.port();
+    let network = std::thread::spawn(move || play_twice(|| Ok(listener.accept()?.0)));
     let (address, host) = M::NETWORK;
     // What the kernel does not know becomes the first program's environment.
-    let cmdline = format!("console=ttyS0 quiet panic=-1 ADDRESS={address} PEER={host} PORT={port}");
+    let cmdline = format!("{CMDLINE} quiet ADDRESS={address} PEER={host} PORT={port}");
     let console = scratch.path().join("console");
     let begin = Instant::now();
-    let machine = M::start(folder, scratch.path(), &cmdline)?;
-    let seen = |wanted: &str| -> Result<Duration> {
+    let (machine, vsock) = M::start(folder, scratch.path(), &cmdline)?;
+    let seen = |wanted: &str, look: Duration| -> Result<Duration> {
         loop {
             let text = std::fs::read(&console).unwrap_or_default();
             let text = String::from_utf8_lossy(&text);
+            // The line that is being written is none yet.
+            let text = text.rsplit_once('\n').map_or("", |(lines, _)| lines);
             if text.lines().any(|line| line.starts_with(wanted)) {
                 return Ok(begin.elapsed());
             }
             ensure!(!text.contains(word::FAILED), "{text}");
             ensure!(begin.elapsed() < LIMIT, "the guest has not said `{wanted}` within {LIMIT:?}:\n{text}");
-            std::thread::sleep(LOOK);
+            std::thread::sleep(look);
         }
     };
-    let mut tell = |name: &str, value: f64| figures.entry(name.to_owned()).or_default().push(value);
-    tell(START, seen(word::FIRST)?.as_secs_f64());
-    seen(word::DONE)?;
+    let mut tell = |name: &str, value: f64| {
+        println!("{name:<44} {value:>10.2}");
+        figures.entry(name.to_owned()).or_default().push(value);
+    };
+    tell(START, seen(word::FIRST, LOOK)?.as_secs_f64());
+    seen(word::DONE, LATER_LOOK)?;
     tell(BEYOND, mib(beyond(machine.process())?));
     let text = std::fs::read_to_string(&console)?;
     for line in text.lines().filter_map(|line| line.strip_prefix(word::FIGURE)) {
         let (name, value) = line.trim().rsplit_once(' ').with_context(|| format!("`{line}` is no figure"))?;
         tell(name, value.parse().with_context(|| format!("`{line}` is no figure"))?);
     }
-    sink.join().map_err(|_| anyhow::anyhow!("the guest's peer panicked"))?
+    for peer in [network, vsock] {
+        peer.join().map_err(|_| anyhow::anyhow!("the guest's peer panicked"))??;
+    }
+    Ok(())
 }
 
-/// The guest's peer on the network: takes one connection's bytes, then sends some on a second one.
-fn peer() -> Result<(u16, JoinHandle<Result<()>>)> {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
-    let port = listener.local_addr()?.port();
-    let serve = move || {
-        for _ in 0..2 {
-            let (stream, _) = listener.accept()?;
-            play(stream)?;
-        }
-        Ok(())
-    };
-    Ok((port, std::thread::spawn(serve)))
+/// The guest's peer: takes one connection's bytes, and sends some on a second one.
+fn play_twice<S: Read + Write>(mut accept: impl FnMut() -> Result<S>) -> Result<()> {
+    for _ in 0..2 {
+        play(accept()?)?;
+    }
+    Ok(())
 }
 
-fn play(mut stream: TcpStream) -> Result<()> {
+fn play(mut stream: impl Read + Write) -> Result<()> {
     let mut what = [0];
     stream.read_exact(&mut what)?;
     let mut buffer = vec![0; guest::CHUNK_BYTES];
-    if what[0] == guest::SEND {
-        while stream.read(&mut buffer)? > 0 {}
-        return Ok(stream.write_all(b"x")?);
+    let sends = what[0] == guest::SEND;
+    for _ in 0..guest::STREAM_BYTES / guest::CHUNK_BYTES {
+        if sends {
+            stream.read_exact(&mut buffer)?;
+        } else {
+            stream.write_all(&buffer)?;
+        }
     }
-    for _ in 0..guest::NET_BYTES / guest::CHUNK_BYTES {
-        stream.write_all(&buffer)?;
+    if sends {
+        stream.write_all(b"x")?;
     }
     Ok(())
 }
@@ -198,13 +220,13 @@ fn beyond(process: u32) -> Result<u64> {
 /// `engine-vmm`, as the daemon starts it. It ends when its control channel does.
 struct Ours {
     process: Child,
-    _control: (Sender, Receiver),
+    _control: Sender,
 }
 
 impl Monitor for Ours {
     const NETWORK: (&'static str, &'static str) = ("198.18.0.2", "198.18.0.254");
 
-    fn start(folder: &Path, scratch: &Path, cmdline: &str) -> Result<Self> {
+    fn start(folder: &Path, scratch: &Path, cmdline: &str) -> Result<(Self, Peer)> {
         let spec = MachineSpec {
             cpus: 1,
             memory_mib: MEMORY_MIB,
@@ -226,9 +248,19 @@ impl Monitor for Ours {
         command.args(["--control-fd", "9"]).env("ENGINE_LOG", "warn").stdin(Stdio::null());
         let process = command.fd_mappings(vec![FdMapping { parent_fd: far.into(), child_fd: 9 }])?.spawn()?;
         drop(command);
-        let (mut control, events) = Channel::new(near)?.split();
+        let (mut control, mut events) = Channel::new(near)?.split();
         control.send(&control::Command::Start(spec), &[])?;
-        Ok(Self { process, _control: (control, events) })
+        let mut accepted = move || loop {
+            match events.receive()?.context("engine-vmm has ended")? {
+                (Event::Accepted { port }, mut fds) if port == guest::VSOCK_PORT => {
+                    return Ok(UnixStream::from(fds.pop().context("a connection without its socket")?));
+                }
+                (Event::Stopped { reason }, _) => bail!("the machine has ended: {reason:?}"),
+                _ => {}
+            }
+        };
+        let peer = std::thread::spawn(move || play_twice(&mut accepted));
+        Ok((Self { process, _control: control }, peer))
     }
 
     fn process(&self) -> u32 {
@@ -242,11 +274,16 @@ struct Microvm(Child);
 impl Monitor for Microvm {
     const NETWORK: (&'static str, &'static str) = ("10.0.2.15", "10.0.2.2");
 
-    fn start(folder: &Path, scratch: &Path, cmdline: &str) -> Result<Self> {
+    fn start(folder: &Path, scratch: &Path, cmdline: &str) -> Result<(Self, Peer)> {
+        // By the kernel, which has the other end of QEMU's device.
+        let listener =
+            VsockListener::bind_with_cid_port(VMADDR_CID_ANY, guest::VSOCK_PORT).context("no vsock")?;
+        let peer = std::thread::spawn(move || play_twice(|| Ok(listener.accept()?.0)));
         let disk = scratch.join("disk");
         std::fs::File::create(&disk)?.set_len(DISK_BYTES)?;
         let process = Command::new(QEMU)
-            .args(["-machine", "microvm,accel=kvm,memory-backend=memory"])
+            // Without its timers of old the kernel, in a machine inside a machine, waits for ever for a first tick.
+            .args(["-machine", "microvm,accel=kvm,memory-backend=memory,pit=on,pic=on"])
             .args(["-cpu", "host", "-smp", "1", "-m", &format!("{MEMORY_MIB}M")])
             .args(["-object", &format!("memory-backend-memfd,id=memory,size={MEMORY_MIB}M,share=on")])
             .args(["-global", "virtio-mmio.force-legacy=false"])
@@ -265,10 +302,11 @@ impl Monitor for Microvm {
             ))
             .args(["-netdev", "user,id=net", "-device", "virtio-net-device,netdev=net"])
             .args(["-device", "virtio-rng-device"])
+            .args(["-device", &format!("vhost-vsock-device,guest-cid={VSOCK_CID}")])
             .stdin(Stdio::null())
             .spawn()
             .with_context(|| format!("cannot start `{QEMU}`"))?;
-        Ok(Self(process))
+        Ok((Self(process), peer))
     }
 
     fn process(&self) -> u32 {
