@@ -317,7 +317,8 @@ async fn check(processes: &Processes, disk: &Path) -> Result<(), Fault> {
 ///
 /// `discard` hands freed blocks back to the host as deletions are committed. The alternative, trimming now and then,
 /// wakes an idle machine, walks the whole file system and leaves space on the host until its turn comes; here a
-/// discard only punches a hole into a sparse file, and ext4 sends one per freed extent and commit.
+/// discard only punches a hole into a sparse file, and ext4 sends one per freed extent and commit. What that misses is
+/// looked for once in each start (`idle::trim`).
 fn mount(disk: &Path) -> Result<()> {
     fs::create_dir_all(DATA)?;
     rustix::mount::mount(disk, DATA, "ext4", MountFlags::empty(), c"discard,errors=remount-ro")?;

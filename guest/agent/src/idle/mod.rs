@@ -1,4 +1,5 @@
-//! What an idle machine does: it lets go of its [`caches`], and the balloon gives the freed pages to the host.
+//! What an idle machine does: it lets go of its [`caches`], and the balloon gives the freed pages to the host. Once after each
+//! start it also has the disk give back what is free ([`trim`]).
 //!
 //! ```text
 //!           somebody waited for a disk
@@ -14,6 +15,7 @@
 //! a disk no timer runs here.
 
 mod caches;
+mod trim;
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -31,6 +33,8 @@ use tokio::time::timeout;
 use tracing::{debug, info};
 
 use self::caches::Caches;
+use self::trim::Trim;
+use crate::disk::DATA;
 use crate::sys;
 
 /// A machine is idle when it was left alone for so long. Longer than the kernel takes to write what is dirty by itself (half a
@@ -53,7 +57,7 @@ const WINDOW_MIN: Duration = Duration::from_millis(500);
 pub async fn keep(quiet: Duration) -> Result<()> {
     let half = quiet / 2;
     let pressure = Pressure::watch(Path::new(PRESSURE), (half / 2).clamp(WINDOW_MIN, WINDOW_MAX))?;
-    let mut caches = Caches::default();
+    let (mut caches, mut trim) = (Caches::default(), Trim::default());
     // The boot was the first to stir.
     loop {
         wait_for_quiet(&pressure, half).await?;
@@ -89,7 +93,17 @@ pub async fn keep(quiet: Duration) -> Result<()> {
             0 => debug!(outcome.at_work, "the machine is idle; there are no caches to let go of"),
             bytes => info!(bytes, "the machine is idle: caches let go"),
         }
-        if !stirred && !outcome.at_work {
+        if stirred || outcome.at_work {
+            continue;
+        }
+        let more;
+        (trim, more) = spawn_blocking(move || {
+            let more = trim.part(Path::new(DATA));
+            (trim, more)
+        })
+        .await
+        .context("giving back free space was cut off")?;
+        if !more {
             pressure.rises().await?;
         }
     }

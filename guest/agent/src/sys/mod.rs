@@ -3,6 +3,7 @@
 use std::ffi::CStr;
 use std::fs::File;
 use std::io::{self, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
@@ -37,6 +38,19 @@ pub fn swap_on(device: &CStr) -> io::Result<()> {
     // SAFETY: swapon reads a path that ends with a NUL and lives for the call, and touches no other memory of ours.
     match unsafe { libc::swapon(device.as_ptr(), FLAGS) } {
         0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Has a file system give back what is free in so many bytes from `start` on, in pieces of `minimum` bytes or more. `file` is any
+/// of its files or folders. Returns the bytes given back.
+pub fn trim(file: &File, start: u64, length: u64, minimum: u64) -> io::Result<u64> {
+    // Linux include/uapi/linux/fs.h: struct fstrim_range and FITRIM, _IOWR('X', 121, struct fstrim_range).
+    const FITRIM: libc::c_ulong = 0xc018_5879;
+    let mut range = [start, length, minimum];
+    // SAFETY: the descriptor is open for the call, and the kernel reads and writes three numbers of 64 bits, which `range` is.
+    match unsafe { libc::ioctl(file.as_raw_fd(), FITRIM, range.as_mut_ptr()) } {
+        0 => Ok(range[1]),
         _ => Err(io::Error::last_os_error()),
     }
 }
