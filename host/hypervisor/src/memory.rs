@@ -103,6 +103,29 @@ fn leave_out_of_dumps(mapping: &MmapRegion) -> io::Result<()> {
         .map_err(Into::into)
 }
 
+#[cfg(test)]
+mod dump_tests {
+    use super::*;
+
+    /// proc(5): `VmFlags` of `/proc/PID/smaps`; `dd` is what `MADV_DONTDUMP` sets.
+    #[test]
+    fn no_page_of_a_guest_is_in_a_core_dump() {
+        let memory = allocate(4096).unwrap();
+        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let flags_at = |start: usize| {
+            let mut lines = smaps.lines().skip_while(|line| !line.starts_with(&format!("{start:x}-")));
+            lines.find_map(|line| line.strip_prefix("VmFlags: ")).map(str::to_owned)
+        };
+        for region in memory.iter() {
+            let start = region.as_ptr() as usize;
+            let flags = flags_at(start).expect("the region is a mapping of its own");
+            assert!(flags.split_whitespace().any(|flag| flag == "dd"), "{flags}");
+        }
+        let mut others = smaps.lines().filter_map(|line| line.strip_prefix("VmFlags: "));
+        assert!(others.any(|flags| !flags.contains(" dd")), "every mapping has the flag");
+    }
+}
+
 // Only a PC's RAM has a gap, and these look at both sides of it.
 #[cfg(all(test, target_arch = "x86_64"))]
 mod tests {
