@@ -78,7 +78,7 @@ impl Ended {
         }
     }
 
-    fn of_processors(end: End) -> Self {
+    pub(crate) fn of_processors(end: End) -> Self {
         let words = match end {
             End::Failed(reason) => reason,
             End::PoweredOff | End::Reset | End::Stopped => String::new(),

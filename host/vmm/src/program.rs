@@ -469,6 +469,8 @@ fn stop_reason(
 
 #[cfg(test)]
 mod tests {
+    use host_hypervisor::vcpu::End;
+
     use super::*;
 
     fn ended(clause: &str, words: &str) -> Ended {
@@ -538,6 +540,20 @@ mod tests {
             message(reason),
             "QEMU exited with code 1 while the virtual machine was starting: qemu: cannot allocate memory"
         );
+    }
+
+    #[test]
+    fn a_processor_that_cannot_go_on_is_named_with_its_place() {
+        let end = End::Failed("the processor cannot execute an instruction (rip 0xfff0)".into());
+        assert_eq!(
+            message(stop_reason(None, None, &Ended::of_processors(end), Stage::Up, "last line".into())),
+            "the virtual machine ended while the machine was running: \
+             the processor cannot execute an instruction (rip 0xfff0)"
+        );
+        // What ends because it was to end has no reason of its own.
+        for end in [End::Stopped, End::PoweredOff] {
+            assert_eq!(Ended::of_processors(end).words, "");
+        }
     }
 
     #[test]
