@@ -90,6 +90,10 @@ const TRANSLATION_MIB: u32 = 256;
 /// allocator. Programs in containers still see the instruction; distributions of today ask for it.
 pub const TCG_CMDLINE: &str = " maxcpus=1 clearcpuid=cx16";
 
+/// The software processor: all it knows but fast string instructions, which it executes byte by byte. A kernel that does not
+/// see them copies and clears eight bytes at a time; a file in memory is read four times as fast (measured with 7.2).
+const CPU_TCG: &str = "max,-erms";
+
 /// What a network card of ours is told for the software processor: an interrupt line, and no vectors. QEMU (7.2 at least)
 /// dies of it when a driver unmasks a vector of a card that is served over vhost-user and there is no KVM
 /// (`kvm_virtio_pci_irqfd_use` of a null pointer).
@@ -108,7 +112,13 @@ pub fn arguments(machine: &Machine) -> Vec<OsString> {
             Accelerator::Tcg => format!("tcg,thread=multi,tb-size={TRANSLATION_MIB}"),
         },
     );
-    line.option("-cpu", "max");
+    line.option(
+        "-cpu",
+        match machine.accelerator {
+            Accelerator::Kvm => "max",
+            Accelerator::Tcg => CPU_TCG,
+        },
+    );
     line.option("-smp", machine.cpus.to_string());
     line.option("-m", format!("{}M", machine.memory_mib));
     line.option("-object", format!("memory-backend-memfd,id=memory,size={}M,share=on", machine.memory_mib));
@@ -223,7 +233,7 @@ mod tests {
             "-display none",
             "-machine q35,memory-backend=memory,dump-guest-core=off,smbus=off,sata=off,vmport=off",
             "-accel tcg,thread=multi,tb-size=256",
-            "-cpu max",
+            "-cpu max,-erms",
             "-smp 2",
             "-m 1024M",
             "-object memory-backend-memfd,id=memory,size=1024M,share=on",
