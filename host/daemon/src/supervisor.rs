@@ -530,7 +530,6 @@ impl Supervisor {
     }
 }
 
-/// `message` with the console's last lines below it, few enough to read.
 /// What is told of a VM process that ended without a word.
 fn unexpected_end(status: String) -> String {
     // SIGSYS.
@@ -542,6 +541,7 @@ fn unexpected_end(status: String) -> String {
     }
 }
 
+/// `message` with the console's last lines below it, few enough to read.
 fn with_console(message: String, console: &str) -> String {
     let lines: Vec<&str> = console.lines().filter(|line| !line.trim().is_empty()).collect();
     let last = &lines[lines.len().saturating_sub(8)..];
