@@ -193,49 +193,37 @@ fn a_busy_socket_is_left_alone(engine: &Engine) -> Result<()> {
     Processes::of(&home).expect_none()
 }
 
-/// Natively a full data root, with the machine a full host.
+/// With the machine it is the host's disk that is full: `borrowed::what_is_written_waits_for_space_on_the_hosts_disk`.
 fn a_full_disk_is_an_error_and_no_more(engine: &Engine) -> Result<()> {
-    if !rustix::process::geteuid().is_root() {
-        crate::skip("a small file system can be mounted by root only");
+    if engine.stage != Stage::Native {
         return Ok(());
     }
     let home = engine.path("small");
     std::fs::create_dir(&home)?;
     let image = engine.path("too-large.tar");
     std::fs::write(&image, TestImage::new(vec![Layer::noise("noise", 300 << 20, 9)?]).archive("large:1")?)?;
-    let (size, start, end) = match engine.stage {
-        Stage::Native => (
-            "64m",
-            format!(
-                "{} --native --socket $home/s --data-root $home/data 2> $home/../small.log & pid=$!; \
-                 export ENGINE_HOST=unix://$home/s; for i in $(seq 100); do $engine version > /dev/null 2>&1 && break; sleep 0.1; done",
-                engine.program("guest-engine").display()
-            ),
-            "kill $pid; wait $pid",
-        ),
-        Stage::Qemu | Stage::Kvm => {
-            ("200m", "export ENGINE_HOME=$home; $engine machine start".to_owned(), "$engine machine shutdown")
-        }
-    };
     // In a mount namespace of its own: nothing stays mounted, whatever happens.
     let script = format!(
-        "set -u; home={}; engine={}; mount -t tmpfs -o size={size} none $home || exit 90\n{start}\n\
-         $engine load -i {}; code=$?\n$engine images -q large:1; $engine ps -a > /dev/null; alive=$?\n{end}\n\
+        "set -u; home={home}; engine={program}; mount -t tmpfs -o size=64m none $home || exit 90
+         {server} --native --socket $home/s --data-root $home/data 2> $home/../small.log & pid=$!
+         export ENGINE_HOST=unix://$home/s
+         for i in $(seq 100); do $engine version > /dev/null 2>&1 && break; sleep 0.1; done
+         $engine load -i {image}; code=$?
+         $engine images -q large:1; $engine ps -a > /dev/null; alive=$?
+         kill $pid; wait $pid
          echo load $code alive $alive",
-        home.display(),
-        engine.program("engine").display(),
-        image.display(),
+        home = home.display(),
+        program = engine.program("engine").display(),
+        server = engine.program("guest-engine").display(),
+        image = image.display(),
     );
     let mut command = Command::new("unshare");
     engine.environment(&mut command);
     command.args(["--mount", "--propagation", "private", "--", "sh", "-c", &script]);
     let finished = run(command)?;
     std::fs::remove_file(&image)?;
-    // An error with a sentence. Natively the engine goes on; a machine whose disk cannot take writes may have to stop.
-    ensure!(finished.stdout.contains("load 1 ") && !finished.stderr.trim().is_empty(), "{finished:?}");
+    // An error with a sentence, and the engine goes on.
+    ensure!(finished.stdout.contains("load 1 alive 0") && finished.stderr.contains("space"), "{finished:?}");
     ensure!(!finished.stdout.contains("sha256"), "half an image is listed: {finished:?}");
-    if engine.stage == Stage::Native {
-        ensure!(finished.stdout.contains("alive 0") && finished.stderr.contains("space"), "{finished:?}");
-    }
     Processes::of(&home).expect_none()
 }

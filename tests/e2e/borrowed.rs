@@ -1,13 +1,15 @@
 //! What the machine borrows from the host, memory and disk, it gives back when the guest has no use for it.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
+use std::process::Command;
 use std::time::{Duration, Instant};
-use tests_harness::{Engine, IMAGE, Layer, Stage, TestImage, wait_until};
+use tests_harness::{Engine, IMAGE, Layer, Processes, Stage, TestImage, run, wait_until};
 
 crate::scenarios![
     freed_memory_is_the_hosts_again,
     a_removed_image_is_no_longer_on_the_hosts_disk,
     an_idle_machine_gives_its_caches_back,
+    what_is_written_waits_for_space_on_the_hosts_disk,
 ];
 
 /// A word for the machine's kernel: it is idle after so many seconds.
@@ -116,4 +118,54 @@ fn an_idle_machine_gives_its_caches_back(engine: &Engine) -> Result<()> {
     comes_back(90, held_before, held_before + 96 * MIB, held)?;
     engine.engine(["rm", "-fv", "living"])?.ok()?;
     engine.engine(["volume", "rm", "cached"])?.ok().map(drop)
+}
+
+/// A machine whose disk is on a file system that gets full, and then larger.
+fn what_is_written_waits_for_space_on_the_hosts_disk(engine: &Engine) -> Result<()> {
+    if engine.stage == Stage::Native {
+        return Ok(());
+    }
+    if !rustix::process::geteuid().is_root() {
+        crate::skip("a small file system can be mounted by root only");
+        return Ok(());
+    }
+    let home = engine.path("full");
+    std::fs::create_dir(&home)?;
+    let image = engine.path("full.tar");
+    std::fs::write(&image, TestImage::busybox()?.archive(IMAGE)?)?;
+    // In a mount namespace of its own: nothing stays mounted, whatever happens.
+    let script = format!(
+        "set -u; home={home}; engine={program}; mount -t tmpfs -o size=200m none $home || exit 90
+         export ENGINE_HOME=$home
+         $engine load -q -i {image} > /dev/null || exit 91
+         write='yes 0123456789 | head -c 250000000 | tee /data/bulk | md5sum > /data/sum; sync'
+         $engine run -d --name writer -v data:/data {IMAGE} sh -c \"$write\" > /dev/null || exit 92
+         for i in $(seq 240); do
+             $engine machine status 2>&1 | grep -q 'no space left' && break
+             sleep 0.5
+         done
+         $engine machine info | grep ^Trouble:
+         $engine ps -a 2>&1 > /dev/null | sed 's/^/beside: /'
+         $engine ps --format '{{{{.Names}}}} {{{{.State}}}}' 2> /dev/null
+         mount -o remount,size=600m $home
+         echo code $($engine wait writer 2> /dev/null)
+         $engine machine status 2>&1
+         $engine machine stop
+         check='md5sum < /data/bulk | cmp - /data/sum && echo intact'
+         $engine run --rm -v data:/data {IMAGE} sh -c \"$check\"
+         $engine machine shutdown",
+        home = home.display(),
+        program = engine.program("engine").display(),
+        image = image.display(),
+    );
+    let mut command = Command::new("unshare");
+    engine.environment(&mut command);
+    command.args(["--mount", "--propagation", "private", "--", "sh", "-c", &script]);
+    let finished = run(command)?;
+    let said: Vec<&str> = finished.stdout.lines().collect();
+    let [trouble, beside, rest @ ..] = &said[..] else { bail!("{finished:?}") };
+    let sentence = "there is no space left on this computer for the machine's disk";
+    ensure!(trouble.contains(sentence) && beside.starts_with(&format!("beside: {sentence}")), "{finished:?}");
+    ensure!(rest == ["writer running", "code 0", "running", "intact"], "{finished:?}");
+    Processes::of(&home).expect_none()
 }

@@ -86,6 +86,11 @@ pub enum Reply {
         /// Any number of lines, as they are.
         text: String,
     },
+    /// What whoever asked should know beside the answer; more lines follow.
+    Notice {
+        /// A sentence.
+        text: String,
+    },
     /// It is done. Ends the answer.
     Done,
     /// Ends the answer.
@@ -141,6 +146,9 @@ pub enum MachineState {
     Running {
         /// Since when, seconds since the Unix epoch.
         since_unix_s: u64,
+        /// What keeps it from its work, a sentence.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        trouble: Option<String>,
     },
     /// Powering off.
     Stopping,

@@ -66,8 +66,11 @@ async fn status(session: &Session, args: &FormatArgs) -> Result<()> {
         return Ok(line(&Template::parse(format)?.render(&serde_json::to_value(&status)?)?)?);
     }
     line(status.state.name())?;
-    if let MachineState::Stopped { reason: Some(reason) } = &status.state {
-        note(reason);
+    match &status.state {
+        MachineState::Stopped { reason: Some(why) } | MachineState::Running { trouble: Some(why), .. } => {
+            note(why)
+        }
+        _ => {}
     }
     Ok(())
 }
@@ -172,8 +175,10 @@ fn describe(info: &MachineInfo) -> String {
         ),
         ("Docker API", format!("unix://{}", info.docker_socket.display())),
     ];
-    if let MachineState::Stopped { reason: Some(reason) } = &info.status.state {
-        rows.insert(2, ("Stopped because", reason.clone()));
+    match &info.status.state {
+        MachineState::Stopped { reason: Some(reason) } => rows.insert(2, ("Stopped because", reason.clone())),
+        MachineState::Running { trouble: Some(trouble), .. } => rows.insert(2, ("Trouble", trouble.clone())),
+        _ => {}
     }
     if let Some(guest) = &info.guest {
         let used = guest.memory_total_bytes.saturating_sub(guest.memory_available_bytes);

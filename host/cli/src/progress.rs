@@ -1,6 +1,7 @@
 //! What is shown while someone waits: on standard error, drawn in place on a terminal, otherwise a line per step that
 //! takes longer than a second.
 
+use crate::output::note;
 use guest_api::image::ProgressLine;
 use indicatif::{HumanBytes, MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::collections::HashMap;
@@ -39,6 +40,14 @@ impl Steps {
         {
             eprintln!("{text} …");
             *said = true;
+        }
+    }
+
+    /// Says something that stays.
+    pub(crate) fn aside(&self, text: &str) {
+        match &self.terminal {
+            Some(bar) => bar.suspend(|| note(text)),
+            None => note(text),
         }
     }
 

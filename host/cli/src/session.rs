@@ -115,6 +115,7 @@ async fn follow(replies: &mut Replies) -> Result<Reply> {
         tokio::select! {
             reply = replies.next() => match reply {
                 Ok(Reply::Progress { text }) => steps.begin(&text),
+                Ok(Reply::Notice { text }) => steps.aside(&text),
                 Ok(reply) => break Ok(reply),
                 Err(error) => break Err(error),
             },

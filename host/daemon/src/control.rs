@@ -158,6 +158,10 @@ impl Control {
             tokio::select! {
                 answer = &mut ready => {
                     answer.map_err(|message| Refusal { message, hint: Some("`engine machine logs` shows the console".into()) })?;
+                    let state = status.borrow().state.clone();
+                    if let MachineState::Running { trouble: Some(text), .. } = state {
+                        client.send(&Reply::Notice { text }).await.map_err(|error| error.to_string())?;
+                    }
                     return Ok(Reply::Done);
                 }
                 changed = status.changed() => changed.map_err(|_| "the daemon is ending".to_owned())?,

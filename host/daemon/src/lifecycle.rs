@@ -52,6 +52,8 @@ pub(crate) enum Input {
     SessionLost,
     /// The guest cannot go on, and why.
     Fault(String),
+    /// What keeps the machine from its work now, a sentence; or nothing does any more.
+    Trouble(Option<String>),
     /// The VM process is gone, and why when that was not a power-off.
     VmmExited(Option<String>),
     /// The moment named by [`Lifecycle::deadline`] has passed.
@@ -99,6 +101,8 @@ enum Phase {
 #[derive(Debug)]
 pub(crate) struct Lifecycle {
     phase: Phase,
+    /// What keeps the machine from its work.
+    trouble: Option<String>,
     /// Tickets that wait for a running machine.
     starters: Vec<Ticket>,
     /// Tickets that wait for a stopped one.
@@ -110,6 +114,7 @@ impl Lifecycle {
     pub(crate) fn new() -> Self {
         Self {
             phase: Phase::Stopped { reason: None },
+            trouble: None,
             starters: Vec::new(),
             stoppers: Vec::new(),
             actions: VecDeque::new(),
@@ -176,11 +181,16 @@ impl Lifecycle {
             }
             (Input::Fault(_), _) => {}
 
+            // A machine that is gone has none.
+            (Input::Trouble(_), Phase::Stopped { .. }) => {}
+            (Input::Trouble(trouble), _) => self.trouble = trouble,
+
             (Input::VmmExited(reason), _) => self.exited(reason, now),
 
             (Input::Deadline, Phase::Starting { stage, until, .. }) if *until <= now => {
+                let why = self.trouble.as_ref().map(|trouble| format!(": {trouble}")).unwrap_or_default();
                 let reason = format!(
-                    "the machine did not get ready within {} seconds; it was still {stage}",
+                    "the machine did not get ready within {} seconds; it was still {stage}{why}",
                     BOOT_TIME_MAX.as_secs()
                 );
                 self.refuse_starters(&reason);
@@ -221,7 +231,7 @@ impl Lifecycle {
             Phase::Stopped { reason } => MachineState::Stopped { reason: reason.clone() },
             Phase::Starting { stage, .. } => MachineState::Starting { stage: stage.clone() },
             Phase::Running { since_unix_s } | Phase::Lost { since_unix_s, .. } => {
-                MachineState::Running { since_unix_s: *since_unix_s }
+                MachineState::Running { since_unix_s: *since_unix_s, trouble: self.trouble.clone() }
             }
             Phase::Stopping { .. } => MachineState::Stopping,
         }
@@ -248,6 +258,7 @@ impl Lifecycle {
     }
 
     fn exited(&mut self, exit_reason: Option<String>, now: Duration) {
+        self.trouble = None;
         let reason = match std::mem::replace(&mut self.phase, Phase::Stopped { reason: None }) {
             // Whoever stopped it knew why; how the process ended then says nothing more.
             Phase::Stopping { reason, .. } => {
@@ -289,7 +300,7 @@ mod tests {
         assert_eq!(step(&mut machine, Input::Ensure(Ticket(2))), []);
         let granted = step(&mut machine, Input::EngineReady);
         assert_eq!(granted, [Action::Grant(Ticket(1)), Action::Grant(Ticket(2))]);
-        assert_eq!(machine.state(), MachineState::Running { since_unix_s: 7 });
+        assert_eq!(machine.state(), MachineState::Running { since_unix_s: 7, trouble: None });
     }
 
     #[test]
@@ -366,6 +377,34 @@ mod tests {
         assert_eq!(step(&mut machine, Input::Ensure(Ticket(2))), [Action::Spawn]);
     }
 
+    #[test]
+    fn trouble_is_told_as_long_as_it_lasts() {
+        let full = || Input::Trouble(Some("the disk is full".into()));
+        let trouble = |machine: &Lifecycle| match machine.state() {
+            MachineState::Running { trouble, .. } => trouble,
+            state => panic!("{state:?}"),
+        };
+        let mut machine = Lifecycle::new();
+        step(&mut machine, Input::Ensure(Ticket(1)));
+        step(&mut machine, Input::EngineReady);
+        step(&mut machine, full());
+        assert_eq!(trouble(&machine), Some("the disk is full".into()));
+        step(&mut machine, Input::Trouble(None));
+        assert_eq!(trouble(&machine), None);
+        // It ends with the machine, and explains a boot that does not come to its end.
+        step(&mut machine, full());
+        step(&mut machine, Input::VmmExited(None));
+        step(&mut machine, Input::Ensure(Ticket(2)));
+        step(&mut machine, Input::EngineReady);
+        assert_eq!(trouble(&machine), None);
+        step(&mut machine, Input::VmmExited(None));
+        step(&mut machine, Input::Ensure(Ticket(3)));
+        step(&mut machine, full());
+        machine.handle(Input::Deadline, BOOT_TIME_MAX, 0);
+        let Some(Action::Refuse(Ticket(3), why)) = machine.next_action() else { panic!("a refusal") };
+        assert!(why.ends_with(": the disk is full"), "{why}");
+    }
+
     fn input() -> impl Strategy<Value = Option<Input>> {
         prop_oneof![
             Just(None),
@@ -374,6 +413,8 @@ mod tests {
             Just(Some(Input::SessionLost)),
             Just(Some(Input::EngineFailed("engine".into()))),
             Just(Some(Input::Fault("fault".into()))),
+            Just(Some(Input::Trouble(Some("trouble".into())))),
+            Just(Some(Input::Trouble(None))),
             Just(Some(Input::VmmExited(None))),
             Just(Some(Input::VmmExited(Some("killed".into())))),
             Just(Some(Input::Deadline)),

@@ -24,7 +24,7 @@ use std::fs::File;
 use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::io::AsyncReadExt;
@@ -428,6 +428,14 @@ impl Supervisor {
             }
             Report::Event(Event::DiskGrown { .. }, _) => self.grown(Ok(())),
             Report::Event(Event::DiskRefused { message }, _) => self.grown(Err(message)),
+            Report::Event(Event::DiskWaits { waits }, _) => {
+                let trouble = waits.then(|| full(&self.state_dir.home().machine_disk(MACHINE)));
+                match &trouble {
+                    Some(trouble) => warn!("{trouble}"),
+                    None => info!("what the machine writes waits for space no more"),
+                }
+                self.handle(Input::Trouble(trouble));
+            }
             Report::Event(Event::Stopped { reason }, _) => self.stop_reason = Some(reason),
             Report::Gone(status) => {
                 self.vmm = None;
@@ -539,6 +547,14 @@ fn unexpected_end(status: String) -> String {
             .into(),
         false => format!("the VM process ended unexpectedly ({status}): see `engine machine logs --vmm`"),
     }
+}
+
+/// What is told while there is no space for what the machine writes.
+fn full(disk: &Path) -> String {
+    format!(
+        "there is no space left on this computer for the machine's disk `{}`: what containers write waits until some is freed",
+        disk.display()
+    )
 }
 
 /// `message` with the console's last lines below it, few enough to read.

@@ -19,6 +19,7 @@
 //!                           <-   Measured(usage)
 //!   GrowDisk{size_bytes}    ->
 //!                           <-   DiskGrown{size_bytes} | DiskRefused{message}
+//!                           <-   DiskWaits{waits}
 //!   Stop | Kill | end of file ->
 //!                           <-   Stopped{reason}, end of file
 //! ```
@@ -116,6 +117,11 @@ pub enum Event {
     DiskRefused {
         /// Why it could not grow.
         message: String,
+    },
+    /// There is no space left for the data disk's file, so what the guest writes waits; or it waits no more.
+    DiskWaits {
+        /// Whether it waits.
+        waits: bool,
     },
     /// The machine has ended. The last message.
     Stopped {
@@ -352,6 +358,7 @@ mod tests {
             Event::Measured(Usage { open_streams: 2, memory_held_bytes: Some(1 << 40), ..Usage::default() }),
             Event::DiskGrown { size_bytes: 1 << 40 },
             Event::DiskRefused { message: "no".into() },
+            Event::DiskWaits { waits: true },
             Event::Stopped { reason: StopReason::PoweredOff },
             Event::Stopped {
                 reason: StopReason::Failed { message: "x".repeat(10), console_tail: "y\n".repeat(8000) },

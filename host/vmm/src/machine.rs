@@ -53,6 +53,8 @@ pub enum Signal {
     ResolversChanged,
     /// What became of [`Running::grow_disk`]: the disk's size in bytes.
     DiskGrown(Result<u64, GrowError>),
+    /// Whether what the guest writes waits, because there is no space left for the data disk's file.
+    DiskWaits(bool),
     /// The guest's kernel has panicked, with this message.
     Panicked(String),
     /// How the machine is: what QEMU's monitor tells, or the processors in this process.

@@ -309,6 +309,7 @@ impl<'a> Driver<'a> {
                 tracing::warn!(why = message, "the disk does not grow");
                 self.daemon.tell(&Event::DiskRefused { message }, None);
             }
+            Signal::DiskWaits(waits) => self.daemon.tell(&Event::DiskWaits { waits }, None),
             Signal::ResolversChanged => self.daemon.tell(&Event::ResolversChanged, None),
             Signal::Panicked(line) => {
                 tracing::error!(line, "the guest's kernel panicked");

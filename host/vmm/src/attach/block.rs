@@ -56,7 +56,10 @@ impl super::Attachment for Attachment {
     ) -> Result<Box<dyn Attached>, Box<dyn Error + Send + Sync>> {
         let file = disk::open(&self.disk, context.called_off)?;
         let device = Block::from_file(file, SERIAL, false, QUEUES)?;
-        context.disk = Some(Disk { handle: device.handle(), signals: context.signals.clone() });
+        let (handle, signals) = (device.handle(), context.signals.clone());
+        // Nobody listens any more once the machine is over.
+        handle.watch(move |waits| drop(signals.send(Signal::DiskWaits(waits))));
+        context.disk = Some(Disk { handle, signals: context.signals.clone() });
         let sizes = device.queue_sizes();
         let (queues, queue_size) = (sizes.len() as u16, sizes.iter().copied().min().unwrap_or(1));
         context.plug.serve("block", device, |fd| Device::VhostUserBlock { fd, queues, queue_size })

@@ -64,7 +64,7 @@ impl Backend {
         Ok(sectors * SECTOR_BYTES)
     }
 
-    /// Puts another file behind the same capacity, to see how its errors come through.
+    /// Puts another file behind the same capacity.
     #[cfg(test)]
     pub(super) fn replace_file(&mut self, file: File) {
         self.file = file;

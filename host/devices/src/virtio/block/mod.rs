@@ -6,7 +6,9 @@
 //!
 //! Data moves between the file and guest memory without a copy. What the guest discards becomes a hole in the file, so
 //! the host gets its space back. A flush is `fdatasync`; writes before it are in the page cache of the host only.
-//! A full host disk is an I/O error for the guest, a counter, and a line in the log now and then.
+//!
+//! What the guest writes while the host's disk is full is neither lost nor an error: such a request waits and is tried again
+//! each second, while others go on, discards among them, which make space. Whoever [watches](Handle::watch) is told.
 //!
 //! All queues are served by the device's own thread (`block`), in turns. Files: `request` reads and carries out one
 //! request, `file` is the back end, `queue` the rings.
@@ -59,7 +61,7 @@ pub struct Counters {
     pub discards: Counter,
     /// Requests that ended in an I/O error.
     pub errors: Counter,
-    /// Those among the errors because the host's disk was full.
+    /// Requests that had to wait because the host's disk was full.
     pub no_space: Counter,
     /// Requests of a kind we do not do.
     pub unsupported: Counter,
@@ -94,6 +96,8 @@ pub enum GrowError {
 
 /// Who is told what became of a disk that was to grow: its size in bytes.
 type Told = Box<dyn FnOnce(Result<u64, GrowError>) + Send>;
+/// Who is told whether requests wait for space on the host's disk.
+type Watcher = Box<dyn Fn(bool) + Send>;
 
 /// What the thread is asked for.
 pub enum Message {
@@ -104,9 +108,14 @@ pub enum Message {
         /// Who is told.
         told: Told,
     },
+    /// From now on this one is told.
+    Watch(Watcher),
+    /// Another file behind the same capacity, to see how its errors come through.
+    #[cfg(test)]
+    Replace(File),
 }
 
-/// Makes the disk larger, from any thread.
+/// Asks for what can be done with a disk in use, from any thread.
 #[derive(Clone)]
 pub struct Handle {
     mailbox: Mailbox<Message>,
@@ -121,6 +130,13 @@ impl Handle {
         {
             told(Err(GrowError::Gone));
         }
+    }
+
+    /// From now on `told` is called on the device's thread: with `true` when requests begin to wait because the host's disk is
+    /// full, and with `false` when none waits any more.
+    pub fn watch(&self, told: impl Fn(bool) + Send + 'static) {
+        // A thread that has ended has nothing to tell.
+        let _ended = self.mailbox.send(Message::Watch(Box::new(told)));
     }
 }
 
@@ -150,7 +166,7 @@ impl Block {
         Self::new(Backend::new(file, serial, read_only)?, queues)
     }
 
-    /// A handle to make the disk larger with.
+    /// A handle for what can be done with the disk in use.
     pub fn handle(&self) -> Handle {
         Handle { mailbox: self.front.mailbox() }
     }

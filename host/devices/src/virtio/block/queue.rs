@@ -1,24 +1,28 @@
-//! The work on the disk's queues: requests in turn from every queue that was kicked.
+//! The work on the disk's queues: requests in turn from every queue that was kicked, and those that wait for space on the host's
+//! disk.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use mio::event::Event;
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
 use super::file::Backend;
 use super::request::{RequestError, serve};
-use super::{Counters, Message};
+use super::{Counters, Message, Watcher};
 use crate::throttle::Throttle;
 use crate::virtio::config::ConfigSpace;
 use crate::virtio::device::DeviceState;
-use crate::virtio::ring::{Ring, Round};
+use crate::virtio::ring::{OwnedChain, Ring};
 use crate::virtio::worker::{Model, Rings, keeps_nothing};
 
 /// Where the disk's capacity is in configuration space (virtio 1.3 §5.2.4).
 const CAPACITY: usize = 0;
 /// Requests taken from one queue before the next has its turn.
 const BUDGET: usize = 32;
+/// Between two looks whether the host's disk has space again.
+const SPACE_LOOK: Duration = Duration::from_secs(1);
 
 /// The model, on the device's thread.
 pub(crate) struct Queues {
@@ -29,28 +33,107 @@ pub(crate) struct Queues {
     /// The driver does not know yet that the disk has grown.
     untold: bool,
     throttle: Throttle,
+    /// Requests that wait for space on the host's disk, each with its queue, in the order of their coming.
+    waiting: VecDeque<(usize, OwnedChain)>,
+    /// When they are tried again.
+    look_at: Option<Instant>,
+    watcher: Option<Watcher>,
 }
 
 impl Queues {
     pub fn new(backend: Backend, config: ConfigSpace, queues: usize, counters: Arc<Counters>) -> Self {
         let (kicked, throttle) = (vec![false; queues], Throttle::default());
-        Self { backend, config, counters, kicked, untold: false, throttle }
+        let (waiting, look_at, watcher) = (VecDeque::new(), None, None);
+        Self { backend, config, counters, kicked, untold: false, throttle, waiting, look_at, watcher }
     }
 
     /// Serves requests of one queue; `true` when there may be more.
-    fn serve(&mut self, ring: &mut Ring) -> bool {
-        let round = ring.serve(BUDGET, |chain| {
-            let served = serve(&self.backend, &self.counters, chain.readable, chain.writable);
-            let Some((length, result)) = served else {
-                self.counters.malformed.add(1);
-                return Some(0);
-            };
-            if let Err(error) = result {
-                self.failed(&error);
+    fn serve(&mut self, index: usize, ring: &mut Ring) -> bool {
+        ring.disable_kicks();
+        for _ in 0..BUDGET {
+            // More than a queue holds come from a driver that gives the same ones again and again.
+            if self.waiting.len() >= usize::from(ring.size()) {
+                return false;
             }
-            Some(length)
-        });
-        round == Round::HasMore
+            let Some(chain) = ring.take_owned() else {
+                // One that was added before kicks were on again comes without a kick.
+                if ring.enable_kicks() {
+                    continue;
+                }
+                return false;
+            };
+            if let Err(chain) = self.carry_out(ring, chain) {
+                self.wait(index, chain);
+            }
+        }
+        true
+    }
+
+    /// Carries one request out and hands it back to the driver; `Err` is one that the host's disk has no space for.
+    fn carry_out(&mut self, ring: &mut Ring, chain: OwnedChain) -> Result<(), OwnedChain> {
+        let served = match chain.buffers() {
+            Ok((readable, writable)) => serve(&self.backend, &self.counters, readable, writable),
+            Err(error) => {
+                ring.malformed(&error);
+                None
+            }
+        };
+        let length = match served {
+            Some((_, Err(error))) if error.wants_space() => return Err(chain),
+            Some((length, result)) => {
+                if let Err(error) = result {
+                    self.failed(&error);
+                }
+                length
+            }
+            None => {
+                self.counters.malformed.add(1);
+                0
+            }
+        };
+        let memory = ring.memory();
+        ring.complete(&memory, chain.head(), length);
+        Ok(())
+    }
+
+    fn wait(&mut self, index: usize, chain: OwnedChain) {
+        self.counters.no_space.add(1);
+        self.waiting.push_back((index, chain));
+        if self.look_at.is_none() {
+            self.look_at = Some(Instant::now() + SPACE_LOOK);
+            warn!("the host's disk is full: what the guest writes waits for space");
+            self.tell(true);
+        }
+    }
+
+    /// Tries what waits again, up to the first that has to wait on.
+    fn look_for_space(&mut self, rings: &mut Rings) {
+        while let Some((index, chain)) = self.waiting.pop_front() {
+            let Some(ring) = rings.get_mut(index).and_then(Option::as_mut) else { continue };
+            let tried = self.carry_out(ring, chain);
+            ring.flush();
+            if let Err(chain) = tried {
+                self.waiting.push_front((index, chain));
+                self.look_at = Some(Instant::now() + SPACE_LOOK);
+                return;
+            }
+        }
+        self.nothing_waits();
+        // A queue whose requests all waited was not looked at any more.
+        self.kicked.fill(true);
+    }
+
+    fn nothing_waits(&mut self) {
+        if self.look_at.take().is_some() {
+            info!("what the guest writes waits for space no more");
+            self.tell(false);
+        }
+    }
+
+    fn tell(&self, waits: bool) {
+        if let Some(watcher) = &self.watcher {
+            watcher(waits);
+        }
     }
 
     fn failed(&mut self, error: &RequestError) {
@@ -64,17 +147,9 @@ impl Queues {
             _ => {}
         }
         self.counters.errors.add(1);
-        if error.is_no_space() {
-            self.counters.no_space.add(1);
-        }
         if let Some(suppressed) = self.throttle.admit(Instant::now()) {
             let source = std::error::Error::source(error).map(tracing::field::display);
-            match error.is_no_space() {
-                true => {
-                    warn!(suppressed, %error, source, "the host's disk is full; the guest sees I/O errors")
-                }
-                false => warn!(suppressed, %error, source, "a disk request failed"),
-            }
+            warn!(suppressed, %error, source, "a disk request failed");
         }
     }
 }
@@ -97,13 +172,24 @@ impl Model for Queues {
     }
 
     fn message(&mut self, message: Message) {
-        let Message::Grow { size_bytes, told } = message;
-        let grown = self.backend.grow(size_bytes);
-        if grown.is_ok() {
-            self.config.set(CAPACITY, &self.backend.sectors().to_le_bytes());
-            self.untold = true;
+        match message {
+            Message::Grow { size_bytes, told } => {
+                let grown = self.backend.grow(size_bytes);
+                if grown.is_ok() {
+                    self.config.set(CAPACITY, &self.backend.sectors().to_le_bytes());
+                    self.untold = true;
+                }
+                told(grown);
+            }
+            Message::Watch(watcher) => {
+                self.watcher = Some(watcher);
+                if self.look_at.is_some() {
+                    self.tell(true);
+                }
+            }
+            #[cfg(test)]
+            Message::Replace(file) => self.backend.replace_file(file),
         }
-        told(grown);
     }
 
     fn run(&mut self, rings: &mut Rings) -> bool {
@@ -113,19 +199,39 @@ impl Model for Queues {
             self.untold = false;
             ring.signal_config();
         }
+        if self.look_at.is_some_and(|at| at <= Instant::now()) {
+            self.look_for_space(rings);
+        }
         let mut more = false;
         for (index, ring) in rings.iter_mut().enumerate() {
             if !std::mem::take(&mut self.kicked[index]) {
                 continue;
             }
             if let Some(ring) = ring {
-                let left = self.serve(ring);
+                let left = self.serve(index, ring);
                 ring.flush();
                 self.kicked[index] = left;
                 more |= left;
             }
         }
         more
+    }
+
+    /// Who stops a queue waits for it, and space may never come: what waits has failed.
+    fn stopping(&mut self, index: usize, ring: &mut Ring) {
+        let memory = ring.memory();
+        self.waiting.retain(|(queue, chain)| {
+            let mine = *queue == index;
+            if mine {
+                // Its status is the failed try's.
+                ring.complete(&memory, chain.head(), 1);
+                self.counters.errors.add(1);
+            }
+            !mine
+        });
+        if self.waiting.is_empty() {
+            self.nothing_waits();
+        }
     }
 
     fn restore(&mut self, state: &DeviceState) -> Result<(), String> {
@@ -140,7 +246,7 @@ impl Model for Queues {
     }
 
     fn deadline(&self) -> Option<Instant> {
-        None
+        self.look_at
     }
 
     fn reset(&mut self) {

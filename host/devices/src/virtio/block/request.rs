@@ -41,6 +41,8 @@ pub(super) enum RequestError {
     OutOfRange { sector: u64, count: u64, sectors: u64 },
     #[error("the disk is read-only")]
     ReadOnly,
+    #[error("flushing the disk failed")]
+    Flush(#[source] io::Error),
     #[error("{what} {length} bytes at offset {offset} of the disk failed")]
     Io {
         what: &'static str,
@@ -62,8 +64,9 @@ impl RequestError {
         }
     }
 
-    /// Whether the host's disk was full.
-    pub fn is_no_space(&self) -> bool {
+    /// Whether the request can be carried out once the host's disk has space. A failed flush cannot: the kernel has then given up
+    /// what it was to write.
+    pub fn wants_space(&self) -> bool {
         matches!(
             self,
             Self::Io { source, .. }
@@ -137,12 +140,7 @@ fn carry_out(
         }
         VIRTIO_BLK_T_FLUSH => {
             counters.flushes.add(1);
-            backend.flush().map_err(|source| RequestError::Io {
-                what: "flushing",
-                offset: 0,
-                length: 0,
-                source,
-            })?;
+            backend.flush().map_err(RequestError::Flush)?;
         }
         VIRTIO_BLK_T_GET_ID => {
             writable.copy_in(backend.serial());

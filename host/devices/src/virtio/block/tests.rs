@@ -5,6 +5,7 @@ use std::io::{Read, Seek, Write};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::Arc;
 use std::sync::mpsc;
+use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 use virtio_bindings::virtio_blk::{
@@ -23,6 +24,9 @@ const QUEUE: u64 = 0;
 const HEADER: u64 = 0x10_0000;
 const STATUS: u64 = 0x10_1000;
 const DATA: u64 = 0x20_0000;
+
+/// For what comes at once on a computer that has time.
+const LIMIT: Duration = Duration::from_secs(30);
 
 const OK: u8 = 0;
 const IOERR: u8 = 1;
@@ -145,7 +149,7 @@ fn a_disk_grows_while_it_is_used_and_the_driver_is_told() {
     assert_eq!(disk.request(VIRTIO_BLK_T_OUT, end, 512), (IOERR, 1));
     assert_eq!(capacity(&disk), (end, 0));
     assert_eq!(grow(&disk, 8 << 30).unwrap(), 8 << 30);
-    driver::wait(&[&disk.queue.config], std::time::Duration::from_secs(60));
+    driver::wait(&[&disk.queue.config], Duration::from_secs(60));
     assert_eq!(capacity(&disk), ((8 << 30) / 512, 1));
     assert_eq!(disk.request(VIRTIO_BLK_T_OUT, end, 512), (OK, 1));
     assert_eq!(disk.request(VIRTIO_BLK_T_IN, end - 1, 1024), (OK, 1025));
@@ -297,23 +301,98 @@ fn a_read_only_disk_refuses_every_change() {
     assert_eq!(disk.device.features() & 1 << VIRTIO_BLK_F_DISCARD, 0);
 }
 
+/// A disk whose host has no space, and what its watcher is told.
+fn full_disk() -> (Disk, mpsc::Receiver<bool>) {
+    let disk = Disk::new(false);
+    let (told, hears) = mpsc::channel();
+    // The test may be over.
+    disk.device.handle().watch(move |waits| told.send(waits).unwrap_or_default());
+    // The kernel's own full disk: writing fails, and reading gives zeroes.
+    disk.put(File::options().read(true).write(true).open("/dev/full").unwrap());
+    (disk, hears)
+}
+
+impl Disk {
+    fn put(&self, file: File) {
+        self.device.front.mailbox().send(Message::Replace(file)).ok().unwrap();
+    }
+
+    /// Adds a request to write whose header and status are not where [`Disk::request`] has its own.
+    fn add_write(&mut self, number: u64, sector: u64) -> u16 {
+        let header = HEADER + 0x2000 * (1 + number);
+        let bytes = [&VIRTIO_BLK_T_OUT.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes()].concat();
+        self.memory.write_slice(&bytes, GuestAddress(header)).unwrap();
+        let head = self.queue.add(&[
+            Piece { address: header, length: 16, writable: false },
+            Piece { address: DATA, length: 4096, writable: false },
+            Piece { address: header + 0x1000, length: 1, writable: true },
+        ]);
+        self.queue.notify();
+        head
+    }
+
+    fn status(&self, number: u64) -> u8 {
+        self.memory.read_obj(GuestAddress(HEADER + 0x2000 * (1 + number) + 0x1000)).unwrap()
+    }
+}
+
 #[test]
-fn a_full_host_disk_is_an_error_for_the_guest_and_counted() {
-    // Its length is refused everywhere, but writing is not: the kernel's own full disk.
-    let full = File::options().read(true).write(true).open("/dev/full").unwrap();
-    let file = tempfile::tempfile().unwrap();
-    file.set_len(DISK_BYTES).unwrap();
-    let mut backend = Backend::new(file.try_clone().unwrap(), "", false).unwrap();
-    backend.replace_file(full);
-    let device = Block::new(backend, 1).unwrap();
-    let memory = driver::memory(8 << 20);
-    let queue = DriverQueue::new(&memory, QUEUE, 64, false);
-    let mut disk = Disk { device, queue, memory, file };
-    disk.device.start_queue(0, disk.queue.resources()).unwrap();
-    assert_eq!(disk.request(VIRTIO_BLK_T_OUT, 0, 4096).0, IOERR);
-    assert_eq!(disk.request(VIRTIO_BLK_T_OUT, 8, 4096).0, IOERR);
+fn what_is_written_while_the_hosts_disk_is_full_waits() {
+    let (mut disk, hears) = full_disk();
+    disk.fill(7, 4096);
+    for number in 0..3 {
+        disk.add_write(number, number * 8);
+    }
+    assert!(hears.recv_timeout(LIMIT).unwrap());
+    // Others pass by.
+    let (status, length) = disk.request(VIRTIO_BLK_T_IN, 0, 512);
+    assert_eq!((status, length), (OK, 513));
     let counters = disk.device.counters();
-    assert_eq!((counters.no_space.get(), counters.errors.get()), (2, 2));
+    assert_eq!((counters.no_space.get(), counters.errors.get()), (3, 0));
+    disk.fill(7, 4096);
+    disk.put(disk.file.try_clone().unwrap());
+    assert!(!hears.recv_timeout(LIMIT).unwrap());
+    for number in 0..3 {
+        assert!(disk.queue.take_used().is_some());
+        assert_eq!(disk.status(number), OK);
+    }
+    assert_eq!(disk.request(VIRTIO_BLK_T_IN, 0, 3 * 4096).0, OK);
+    assert_eq!(disk.data(3 * 4096), [7; 3 * 4096]);
+    assert!(hears.try_recv().is_err(), "only a change is told");
+}
+
+#[test]
+fn what_waits_for_space_has_failed_when_its_queue_stops() {
+    let (mut disk, hears) = full_disk();
+    disk.add_write(0, 0);
+    assert!(hears.recv_timeout(LIMIT).unwrap());
+    let state = disk.device.stop_queue(0).unwrap();
+    assert!(!hears.recv_timeout(LIMIT).unwrap());
+    assert_eq!((state.next_used, disk.status(0)), (1, IOERR));
+    assert_eq!(disk.device.counters().errors.get(), 1);
+}
+
+#[test]
+fn no_more_waits_for_space_than_a_queue_holds() {
+    let (mut disk, hears) = full_disk();
+    let head = disk.add_write(0, 0);
+    let counters = disk.device.counters();
+    // The same one again and again, which no driver may do.
+    (0..63).for_each(|_| disk.queue.publish(head));
+    disk.queue.notify();
+    let begun = Instant::now();
+    while counters.no_space.get() < 64 {
+        assert!(begun.elapsed() < LIMIT, "{} wait", counters.no_space.get());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    (0..63).for_each(|_| disk.queue.publish(head));
+    disk.queue.notify();
+    assert!(hears.recv_timeout(LIMIT).unwrap());
+    // A word through the mailbox comes after the kick.
+    disk.put(disk.file.try_clone().unwrap());
+    assert!(!hears.recv_timeout(LIMIT).unwrap());
+    disk.device.stop_queue(0).unwrap();
+    assert_eq!(counters.no_space.get(), 64);
 }
 
 #[test]
