@@ -1,6 +1,10 @@
 //! What the machine borrows from the host, memory and disk, it gives back when the guest has no use for it.
 
 use anyhow::{Context, Result, bail, ensure};
+use rustix::fs::FallocateFlags;
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 use tests_harness::{Engine, IMAGE, Layer, Processes, Stage, TestImage, run, wait_until};
@@ -9,6 +13,7 @@ crate::scenarios![
     freed_memory_is_the_hosts_again,
     a_removed_image_is_no_longer_on_the_hosts_disk,
     an_idle_machine_gives_its_caches_back,
+    a_disk_file_without_its_holes_gets_them_back,
     what_is_written_waits_for_space_on_the_hosts_disk,
 ];
 
@@ -118,6 +123,24 @@ fn an_idle_machine_gives_its_caches_back(engine: &Engine) -> Result<()> {
     comes_back(90, held_before, held_before + 96 * MIB, held)?;
     engine.engine(["rm", "-fv", "living"])?.ok()?;
     engine.engine(["volume", "rm", "cached"])?.ok().map(drop)
+}
+
+/// As after a copy by a program that knows of no holes, or a machine that was killed just after it deleted something.
+fn a_disk_file_without_its_holes_gets_them_back(engine: &Engine) -> Result<()> {
+    if engine.stage == Stage::Native {
+        return Ok(());
+    }
+    const FILLED: u64 = 512 * MIB;
+    let disk = PathBuf::from(engine.engine(["machine", "info", "--format", "{{.disk}}"])?.ok()?);
+    let allocated = || Ok(disk.metadata()?.blocks() * 512);
+    engine.engine(["machine", "stop"])?.ok()?;
+    let before = allocated()?;
+    let file = File::options().write(true).open(&disk)?;
+    rustix::fs::fallocate(&file, FallocateFlags::empty(), file.metadata()?.len() - FILLED, FILLED)?;
+    let peak = allocated()?;
+    ensure!(peak > before + FILLED * 9 / 10, "{} MiB became {} MiB", before / MIB, peak / MIB);
+    engine.engine(["machine", "start"])?.ok()?;
+    comes_back(95, before, peak, allocated)
 }
 
 /// A machine whose disk is on a file system that gets full, and then larger.

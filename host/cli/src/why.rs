@@ -76,7 +76,8 @@ async fn walk(docker: &Docker, target: Target) -> Result<Vec<WayLink>> {
                 Some((container.id.clone(), format!("{}/{}", bound.private_port, bound.kind)))
             });
             let Some((id, inner)) = found else {
-                if let Some(links) = hosted(docker, &containers, port).await? {
+                let near = SocketAddr::new(address.unwrap_or(Ipv4Addr::LOCALHOST.into()), port);
+                if let Some(links) = hosted(docker, &containers, near).await? {
                     return Ok(links);
                 }
                 let at = address.map_or_else(|| port.to_string(), |ip| SocketAddr::new(ip, port).to_string());
@@ -122,11 +123,15 @@ async fn ask(docker: &Docker, container: &str, port: Option<&str>) -> Result<Vec
 }
 
 /// The way to what a container on the machine's own network listens at; such ports are published without being asked for.
-async fn hosted(docker: &Docker, containers: &[ContainerSummary], port: u16) -> Result<Option<Vec<WayLink>>> {
+async fn hosted(
+    docker: &Docker,
+    containers: &[ContainerSummary],
+    address: SocketAddr,
+) -> Result<Option<Vec<WayLink>>> {
     for container in containers.iter().filter(|one| one.host_config.network_mode == "host") {
-        let mut links = ask(docker, &container.id, Some(&format!("{port}/tcp"))).await?;
+        let mut links = ask(docker, &container.id, Some(&format!("{}/tcp", address.port()))).await?;
         if links.iter().all(|link| link.holds) {
-            links.push(reach(SocketAddr::from((Ipv4Addr::LOCALHOST, port))));
+            links.push(reach(address));
             return Ok(Some(links));
         }
     }

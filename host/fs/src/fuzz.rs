@@ -1,5 +1,6 @@
-//! The fuzz target's entry: a guest that says anything, against a folder with something in it.
+//! The fuzz targets' entries: a guest that says anything, against a folder with something in it. Nothing may change beside it.
 
+use std::fs;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::path::Path;
@@ -35,6 +36,26 @@ impl Room for Space {
         self.0 -= count;
         Ok(count)
     }
+}
+
+/// Has `feed` work on a folder to share, and panics when something has changed beside it.
+///
+/// # Panics
+///
+/// Also when there is no place for files.
+pub fn in_scratch(feed: impl FnOnce(&Path)) {
+    let memory = Path::new("/dev/shm");
+    let within = if memory.is_dir() { memory.to_path_buf() } else { std::env::temp_dir() };
+    let scratch = within.join(format!("engine-fuzz-fs-{}", std::process::id()));
+    let (canary, shared) = (scratch.join("canary"), scratch.join("shared"));
+    fs::create_dir_all(shared.join("folder")).expect("a folder to share");
+    std::os::unix::fs::symlink(&scratch, shared.join("up")).expect("a link that leads up");
+    fs::write(shared.join("file"), "inside").expect("a file");
+    fs::write(&canary, "outside").expect("a file beside what is shared");
+    feed(&shared);
+    assert_eq!(fs::read(&canary).expect("the file outside"), b"outside");
+    assert_eq!(fs::read_dir(&scratch).expect("the scratch folder").count(), 2, "something appeared outside");
+    fs::remove_dir_all(&scratch).expect("the scratch folder can be removed");
 }
 
 /// Feeds requests to a server that shares `folder`: each begins with its length in two bytes.

@@ -2,6 +2,7 @@
 //!
 //! `bench` measures the machine, `bench NAME …` only what is named. Where there is a peer it runs in the same run.
 //! `bench returned` tells how soon the host has the memory back that a container let go of; it wants a larger machine.
+//! These are on QEMU's software processor. With ENGINE_TEST_STAGE=kvm, in `tests/nested/run --plain`, `boot` and `returned` are on KVM.
 //! `bench engine [NAME …]` holds our engine, run natively, against a private dockerd, `bench net [NAME …]` its networks;
 //! `bench net linear` tells whether many networks stay as fast as few, `bench net vm` holds ports and the NAT of the machine
 //! against QEMU's user network and passt, `bench files [ROW …]` shared folders against virtiofsd, `bench microvm` our machine on
@@ -57,7 +58,7 @@ fn main() -> Result<()> {
     if let Some(unknown) = wanted.iter().find(|name| !MEASURES.iter().any(|(known, _)| known == name)) {
         bail!("there is no measurement `{unknown}`; there are {:?}", MEASURES.map(|(name, _)| name));
     }
-    let engine = Engine::start(Stage::Qemu)?;
+    let engine = Engine::start(stage()?)?;
     for (name, measure) in MEASURES {
         if wanted.is_empty() || wanted.iter().any(|wanted| wanted == name) {
             println!("== {name}");
@@ -65,6 +66,14 @@ fn main() -> Result<()> {
         }
     }
     engine.finish()
+}
+
+/// Where the machine that is measured runs.
+fn stage() -> Result<Stage> {
+    match std::env::var_os("ENGINE_TEST_STAGE") {
+        Some(_) => Stage::from_environment(),
+        None => Ok(Stage::Qemu),
+    }
 }
 
 /// `name: value unit`, one a line.
