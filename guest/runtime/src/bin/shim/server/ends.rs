@@ -62,10 +62,11 @@ impl Server {
 
     /// Makes an end known, once.
     pub(super) fn settle(&mut self, index: usize) {
-        let oom_killed = index == INIT && self.runtime.oom_killed();
         if index == INIT {
             self.out_of_memory();
         }
+        // On version 1 the kernel tells before it kills, and whoever was told may be faster.
+        let oom_killed = index == INIT && (self.ooms > 0 || self.runtime.oom_killed());
         let Some(process) = self.processes[index].as_mut().filter(|process| process.exit.is_none()) else {
             return;
         };
