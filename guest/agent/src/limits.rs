@@ -26,6 +26,15 @@ const SETTINGS: &[(&str, &str)] = &[
     ("vm/swappiness", "100"),
     // It has no head to move: reading ahead is in vain.
     ("vm/page-cluster", "0"),
+    // What is far apart is moved together when the machine is idle, by us; the kernel would look twice a second whether to.
+    ("vm/compaction_proactiveness", "0"),
+    // Counts of memory that only the kernel's own statistics are made of: gathered each second, by every processor.
+    ("vm/stat_interval", "60"),
+    // Every four seconds on every processor, to find one that hangs; the host finds a machine that does.
+    ("kernel/watchdog", "0"),
+    // Neighbours that somebody has the kernel keep fresh (`ip neigh … managed`): looked for every five seconds.
+    ("net/ipv4/neigh/default/interval_probe_time_ms", "3600000"),
+    ("net/ipv6/neigh/default/interval_probe_time_ms", "3600000"),
     // Elasticsearch and others refuse to start below this.
     ("vm/max_map_count", "262144"),
     // File watchers of many containers share the root user's budget.

@@ -2,7 +2,7 @@
 //!
 //! `bench` measures the machine, `bench NAME …` only what is named. Where there is a peer it runs in the same run.
 //! `bench returned` tells how soon the host has the memory back that a container let go of; it wants a larger machine.
-//! These are on QEMU's software processor. With ENGINE_TEST_STAGE=kvm, in `tests/nested/run --plain`, `boot` and `returned` are on KVM.
+//! These are on QEMU's software processor. With ENGINE_TEST_STAGE=kvm, in `tests/nested/run --plain`, `boot`, `idle` and `returned` are on KVM.
 //! `bench engine [NAME …]` holds our engine, run natively, against a private dockerd, `bench net [NAME …]` its networks;
 //! `bench net linear` tells whether many networks stay as fast as few, `bench net vm` holds ports and the NAT of the machine
 //! against QEMU's user network and passt, `bench files [ROW …]` shared folders against virtiofsd, `bench microvm` our machine on
@@ -13,6 +13,7 @@
 
 mod boot;
 mod files;
+mod idle;
 mod memory;
 mod microvm;
 mod peer;
@@ -25,10 +26,11 @@ use tests_harness::{Engine, Stage};
 /// One measurement on a machine that runs.
 type Measure = fn(&Engine) -> Result<()>;
 
-const MEASURES: [(&str, Measure); 6] = [
+const MEASURES: [(&str, Measure); 7] = [
     ("image", boot::image),
     ("boot", boot::boot),
     ("memory", memory::overhead),
+    ("idle", idle::idle),
     ("vsock", throughput::vsock),
     ("nat", throughput::nat),
     ("pull", throughput::pull),

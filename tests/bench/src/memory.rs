@@ -4,8 +4,9 @@
 use crate::boot::mib;
 use crate::figure;
 use anyhow::{Context, Result};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
+use tempfile::TempDir;
 use tests_harness::{Engine, IMAGE, Stage, Wishes, wait_until};
 
 /// Long enough for either to have booted.
@@ -81,7 +82,9 @@ pub(crate) fn overhead(engine: &Engine) -> Result<()> {
     figure("engine-vmm, private memory", mib(private(vmm)?), "MiB");
     figure("its QEMU, memory beyond the guest's", mib(private(qemu)?), "MiB");
     figure("engined, private memory", mib(private(processes.find("engined")?.pid)?), "MiB");
-    let peer = plain_qemu(engine)?;
+    let plain = Plain::start(engine)?;
+    std::thread::sleep(SETTLE);
+    let peer = private(plain.pid())?;
     figure("plain QEMU, memory beyond the guest's", mib(peer), "MiB");
     figure("ours to plain QEMU", mib(ours) / mib(peer), "x");
     Ok(())
@@ -107,52 +110,58 @@ fn rollup(pid: i32, fields: &[&str]) -> Result<u64> {
     fields.iter().map(|name| Ok(field(name)? << 10)).sum()
 }
 
-fn plain_qemu(engine: &Engine) -> Result<u64> {
-    let folder = tempfile::tempdir()?;
-    let disk = folder.path().join("disk.raw");
-    std::fs::File::create(&disk)?.set_len(16 << 30)?;
-    let image = engine.program("vm-image");
-    let manifest: serde_json::Value = serde_json::from_slice(&std::fs::read(image.join("manifest.json"))?)?;
-    let cmdline = manifest["cmdline"].as_str().unwrap_or_default();
-    let mut child = Command::new("qemu-system-x86_64")
-        .args([
-            "-accel",
-            "tcg",
-            "-cpu",
-            "max",
-            "-M",
-            "q35",
-            "-m",
-            "1536",
-            "-smp",
-            "2",
-            "-nodefaults",
-            "-no-user-config",
-        ])
-        .args(["-display", "none", "-serial", "null", "-no-reboot"])
-        .args([
-            "-object",
-            "memory-backend-memfd,id=mem,size=1536M,share=on",
-            "-machine",
-            "memory-backend=mem",
-        ])
-        .arg("-kernel")
-        .arg(image.join("kernel"))
-        .arg("-initrd")
-        .arg(image.join("initramfs"))
-        .args(["-append", &format!("console=ttyS0 panic=-1 reboot=t {cmdline}")])
-        .arg("-drive")
-        .arg(format!("if=none,id=disk,format=raw,file={}", disk.display()))
-        .args(["-device", "virtio-blk-pci,drive=disk,serial=engine-data"])
-        .args(["-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net", "-device", "virtio-rng-pci"])
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .context("cannot start plain QEMU")?;
-    std::thread::sleep(SETTLE);
-    let measured = private(i32::try_from(child.id())?);
-    child.kill()?;
-    child.wait()?;
-    measured
+/// QEMU with its own devices and the VM image's guest; ends when it goes.
+pub(crate) struct Plain {
+    process: Child,
+    _disk: TempDir,
+}
+
+impl Plain {
+    pub(crate) fn start(engine: &Engine) -> Result<Self> {
+        let folder = tempfile::tempdir()?;
+        let disk = folder.path().join("disk.raw");
+        std::fs::File::create(&disk)?.set_len(16 << 30)?;
+        let image = engine.program("vm-image");
+        let manifest: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(image.join("manifest.json"))?)?;
+        let cmdline = manifest["cmdline"].as_str().unwrap_or_default();
+        let process = Command::new("qemu-system-x86_64")
+            .args(["-accel", "tcg", "-cpu", "max", "-M", "q35,memory-backend=mem", "-m", "1536", "-smp", "2"])
+            .args(["-object", "memory-backend-memfd,id=mem,size=1536M,share=on"])
+            .args(["-nodefaults", "-no-user-config", "-display", "none", "-serial", "null", "-no-reboot"])
+            .arg("-kernel")
+            .arg(image.join("kernel"))
+            .arg("-initrd")
+            .arg(image.join("initramfs"))
+            .args(["-append", &format!("console=ttyS0 panic=-1 reboot=t {cmdline}")])
+            .arg("-drive")
+            .arg(format!("if=none,id=disk,format=raw,file={}", disk.display()))
+            .args(["-device", "virtio-blk-pci,drive=disk,serial=engine-data"])
+            .args([
+                "-netdev",
+                "user,id=net",
+                "-device",
+                "virtio-net-pci,netdev=net",
+                "-device",
+                "virtio-rng-pci",
+            ])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .context("cannot start plain QEMU")?;
+        Ok(Self { process, _disk: folder })
+    }
+
+    pub(crate) fn pid(&self) -> i32 {
+        self.process.id().cast_signed()
+    }
+}
+
+impl Drop for Plain {
+    fn drop(&mut self) {
+        // Gone already, if it failed.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
 }

@@ -33,7 +33,8 @@
 //!
 //! # Heartbeat
 //!
-//! After [`HEARTBEAT_INTERVAL`] without a byte from the peer we send a ping, and the peer a pong. Silence is counted
+//! After [`HEARTBEAT_INTERVAL`] without a byte from the guest the host sends a ping, and the guest a pong; the guest itself asks
+//! only when it hears none for twice as long, so that an idle session wakes either end once. Silence is counted
 //! in pings that were sent, not in time that passed: an end that was itself stopped for a minute (a suspended
 //! laptop, a debugger) first sends its next ping and gives the peer time to answer it. For the same reason drivers
 //! feed all bytes that have arrived before they call [`Session::tick`].
@@ -62,7 +63,7 @@ use serde_json::value::RawValue;
 use crate::frame::{self, Decoder, TooLong};
 use crate::message::{Failure, FailureKind, Hello, Notice, Request, Response};
 
-/// Silence after which we ask for a sign of life.
+/// Silence after which the host asks for a sign of life.
 pub const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Pings without any sign of life after which the peer counts as dead: half a minute with [`HEARTBEAT_INTERVAL`],
@@ -380,7 +381,7 @@ impl Session {
                 false => Ok(()),
             };
         }
-        if now < self.quiet_since + HEARTBEAT_INTERVAL {
+        if now < self.quiet_since + self.patience() {
             return Ok(());
         }
         if self.missed >= MISSED_MAX {
@@ -392,11 +393,19 @@ impl Session {
         self.send::<()>("ping", None, None).map_err(|error| self.close(error))
     }
 
+    /// Silence after which this end asks for a sign of life.
+    fn patience(&self) -> Duration {
+        match self.role {
+            Role::Host => HEARTBEAT_INTERVAL,
+            Role::Guest => HEARTBEAT_INTERVAL * 2,
+        }
+    }
+
     /// When [`Session::tick`] is to be called next; `None` once the session has ended.
     pub fn next_deadline(&self) -> Option<Duration> {
         let own = match self.state {
             Status::Greeting { until } => until,
-            Status::Established => self.quiet_since + HEARTBEAT_INTERVAL,
+            Status::Established => self.quiet_since + self.patience(),
             Status::Closed(_) => return None,
         };
         Some(self.open.values().map(|deadline| deadline.at).fold(own, Duration::min))

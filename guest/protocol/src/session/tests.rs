@@ -265,6 +265,27 @@ fn a_silent_peer_is_given_up_after_its_pings() {
 }
 
 #[test]
+fn in_an_idle_session_only_the_host_asks() {
+    let (mut host, mut guest) = established();
+    for count in 1..=10 {
+        let now = START + HEARTBEAT_INTERVAL * count;
+        assert_eq!(host.next_deadline(), Some(now));
+        assert!(guest.next_deadline() > Some(now));
+        host.tick(now).unwrap();
+        guest.tick(now).unwrap();
+        let asked = [host.take_output(), guest.take_output()];
+        assert_eq!(asked, [frame(r#"{"type":"ping"}"#), Vec::new()]);
+        guest.receive(&asked[0], now).unwrap();
+        host.receive(&guest.take_output(), now).unwrap();
+    }
+    // A host that is gone without a word is found out all the same.
+    let silent = START + HEARTBEAT_INTERVAL * 12;
+    assert_eq!(guest.next_deadline(), Some(silent));
+    guest.tick(silent).unwrap();
+    assert_eq!(guest.take_output(), frame(r#"{"type":"ping"}"#));
+}
+
+#[test]
 fn an_end_that_slept_gives_the_peer_time_to_answer() {
     let (mut host, mut guest) = established();
     let after_a_day = seconds(24 * 3600);

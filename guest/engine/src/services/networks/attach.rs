@@ -102,7 +102,7 @@ impl Networks {
                 lease: None,
                 name_server: None,
             };
-            state.members.insert(record.id.clone(), member);
+            self.join(&mut state, member);
             endpoints
         };
         match self.plug(record, &place, &endpoints, &wanted).await {
@@ -203,7 +203,7 @@ impl Networks {
             lease: None,
             name_server: None,
         };
-        state.members.insert(record.id.clone(), member);
+        self.join(&mut state, member);
         drop(state);
         let namespace = (!host).then(|| self.sandbox_path(&owner));
         Ok(Attached {
@@ -507,7 +507,14 @@ impl Networks {
             lease: None,
             name_server: None,
         };
-        state.members.insert(record.id.clone(), member);
+        self.join(&mut state, member);
+    }
+
+    fn join(&self, state: &mut State, member: Member) {
+        if member.place == Place::Host {
+            self.joined_host.notify_one();
+        }
+        state.members.insert(member.record.id.clone(), member);
     }
 
     /// Keeps a container's new name.

@@ -180,7 +180,17 @@ impl Networks {
     pub async fn follow_listeners(self: Arc<Self>, stop: CancellationToken) {
         let Some(outside) = self.outside.clone() else { return };
         let mut before = (Vec::new(), BTreeMap::new());
-        while stop.run_until_cancelled(tokio::time::sleep(PERIOD)).await.is_some() {
+        loop {
+            let next = async {
+                match before.0.is_empty() {
+                    // There is nobody to look at.
+                    true => self.joined_host.notified().await,
+                    false => tokio::time::sleep(PERIOD).await,
+                }
+            };
+            if stop.run_until_cancelled(next).await.is_none() {
+                return;
+            }
             let containers: Vec<String> = {
                 let state = self.state();
                 let on_host = state.members.iter().filter(|(_, member)| member.place == Place::Host);

@@ -10,6 +10,7 @@ use guest_api::{ErrorKind, Filters};
 use ipnet::IpNet;
 use jiff::Timestamp;
 use sha2::{Digest, Sha256};
+use tokio::sync::Notify;
 
 use super::create::{self, Draft};
 use super::firewall::FirewallWriter;
@@ -41,6 +42,8 @@ pub struct Networks {
     pub(super) ports: PortHost,
     /// In the machine: ports are published on the computer around it.
     pub(super) outside: Option<HostLeases>,
+    /// Told when a container joins the machine's own network.
+    pub(super) joined_host: Notify,
     store: Store,
     pools: Vec<AddressPool>,
 }
@@ -102,6 +105,7 @@ impl Networks {
             unfinished: run.join("networks"),
             ports: PortHost::default(),
             outside,
+            joined_host: Notify::new(),
             store,
             pools,
         })
