@@ -21,4 +21,6 @@ pub mod spec;
 
 pub use backend::{Accelerator, Backend, BackendError, choose_backend};
 pub use control::{Channel, Command, Event, StopReason, Usage};
+/// What every kernel is told before what a spec adds.
+pub use host_hypervisor::arch::native::boot::CMDLINE;
 pub use spec::{BackendChoice, DiskSpec, MachineSpec, NetworkSpec, ShareSpec};

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use command_fds::{CommandFdExt, FdMapping};
 use host_vmm::control::{self, Channel, Event, Sender};
-use host_vmm::{BackendChoice, DiskSpec, MachineSpec, NetworkSpec};
+use host_vmm::{BackendChoice, CMDLINE, DiskSpec, MachineSpec, NetworkSpec};
 use vsock::{VMADDR_CID_ANY, VsockListener};
 
 use crate::boot::{median, mib};
@@ -34,8 +34,6 @@ const LOOK: Duration = Duration::from_millis(2);
 const LATER_LOOK: Duration = Duration::from_millis(200);
 /// A machine that hangs is not waited for longer: the processor may be an emulated one.
 const LIMIT: Duration = Duration::from_secs(1200);
-/// What `engine-vmm` tells every kernel, for both.
-const CMDLINE: &str = "console=ttyS0 panic=-1 reboot=t no_timer_check";
 /// QEMU's machine on vsock.
 const VSOCK_CID: u32 = 3;
 const QEMU: &str = "qemu-system-x86_64";

@@ -28,8 +28,9 @@ pub const NOT_A_KERNEL: &str = "not a Linux kernel image (bzImage)";
 ///
 /// `panic=-1` and `reboot=t` turn a dead kernel into a machine that ends at once instead of one that hangs.
 /// `no_timer_check` believes in the timer's interrupt: a software processor that had to wait for its turn on a busy
-/// computer misses the moment in which the kernel looks for it, and the kernel gives up.
-pub const CMDLINE: &str = "console=ttyS0 panic=-1 reboot=t no_timer_check";
+/// computer misses the moment in which the kernel looks for it, and the kernel gives up. `tsc=nowatchdog` believes in the clock: held
+/// against another twice a second it wakes an idle machine, and on a busy computer the comparison itself can fail.
+pub const CMDLINE: &str = "console=ttyS0 panic=-1 reboot=t no_timer_check tsc=nowatchdog";
 
 /// How the first processor begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
