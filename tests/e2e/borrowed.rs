@@ -143,7 +143,7 @@ fn a_disk_file_without_its_holes_gets_them_back(engine: &Engine) -> Result<()> {
     comes_back(95, before, peak, allocated)
 }
 
-/// A machine whose disk is on a file system that gets full, and then larger.
+/// A machine whose disk is on a file system that somebody else has filled, and then makes room on.
 fn what_is_written_waits_for_space_on_the_hosts_disk(engine: &Engine) -> Result<()> {
     if engine.stage == Stage::Native {
         return Ok(());
@@ -158,10 +158,11 @@ fn what_is_written_waits_for_space_on_the_hosts_disk(engine: &Engine) -> Result<
     std::fs::write(&image, TestImage::busybox()?.archive(IMAGE)?)?;
     // In a mount namespace of its own: nothing stays mounted, whatever happens.
     let script = format!(
-        "set -u; home={home}; engine={program}; mount -t tmpfs -o size=200m none $home || exit 90
+        "set -u; home={home}; engine={program}; mount -t tmpfs -o size=400m none $home || exit 90
          export ENGINE_HOME=$home
          $engine load -q -i {image} > /dev/null || exit 91
-         write='yes 0123456789 | head -c 250000000 | tee /data/bulk | md5sum > /data/sum; sync'
+         fallocate -l $(($(df --output=avail -k $home | tail -n 1) - 20480))k $home/ballast || exit 93
+         write='yes 0123456789 | head -c 60000000 | tee /data/bulk | md5sum > /data/sum; sync'
          $engine run -d --name writer -v data:/data {IMAGE} sh -c \"$write\" > /dev/null || exit 92
          for i in $(seq 240); do
              $engine machine status 2>&1 | grep -q 'no space left' && break
@@ -170,7 +171,7 @@ fn what_is_written_waits_for_space_on_the_hosts_disk(engine: &Engine) -> Result<
          $engine machine info | grep ^Trouble:
          $engine ps -a 2>&1 > /dev/null | sed 's/^/beside: /'
          $engine ps --format '{{{{.Names}}}} {{{{.State}}}}' 2> /dev/null
-         mount -o remount,size=600m $home
+         rm $home/ballast
          echo code $($engine wait writer 2> /dev/null)
          $engine machine status 2>&1
          $engine machine stop
