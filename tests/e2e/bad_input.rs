@@ -3,6 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 use tests_harness::{Engine, Finished, IMAGE, Layer, PATIENCE, Processes, Stage, TestImage, Timed, run};
@@ -67,7 +68,7 @@ fn a_hostile_archive_is_refused_whole(engine: &Engine) -> Result<()> {
         let listed = engine.engine(["images", "-q", &tag])?.ok()?;
         ensure!((loaded.code == 0) != listed.is_empty(), "{how}: {loaded:?}, listed `{listed}`");
         for escaped in ["/escaped", "/escaped-by-link"] {
-            ensure!(!std::path::Path::new(escaped).exists(), "{how}: `{escaped}` was written");
+            ensure!(!Path::new(escaped).exists(), "{how}: `{escaped}` was written");
         }
         if loaded.code == 0 {
             engine.engine(["rmi", "-f", &tag])?.ok()?;
@@ -198,32 +199,49 @@ fn a_full_disk_is_an_error_and_no_more(engine: &Engine) -> Result<()> {
     if engine.stage != Stage::Native {
         return Ok(());
     }
-    let home = engine.path("small");
-    std::fs::create_dir(&home)?;
     let image = engine.path("too-large.tar");
     std::fs::write(&image, TestImage::new(vec![Layer::noise("noise", 300 << 20, 9)?]).archive("large:1")?)?;
-    // In a mount namespace of its own: nothing stays mounted, whatever happens.
     let script = format!(
-        "set -u; home={home}; engine={program}; mount -t tmpfs -o size=64m none $home || exit 90
-         {server} --native --socket $home/s --data-root $home/data 2> $home/../small.log & pid=$!
+        "{server} --native --socket $home/s --data-root $home/data 2> $home/../small.log & pid=$!
          export ENGINE_HOST=unix://$home/s
          for i in $(seq 100); do $engine version > /dev/null 2>&1 && break; sleep 0.1; done
          $engine load -i {image}; code=$?
          $engine images -q large:1; $engine ps -a > /dev/null; alive=$?
          kill $pid; wait $pid
          echo load $code alive $alive",
-        home = home.display(),
-        program = engine.program("engine").display(),
         server = engine.program("guest-engine").display(),
         image = image.display(),
     );
-    let mut command = Command::new("unshare");
-    engine.environment(&mut command);
-    command.args(["--mount", "--propagation", "private", "--", "sh", "-c", &script]);
-    let finished = run(command)?;
+    let home = engine.path("small");
+    let finished = on_a_small_disk(engine, &home, "64m", &script)?;
     std::fs::remove_file(&image)?;
+    let Some(finished) = finished else { return Ok(()) };
     // An error with a sentence, and the engine goes on.
     ensure!(finished.stdout.contains("load 1 alive 0") && finished.stderr.contains("space"), "{finished:?}");
     ensure!(!finished.stdout.contains("sha256"), "half an image is listed: {finished:?}");
     Processes::of(&home).expect_none()
+}
+
+/// Runs a shell script with `$engine`, and at `$home` a file system of this size, in a mount namespace of its own: nothing stays
+/// mounted, whatever happens. `None` for want of the right to mount.
+pub(crate) fn on_a_small_disk(
+    engine: &Engine,
+    home: &Path,
+    size: &str,
+    script: &str,
+) -> Result<Option<Finished>> {
+    if !rustix::process::geteuid().is_root() {
+        crate::skip("a small file system can be mounted by root only");
+        return Ok(None);
+    }
+    std::fs::create_dir(home)?;
+    let script = format!(
+        "set -u; home={home}; engine={program}; mount -t tmpfs -o size={size} none $home || exit 90\n{script}",
+        home = home.display(),
+        program = engine.program("engine").display(),
+    );
+    let mut command = Command::new("unshare");
+    engine.environment(&mut command);
+    command.args(["--mount", "--propagation", "private", "--", "sh", "-c", &script]);
+    run(command).map(Some)
 }

@@ -1,13 +1,13 @@
 //! What the machine borrows from the host, memory and disk, it gives back when the guest has no use for it.
 
+use crate::bad_input::on_a_small_disk;
 use anyhow::{Context, Result, bail, ensure};
 use rustix::fs::FallocateFlags;
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
-use std::process::Command;
 use std::time::{Duration, Instant};
-use tests_harness::{Engine, IMAGE, Layer, Processes, Stage, TestImage, run, wait_until};
+use tests_harness::{Engine, IMAGE, Layer, Processes, Stage, TestImage, wait_until};
 
 crate::scenarios![
     freed_memory_is_the_hosts_again,
@@ -148,18 +148,10 @@ fn what_is_written_waits_for_space_on_the_hosts_disk(engine: &Engine) -> Result<
     if engine.stage == Stage::Native {
         return Ok(());
     }
-    if !rustix::process::geteuid().is_root() {
-        crate::skip("a small file system can be mounted by root only");
-        return Ok(());
-    }
-    let home = engine.path("full");
-    std::fs::create_dir(&home)?;
     let image = engine.path("full.tar");
     std::fs::write(&image, TestImage::busybox()?.archive(IMAGE)?)?;
-    // In a mount namespace of its own: nothing stays mounted, whatever happens.
     let script = format!(
-        "set -u; home={home}; engine={program}; mount -t tmpfs -o size=400m none $home || exit 90
-         export ENGINE_HOME=$home
+        "export ENGINE_HOME=$home
          $engine load -q -i {image} > /dev/null || exit 91
          fallocate -l $(($(df --output=avail -k $home | tail -n 1) - 20480))k $home/ballast || exit 93
          write='yes 0123456789 | head -c 60000000 | tee /data/bulk | md5sum > /data/sum; sync'
@@ -178,14 +170,10 @@ fn what_is_written_waits_for_space_on_the_hosts_disk(engine: &Engine) -> Result<
          check='md5sum < /data/bulk | cmp - /data/sum && echo intact'
          $engine run --rm -v data:/data {IMAGE} sh -c \"$check\"
          $engine machine shutdown",
-        home = home.display(),
-        program = engine.program("engine").display(),
         image = image.display(),
     );
-    let mut command = Command::new("unshare");
-    engine.environment(&mut command);
-    command.args(["--mount", "--propagation", "private", "--", "sh", "-c", &script]);
-    let finished = run(command)?;
+    let home = engine.path("full");
+    let Some(finished) = on_a_small_disk(engine, &home, "400m", &script)? else { return Ok(()) };
     let said: Vec<&str> = finished.stdout.lines().collect();
     let [trouble, beside, rest @ ..] = &said[..] else { bail!("{finished:?}") };
     let sentence = "there is no space left on this computer for the machine's disk";

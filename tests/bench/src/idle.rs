@@ -12,6 +12,8 @@ use crate::memory::Plain;
 /// The guest lets go of its caches after a minute without work, and looks through its disk once.
 const REST: Duration = Duration::from_secs(180);
 const SPAN: Duration = Duration::from_secs(60);
+/// What the peer is called.
+const PLAIN: &str = "plain QEMU";
 /// Percent of a core, all processes together.
 const PROMISED: f64 = 0.5;
 
@@ -36,7 +38,7 @@ pub(crate) fn idle(engine: &Engine) -> Result<()> {
         true => Some(Plain::start(engine)?),
         false => None,
     };
-    processes.extend(plain.as_ref().map(|plain| ("plain QEMU", plain.pid())));
+    processes.extend(plain.as_ref().map(|plain| (PLAIN, plain.pid())));
     std::thread::sleep(REST);
     let look =
         || processes.iter().map(|(name, pid)| Ok((*name, work(*pid)?))).collect::<Result<BTreeMap<_, _>>>();
@@ -51,9 +53,9 @@ pub(crate) fn idle(engine: &Engine) -> Result<()> {
         #[expect(clippy::cast_precision_loss, reason = "a figure for people")]
         let wakes = now.slept.saturating_sub(then.slept) as f64 / seconds;
         figure(&format!("{name}, woken"), wakes, "times a second");
-        match plain.as_ref().is_some_and(|plain| processes.get(name) == Some(&plain.pid())) {
-            true => theirs = Some(share),
-            false => ours += share,
+        match name {
+            PLAIN => theirs = Some(share),
+            _ => ours += share,
         }
     }
     let kept = if ours < PROMISED { "kept" } else { "MISSED" };
