@@ -3,7 +3,7 @@
 //! Everything the driver can get wrong ends here as a count and one throttled log line. A ring whose own structure is
 //! broken (indexes that run away, rings outside of memory) stops until the driver sets it up again.
 
-use std::ops::Deref;
+use std::ops::{ControlFlow, Deref};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -28,14 +28,14 @@ pub(crate) struct Chain<'a> {
     pub writable: Buffers<'a>,
 }
 
-/// How a round of [`Ring::serve`] ended.
+/// How a round of [`Ring::serve`] or [`Ring::serve_owned`] ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Round {
     /// No chain is left; the driver kicks when it adds one.
     Empty,
     /// The budget is used up, only to let others have a turn.
     HasMore,
-    /// A chain could not be served now and went back; whoever stopped knows when to go on.
+    /// A chain could not be served now, or no more are wanted; whoever stopped knows when to go on.
     Stopped,
 }
 
@@ -158,27 +158,47 @@ impl Ring {
     /// Kicks are off meanwhile. The driver is told by [`Self::flush`], which is the caller's.
     pub fn serve(&mut self, budget: usize, mut one: impl FnMut(Chain<'_>) -> Option<u32>) -> Round {
         let memory = self.memory();
+        self.round(budget, |ring| {
+            let chain = ring.take(&memory)?;
+            let head = chain.head;
+            match one(chain) {
+                Some(length) => ring.complete(&memory, head, length),
+                None => {
+                    ring.untake(1);
+                    return Some(ControlFlow::Break(()));
+                }
+            }
+            Some(ControlFlow::Continue(()))
+        })
+    }
+
+    /// As [`Self::serve`], but `one` keeps the chain it is given: it hands it back to the driver itself, now or later, and says
+    /// whether it takes more.
+    pub fn serve_owned(
+        &mut self,
+        budget: usize,
+        mut one: impl FnMut(&mut Self, OwnedChain) -> ControlFlow<()>,
+    ) -> Round {
+        self.round(budget, |ring| ring.take_owned().map(|chain| one(ring, chain)))
+    }
+
+    /// Calls `one` up to `budget` times, until it finds no chain or wants no more.
+    fn round(&mut self, budget: usize, mut one: impl FnMut(&mut Self) -> Option<ControlFlow<()>>) -> Round {
         self.disable_kicks();
         for _ in 0..budget {
-            let Some(chain) = self.take(&memory) else {
+            match one(self) {
+                Some(ControlFlow::Continue(())) => {}
+                Some(ControlFlow::Break(())) => return Round::Stopped,
                 // One that was added before kicks were on again comes without a kick.
-                match self.enable_kicks() {
-                    true => continue,
-                    false => return Round::Empty,
-                }
-            };
-            let head = chain.head;
-            let Some(length) = one(chain) else {
-                self.untake(1);
-                return Round::Stopped;
-            };
-            self.complete(&memory, head, length);
+                None if self.enable_kicks() => {}
+                None => return Round::Empty,
+            }
         }
         Round::HasMore
     }
 
     /// Takes the next available chain, to work on it beside the ring.
-    pub fn take_owned(&mut self) -> Option<OwnedChain> {
+    fn take_owned(&mut self) -> Option<OwnedChain> {
         let memory = self.memory.memory();
         let chain = self.next(memory.clone())?;
         Some(OwnedChain { memory, chain })

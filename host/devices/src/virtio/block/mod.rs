@@ -37,8 +37,8 @@ use crate::virtio::device::DeviceKind;
 use crate::virtio::threaded::{Front, Threaded};
 use crate::virtio::worker::Mailbox;
 
-/// Size of every queue. QEMU's own default, so that the segment limit below fits there too.
-const QUEUE_SIZE: u16 = 128;
+/// Size of every queue: 1 MiB in single pages is two requests, where half of it makes three.
+const QUEUE_SIZE: u16 = 256;
 /// The most queues offered; QEMU or the guest may use fewer.
 const MAX_QUEUES: usize = 16;
 /// Data segments of one request: a chain is no longer than its queue, less the request's header and status.
@@ -51,7 +51,7 @@ pub struct Counters {
     pub reads: Counter,
     /// Bytes read.
     pub read_bytes: Counter,
-    /// Requests to write.
+    /// Requests to write; one that waits for space on the host's disk counts with each try.
     pub writes: Counter,
     /// Bytes written.
     pub written_bytes: Counter,

@@ -2,6 +2,7 @@
 //! disk.
 
 use std::collections::VecDeque;
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -14,7 +15,7 @@ use super::{Counters, Message, Watcher};
 use crate::throttle::Throttle;
 use crate::virtio::config::ConfigSpace;
 use crate::virtio::device::DeviceState;
-use crate::virtio::ring::{OwnedChain, Ring};
+use crate::virtio::ring::{OwnedChain, Ring, Round};
 use crate::virtio::worker::{Model, Rings, keeps_nothing};
 
 /// Where the disk's capacity is in configuration space (virtio 1.3 §5.2.4).
@@ -49,24 +50,21 @@ impl Queues {
 
     /// Serves requests of one queue; `true` when there may be more.
     fn serve(&mut self, index: usize, ring: &mut Ring) -> bool {
-        ring.disable_kicks();
-        for _ in 0..BUDGET {
-            // More than a queue holds come from a driver that gives the same ones again and again.
-            if self.waiting.len() >= usize::from(ring.size()) {
-                return false;
-            }
-            let Some(chain) = ring.take_owned() else {
-                // One that was added before kicks were on again comes without a kick.
-                if ring.enable_kicks() {
-                    continue;
-                }
-                return false;
-            };
+        // More than a queue holds come from a driver that gives the same ones again and again.
+        let limit = usize::from(ring.size());
+        if self.waiting.len() >= limit {
+            return false;
+        }
+        let round = ring.serve_owned(BUDGET, |ring, chain| {
             if let Err(chain) = self.carry_out(ring, chain) {
                 self.wait(index, chain);
             }
-        }
-        true
+            match self.waiting.len() < limit {
+                true => ControlFlow::Continue(()),
+                false => ControlFlow::Break(()),
+            }
+        });
+        round == Round::HasMore
     }
 
     /// Carries one request out and hands it back to the driver; `Err` is one that the host's disk has no space for.

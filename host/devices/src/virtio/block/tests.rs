@@ -226,13 +226,13 @@ fn the_configuration_says_what_the_disk_can_do() {
     let mut config = [0; 64];
     disk.device.read_config(0, &mut config);
     assert_eq!(config[..8], (DISK_BYTES / 512).to_le_bytes());
-    assert_eq!(config[12..16], 126u32.to_le_bytes());
+    assert_eq!(config[12..16], 254u32.to_le_bytes());
     assert_eq!(config[20..24], 512u32.to_le_bytes());
     assert_eq!(config[34..36], 4u16.to_le_bytes());
     assert_eq!(config[36..40], MAX_RANGE_SECTORS.to_le_bytes());
     assert_eq!(config[40..44], 32u32.to_le_bytes());
     assert_eq!(config[56], 1);
-    assert_eq!(disk.device.queue_sizes(), [128; 4]);
+    assert_eq!(disk.device.queue_sizes(), [256; 4]);
     assert_ne!(disk.device.features() & 1 << VIRTIO_BLK_F_DISCARD, 0);
     assert_eq!(disk.device.features() & 1 << VIRTIO_BLK_F_RO, 0);
 }

@@ -1,6 +1,7 @@
 //! The work on the device's queues.
 
 use std::io;
+use std::ops::ControlFlow;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Instant;
@@ -13,7 +14,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::pool::{self, Done, Job, Pool};
 use super::{Backend, Counters, QUEUES, SLOW_THREADS};
 use crate::virtio::device::DeviceState;
-use crate::virtio::ring::Ring;
+use crate::virtio::ring::{OwnedChain, Ring, Round};
 use crate::virtio::worker::{Model, Rings};
 
 /// Requests taken from one queue before the next has its turn.
@@ -45,39 +46,38 @@ impl Queues {
 
     /// Serves requests of one queue; `true` when there may be more.
     fn serve(&mut self, index: usize, ring: &mut Ring) -> bool {
-        ring.disable_kicks();
-        for _ in 0..BUDGET {
-            let Some(chain) = ring.take_owned() else {
-                if ring.enable_kicks() {
-                    continue;
-                }
-                return false;
-            };
-            self.counters.requests.add(1);
-            let head = chain.head();
-            let length = match chain.buffers() {
-                Ok((readable, _)) if self.backend.is_slow(&readable) => {
-                    self.counters.slow.add(1);
-                    drop(readable);
-                    match self.pool.submit(Job { queue: index, chain }) {
-                        Ok(()) => {
-                            self.away[index] += 1;
-                            continue;
-                        }
-                        Err(job) => pool::serve(&*self.backend, &job.chain),
+        let round = ring.serve_owned(BUDGET, |ring, chain| {
+            self.take(index, ring, chain);
+            ControlFlow::Continue(())
+        });
+        round == Round::HasMore
+    }
+
+    /// Answers one request, or gives it to the pool, which answers later.
+    fn take(&mut self, index: usize, ring: &mut Ring, chain: OwnedChain) {
+        self.counters.requests.add(1);
+        let head = chain.head();
+        let length = match chain.buffers() {
+            Ok((readable, _)) if self.backend.is_slow(&readable) => {
+                self.counters.slow.add(1);
+                drop(readable);
+                match self.pool.submit(Job { queue: index, chain }) {
+                    Ok(()) => {
+                        self.away[index] += 1;
+                        return;
                     }
+                    Err(job) => pool::serve(&*self.backend, &job.chain),
                 }
-                Ok((readable, writable)) => self.backend.serve(readable, writable),
-                Err(error) => {
-                    ring.malformed(&error);
-                    0
-                }
-            };
-            self.counters.answered_bytes.add(u64::from(length));
-            let memory = ring.memory();
-            ring.complete(&memory, head, length);
-        }
-        true
+            }
+            Ok((readable, writable)) => self.backend.serve(readable, writable),
+            Err(error) => {
+                ring.malformed(&error);
+                0
+            }
+        };
+        self.counters.answered_bytes.add(u64::from(length));
+        let memory = ring.memory();
+        ring.complete(&memory, head, length);
     }
 
     fn finish(&mut self, ring: Option<&mut Ring>, Done { queue, head, length }: Done) {

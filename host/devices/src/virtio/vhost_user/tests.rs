@@ -265,7 +265,7 @@ fn nonsense_ends_the_connection() {
         server.join();
     };
     check(|machine| machine.front.set_vring_num(0, 100).is_err());
-    check(|machine| machine.front.set_vring_num(0, 256).is_err());
+    check(|machine| machine.front.set_vring_num(0, 512).is_err());
     check(|machine| machine.front.set_vring_num(7, 64).is_err());
     check(|machine| {
         machine.front.set_vring_kick(0, &machine.queue.kick).is_ok() && {

@@ -35,12 +35,12 @@ use rustix::net::{AddressFamily, SendFlags, Shutdown};
 use super::packet::{Cid, Header, Operation, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
 use crate::virtio::buffers::Buffers;
 
-/// What we tell the guest it may send before we have passed it on. Two of the largest packets Linux sends.
-pub(super) const BUFFER_BYTES: u32 = 128 * 1024;
+/// What we tell the guest it may send before we have passed it on. Four of the largest packets Linux sends, as its own host has.
+pub(super) const BUFFER_BYTES: u32 = 256 * 1024;
 
-/// We tell the guest about consumed bytes when it does not know of this many. A quarter: it never runs dry for lack of
-/// news, and news are rare.
-const CREDIT_NEWS_BYTES: u32 = BUFFER_BYTES / 4;
+/// We tell the guest about consumed bytes when it does not know of this many: two of its largest packets. Two more can be on
+/// their way meanwhile, so it never runs dry for lack of news; and each of these interrupts it.
+const CREDIT_NEWS_BYTES: u32 = BUFFER_BYTES / 2;
 
 /// The two ports that name a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

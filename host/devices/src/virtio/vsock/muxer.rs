@@ -23,7 +23,7 @@ use super::{Backend, Counters};
 use crate::throttle::Throttle;
 use crate::virtio::buffers::Buffers;
 
-/// The most streams at a time. With the backlog of each this bounds what a guest can make us hold to 256 MiB.
+/// The most streams at a time. With the backlog of each this bounds what a guest can make us hold to 512 MiB.
 pub(super) const MAX_CONNECTIONS: usize = 2048;
 
 /// The most answers to packets without a stream that wait for room in the guest's queue.

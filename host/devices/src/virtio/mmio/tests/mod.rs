@@ -214,7 +214,7 @@ fn a_disk_is_found_negotiated_and_read() {
     assert_eq!(machine.device.kicks().len(), 2);
     let features = machine.features();
     assert_eq!(machine.negotiate(features), 11);
-    assert_eq!(machine.get(0x34), 128);
+    assert_eq!(machine.get(0x34), 256);
     let mut queue = queue_on(&machine, true);
     machine.set_up_queue(0, &queue);
     assert_eq!(machine.get(0x44), 1);
@@ -334,7 +334,7 @@ fn a_queue_that_cannot_be_asks_for_a_reset() {
     };
     check(0, 0, RINGS, false);
     check(0, 12, RINGS, false);
-    check(0, 256, RINGS, false);
+    check(0, 512, RINGS, false);
     check(0, 1 << 16 | 16, RINGS, false);
     check(1, 16, [0x1001, 0x2000, 0x3000], false);
     check(1, 16, [0x1000, 0x2001, 0x3000], false);
