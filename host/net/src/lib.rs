@@ -29,6 +29,7 @@ mod icmp;
 pub mod io;
 mod ipv6;
 mod neighbour;
+mod neighbours;
 mod offload;
 mod random;
 mod reassembly;

@@ -15,6 +15,7 @@ use crate::config::ROUTER_LINK_LOCAL;
 use crate::icmp::Notice;
 use crate::ipv6;
 use crate::neighbour;
+use crate::neighbours::Neighbours;
 use crate::offload;
 use crate::tcp::Segment;
 
@@ -27,7 +28,7 @@ pub(crate) type Ends = (IpAddr, IpAddr);
 /// Puts frames to one guest together.
 #[derive(Debug)]
 pub(crate) struct Framer {
-    pub(crate) guest_mac: EthernetAddress,
+    pub(crate) neighbours: Neighbours,
     mtu: usize,
     /// Identifies the fragments of one datagram.
     ident: u32,
@@ -37,25 +38,14 @@ pub(crate) struct Framer {
 }
 
 impl Framer {
-    pub(crate) fn new(mtu: u16, offloads: bool) -> Self {
-        Self {
-            // Until the guest has said something, everybody is meant.
-            guest_mac: EthernetAddress::BROADCAST,
-            mtu: mtu.into(),
-            ident: 0,
-            checksums: ChecksumCapabilities::default(),
-            offloads,
-        }
+    pub(crate) fn new(neighbours: Neighbours, mtu: u16, offloads: bool) -> Self {
+        Self { neighbours, mtu: mtu.into(), ident: 0, checksums: ChecksumCapabilities::default(), offloads }
     }
 
-    /// Whether the guest has said anything yet.
-    pub(crate) fn knows_guest(&self) -> bool {
-        self.guest_mac != EthernetAddress::BROADCAST
-    }
-
-    pub(crate) fn arp(&self, reply: &ArpRepr) -> Vec<u8> {
+    /// An answer to `mac`, which asked.
+    pub(crate) fn arp(&self, mac: EthernetAddress, reply: &ArpRepr) -> Vec<u8> {
         let mut frame = Vec::new();
-        let payload = self.ethernet(&mut frame, self.guest_mac, EthernetProtocol::Arp, reply.buffer_len());
+        let payload = self.ethernet(&mut frame, mac, EthernetProtocol::Arp, reply.buffer_len());
         reply.emit(&mut ArpPacket::new_unchecked(payload));
         frame
     }
@@ -140,6 +130,16 @@ impl Framer {
 
     /// A datagram, in as many fragments as the link needs.
     pub(crate) fn datagram(&mut self, from: SocketAddr, to: SocketAddr, payload: &[u8]) -> Vec<Vec<u8>> {
+        self.datagram_to(self.neighbours.of(to.ip()), from, to, payload)
+    }
+
+    fn datagram_to(
+        &mut self,
+        mac: EthernetAddress,
+        from: SocketAddr,
+        to: SocketAddr,
+        payload: &[u8],
+    ) -> Vec<Vec<u8>> {
         let mut datagram = vec![0; UDP_HEADER_LEN + payload.len()];
         datagram[UDP_HEADER_LEN..].copy_from_slice(payload);
         let length = datagram.len() as u16;
@@ -148,7 +148,7 @@ impl Framer {
         packet.set_dst_port(to.port());
         packet.set_len(length);
         packet.fill_checksum(&IpAddress::from(from.ip()), &IpAddress::from(to.ip()));
-        self.fragments((from.ip(), to.ip()), IpProtocol::Udp, self.guest_mac, &datagram)
+        self.fragments((from.ip(), to.ip()), IpProtocol::Udp, mac, &datagram)
     }
 
     /// A DHCP reply: like any datagram, but perhaps to everybody.
@@ -158,16 +158,13 @@ impl Framer {
         to: SocketAddr,
         payload: &[u8],
     ) -> Vec<Vec<u8>> {
-        let known = std::mem::replace(&mut self.guest_mac, EthernetAddress::BROADCAST);
-        let frames = self.datagram(from, to, payload);
-        self.guest_mac = known;
-        frames
+        self.datagram_to(EthernetAddress::BROADCAST, from, to, payload)
     }
 
     /// An ICMP message, of either family, whose checksum is made here.
     pub(crate) fn icmp(&mut self, ends: Ends, mut message: Vec<u8>) -> Vec<Vec<u8>> {
         let protocol = checksum_icmp(ends, &mut message);
-        self.fragments(ends, protocol, self.guest_mac, &message)
+        self.fragments(ends, protocol, self.neighbours.of(ends.1), &message)
     }
 
     /// Tells the guest that a packet of its own did not arrive, in the name of `sender`.
@@ -182,7 +179,7 @@ impl Framer {
         let mac = match to.octets() {
             // RFC 2464 §7.
             [0xff, .., a, b, c, d] => EthernetAddress([0x33, 0x33, a, b, c, d]),
-            _ => self.guest_mac,
+            _ => self.neighbours.of(ends.1),
         };
         let mut frame = Vec::new();
         self.ip_to(&mut frame, mac, ends, protocol, neighbour::HOPS, message.len()).copy_from_slice(&message);
@@ -252,7 +249,7 @@ impl Framer {
     }
 
     fn ip<'a>(&self, out: &'a mut Vec<u8>, ends: Ends, protocol: IpProtocol, length: usize) -> &'a mut [u8] {
-        self.ip_to(out, self.guest_mac, ends, protocol, HOP_LIMIT, length)
+        self.ip_to(out, self.neighbours.of(ends.1), ends, protocol, HOP_LIMIT, length)
     }
 
     /// Appends Ethernet and IP headers to `out`, and returns the place for `length` bytes of payload.
@@ -333,9 +330,13 @@ mod tests {
         SocketAddr::from(([198, 18, 0, last], port))
     }
 
+    fn nobody() -> Neighbours {
+        Neighbours::new(end(2, 0).ip())
+    }
+
     #[test]
     fn a_datagram_larger_than_the_link_is_fragmented() {
-        let mut framer = Framer::new(1500, false);
+        let mut framer = Framer::new(nobody(), 1500, false);
         let payload: Vec<u8> = (0..4000u32).map(|i| i as u8).collect();
         let frames = framer.datagram(end(1, 53), end(2, 999), &payload);
         assert_eq!(frames.len(), 3);
@@ -355,7 +356,7 @@ mod tests {
 
     #[test]
     fn and_so_in_ipv6() {
-        let mut framer = Framer::new(1280, false);
+        let mut framer = Framer::new(nobody(), 1280, false);
         let [from, to] = ["[fdc7::1]:53", "[fdc7::2]:999"].map(|end| end.parse::<SocketAddr>().unwrap());
         let payload: Vec<u8> = (0..4000u32).map(|i| i as u8).collect();
         let mut reassembly = Reassembly::default();
@@ -377,7 +378,7 @@ mod tests {
 
     #[test]
     fn a_datagram_that_fits_is_one_frame() {
-        let mut framer = Framer::new(1500, false);
+        let mut framer = Framer::new(nobody(), 1500, false);
         let frames = framer.datagram(end(1, 53), end(2, 999), &[7; 1472]);
         assert_eq!(frames.len(), 1);
         assert_eq!(frames[0].len(), 1514);

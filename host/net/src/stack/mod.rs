@@ -29,6 +29,7 @@ use crate::dns::RESOLVERS_MAX;
 use crate::flow::{Flow, FlowId, Key, Table};
 use crate::icmp::{Notice, Reason, Trouble};
 use crate::neighbour;
+use crate::neighbours::Neighbours;
 use crate::offload::Offload;
 use crate::random::Random;
 use crate::reassembly::Reassembly;
@@ -163,7 +164,7 @@ impl Stack {
         Self {
             landing_port: random.next() as u16,
             landing_seq: random.next() as u32,
-            framer: Framer::new(config.mtu, config.offloads),
+            framer: Framer::new(Neighbours::new(config.guest.into()), config.mtu, config.offloads),
             offload: Offload::default(),
             resolvers: Vec::new(),
             random,

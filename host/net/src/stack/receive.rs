@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use smoltcp::phy::Checksum;
 use smoltcp::wire::{
-    ArpPacket, ArpRepr, DHCP_CLIENT_PORT, DHCP_SERVER_PORT, EthernetFrame, EthernetProtocol, Icmpv6Packet,
-    IpProtocol, Ipv4Packet,
+    ArpPacket, ArpRepr, DHCP_CLIENT_PORT, DHCP_SERVER_PORT, EthernetAddress, EthernetFrame, EthernetProtocol,
+    Icmpv6Packet, IpProtocol, Ipv4Packet,
 };
 
 use super::{Dropped, Envelope, Stack};
@@ -59,36 +59,36 @@ impl Stack {
         if destination != GATEWAY_MAC && destination.is_unicast() {
             return Err(DropReason::NotForUs);
         }
-        if source.is_unicast() {
-            self.framer.guest_mac = source;
-        }
         match frame.ethertype() {
-            EthernetProtocol::Arp => self.arp(frame.payload()),
-            EthernetProtocol::Ipv4 => self.ipv4(frame.payload(), now),
-            EthernetProtocol::Ipv6 if self.config.has_ipv6() => self.ipv6(frame.payload(), now),
+            EthernetProtocol::Arp => self.arp(source, frame.payload()),
+            EthernetProtocol::Ipv4 => self.ipv4(source, frame.payload(), now),
+            EthernetProtocol::Ipv6 if self.config.has_ipv6() => self.ipv6(source, frame.payload(), now),
             EthernetProtocol::Ipv6 => Err(DropReason::Ipv6),
             EthernetProtocol::Unknown(_) => Err(DropReason::UnknownProtocol),
         }
     }
 
-    fn arp(&mut self, bytes: &[u8]) -> Dropped {
+    fn arp(&mut self, sender: EthernetAddress, bytes: &[u8]) -> Dropped {
         let packet = ArpPacket::new_checked(bytes).map_err(|_| DropReason::Malformed)?;
         let question = ArpRepr::parse(&packet).map_err(|_| DropReason::Malformed)?;
+        let ArpRepr::EthernetIpv4 { source_protocol_addr, .. } = question else { return Ok(()) };
+        self.framer.neighbours.heard(source_protocol_addr.into(), sender);
         match arp::answer(&self.config, &question) {
             Some(answer) => {
-                let frame = self.framer.arp(&answer);
+                let frame = self.framer.arp(sender, &answer);
                 self.queue([frame])
             }
             None => Ok(()),
         }
     }
 
-    fn ipv4(&mut self, bytes: &[u8], now: Duration) -> Dropped {
+    fn ipv4(&mut self, sender: EthernetAddress, bytes: &[u8], now: Duration) -> Dropped {
         let packet = Ipv4Packet::new_checked(bytes).map_err(|_| DropReason::Malformed)?;
         if packet.version() != 4 || (self.checksums.ipv4.rx() && !packet.verify_checksum()) {
             return Err(DropReason::Malformed);
         }
         let (source, destination) = (packet.src_addr().into(), packet.dst_addr().into());
+        self.framer.neighbours.heard(source, sender);
         let fragment = packet.more_frags() || packet.frag_offset() != 0;
         let envelope = Envelope {
             source,
@@ -110,9 +110,10 @@ impl Stack {
         }
     }
 
-    fn ipv6(&mut self, bytes: &[u8], now: Duration) -> Dropped {
+    fn ipv6(&mut self, sender: EthernetAddress, bytes: &[u8], now: Duration) -> Dropped {
         let packet = ipv6::parse(bytes).ok_or(DropReason::Malformed)?;
         let (source, destination) = (packet.source.into(), packet.destination.into());
+        self.framer.neighbours.heard(source, sender);
         let envelope = Envelope {
             source,
             destination,

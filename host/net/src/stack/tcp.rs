@@ -29,7 +29,10 @@ impl Stack {
 
     fn try_land(&mut self, landing: SocketAddr, now: Duration) -> Result<FlowId, DropReason> {
         let reachable = landing.is_ipv4() || self.config.has_ipv6();
-        if !self.framer.knows_guest() || !reachable || self.config.route(landing.ip()) != Route::Neighbour {
+        if !self.framer.neighbours.knows_machine()
+            || !reachable
+            || self.config.route(landing.ip()) != Route::Neighbour
+        {
             return Err(DropReason::NoLanding);
         }
         let from: IpAddr = match landing {

@@ -7,12 +7,17 @@ use std::time::Duration;
 
 use guest_protocol::{LANDING_V4, LANDING_V6};
 use host_net::{DropReason, FLOW_CAPACITY, FlowId, Operation};
+use smoltcp::phy::ChecksumCapabilities;
 use smoltcp::socket::tcp;
-use smoltcp::wire::{TcpControl, TcpRepr, TcpSeqNumber};
+use smoltcp::wire::{
+    EthernetAddress, Icmpv4Packet, Icmpv4Repr, IpProtocol, TcpControl, TcpRepr, TcpSeqNumber,
+};
 
 use crate::host::{Bench, DEADLINE};
 use crate::played::{Said, Script, fin, rst, segment, syn};
-use crate::support::{GATEWAY, GUEST, GUEST6, HOST, HOST6, pattern, receive_pattern, send_pattern};
+use crate::support::{
+    GATEWAY, GUEST, GUEST_MAC, GUEST6, HOST, HOST6, pattern, receive_pattern, send_pattern,
+};
 
 /// Where the guest's own sequence numbers begin.
 const FIRST: u32 = 7000;
@@ -166,6 +171,26 @@ fn windows_are_scaled_if_the_guest_agrees() {
         let said = script.said();
         let [Said::Segment { window, .. }] = said[..] else { panic!("{said:?}") };
         assert!(u32::from(window) << shift >= 65_535, "{window}");
+    }
+}
+
+/// A container on macvlan has a hardware address of its own.
+#[test]
+fn a_child_of_the_guests_interface_leads_nothing_astray() {
+    let mut script = script();
+    script.mac = EthernetAddress([0x02, 0x42, 0, 0, 0, 9]);
+    // It joins a group before it has an address, and then has one.
+    script.packet(Ipv4Addr::UNSPECIFIED.into(), [224, 0, 0, 22].into(), IpProtocol::Igmp, &[0x22; 16]);
+    assert_eq!(script.said(), []);
+    let mut echo = vec![0; 8];
+    Icmpv4Repr::EchoRequest { ident: 1, seq_no: 1, data: &[] }
+        .emit(&mut Icmpv4Packet::new_unchecked(&mut echo[..]), &ChecksumCapabilities::default());
+    script.packet([198, 18, 0, 9].into(), GATEWAY.into(), IpProtocol::Icmp, &echo);
+    assert!(matches!(script.said()[..], [Said::EchoReply { .. }]));
+    script.mac = GUEST_MAC;
+    for landing in [IpAddr::from(GUEST), LANDING_V4.into(), LANDING_V6.into()] {
+        script.stack.land(SocketAddr::new(landing, 80), script.now).unwrap();
+        opening(&mut script, 80);
     }
 }
 

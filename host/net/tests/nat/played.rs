@@ -25,6 +25,8 @@ pub struct Script {
     pub now: Duration,
     /// Hops left in what the guest sends.
     pub hops: u8,
+    /// Who sends, and for whom frames have to be.
+    pub mac: EthernetAddress,
 }
 
 /// A frame to the guest, taken apart.
@@ -85,12 +87,12 @@ impl Script {
     pub fn new() -> Self {
         let mut stack = Stack::new(Config::default(), 9);
         stack.set_resolvers(&["10.0.0.1:53".parse().unwrap(), "10.0.0.2:53".parse().unwrap()]);
-        Self { stack, now: Duration::from_secs(100), hops: HOPS }
+        Self { stack, now: Duration::from_secs(100), hops: HOPS, mac: GUEST_MAC }
     }
 
     pub fn frame(&mut self, protocol: EthernetProtocol, payload: &[u8]) {
         let mac = EthernetAddress([0x02, 0x65, 0x6e, 0x67, 0x00, 0x01]);
-        let header = EthernetRepr { src_addr: GUEST_MAC, dst_addr: mac, ethertype: protocol };
+        let header = EthernetRepr { src_addr: self.mac, dst_addr: mac, ethertype: protocol };
         let mut frame = vec![0; 14 + payload.len()];
         header.emit(&mut EthernetFrame::new_unchecked(&mut frame[..]));
         frame[14..].copy_from_slice(payload);
@@ -150,7 +152,7 @@ impl Script {
         std::iter::from_fn(|| self.stack.next_operation()).collect()
     }
 
-    /// Everything said to the guest since the last call; every checksum is checked.
+    /// Everything said to the guest since the last call; every checksum is checked, and that it is for `mac` or for several.
     pub fn said(&mut self) -> Vec<Said> {
         let mut said = Vec::new();
         loop {
@@ -159,6 +161,8 @@ impl Script {
                 Some(length) => assert_eq!(length, frame.len()),
                 None => return said,
             }
+            let to = EthernetFrame::new_unchecked(&frame).dst_addr();
+            assert!(to == self.mac || to.is_multicast(), "{to}");
             said.push(read(&frame));
         }
     }
