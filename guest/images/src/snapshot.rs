@@ -136,10 +136,12 @@ impl Snapshotter {
             }
             // A folder without a row is a leftover of a crash.
             self.discard(&folder)?;
-            fs::rename(&temporary, &folder).map_err(|source| Error::io("rename to", &folder, source))
+            fs::rename(&temporary, &folder).map_err(|source| Error::io("rename to", &folder, source))?;
+            self.sync_names()
         };
         if let Err(error) = make() {
             self.discard_quietly(&temporary);
+            self.discard_quietly(&folder);
             return Err(error);
         }
         let transaction = self.0.store.write()?;
@@ -490,6 +492,14 @@ impl Snapshotter {
     /// The folders that hold layers and snapshots.
     pub(crate) fn folders(&self) -> (&Path, &Path) {
         (&self.0.layers, &self.0.snapshots)
+    }
+
+    /// Makes the names of writable folders last. The database syncs its own data and not the file system's journal, so after a power
+    /// failure there could be a row for a folder that is not there.
+    fn sync_names(&self) -> Result<()> {
+        let folder = &self.0.snapshots;
+        let synced = fs::File::open(folder).and_then(|names| names.sync_all());
+        synced.map_err(|source| Error::io("sync", folder, source))
     }
 
     /// Makes everything written so far durable: one call for the whole file system.
