@@ -303,9 +303,13 @@ fn native_rounds(engine: &Engine) -> Result<()> {
 fn machine_rounds(engine: &Engine) -> Result<()> {
     rounds(engine, 20, 4000, |round| {
         let victim = ["engine-vmm", machine_process(engine)?, "engined"][usize::try_from(round % 3)?];
-        engine.processes().kill(victim)?;
-        // A killed daemon gives the guest a moment to power off; all must be gone before anything is promised again.
-        if victim == "engined" { engine.processes().expect_none_but(&["engine"]) } else { Ok(()) }
+        let processes = engine.processes();
+        let machine: Vec<_> =
+            processes.list().into_iter().filter(|process| process.name != "engine").collect();
+        processes.kill(victim)?;
+        // A killed daemon gives the guest a moment to power off; all of it must be gone before anything is promised again.
+        // A client that had not reached it yet begins another.
+        if victim == "engined" { processes.expect_ended(&machine) } else { Ok(()) }
     })?;
     engine.engine(["machine", "stop"])?.ok()?;
     let mut check = Command::new("/usr/sbin/e2fsck");

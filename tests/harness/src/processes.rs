@@ -81,12 +81,12 @@ impl Processes {
         gone.map_err(|error| error.context(format!("left: {:?}", self.list())))
     }
 
-    /// The same, for all but those called one of `names`.
-    pub fn expect_none_but(&self, names: &[&str]) -> Result<()> {
-        crate::wait_until("every process but the clients has ended", || {
-            Ok(self.list().iter().all(|process| names.contains(&process.name.as_str())).then_some(()))
-        })
-        .map_err(|error| error.context(format!("left: {:?}", self.list())))
+    /// Waits until each of `processes` has ended, whatever was begun since.
+    pub fn expect_ended(&self, processes: &[Process]) -> Result<()> {
+        let left =
+            || self.list().into_iter().filter(|process| processes.contains(process)).collect::<Vec<_>>();
+        crate::wait_until("the processes have ended", || Ok(left().is_empty().then_some(())))
+            .map_err(|error| error.context(format!("left: {:?}", left())))
     }
 
     /// Ends whatever is left, for cleaning up after a failure.
