@@ -75,17 +75,23 @@ impl Queues {
                 0
             }
         };
+        self.answer(ring, head, length);
+    }
+
+    /// Gives an answer to the driver, and tells it at once: whoever waits for this one goes on while the next is served, and what
+    /// it asks then is found without a kick.
+    fn answer(&self, ring: &mut Ring, head: u16, length: u32) {
         self.counters.answered_bytes.add(u64::from(length));
         let memory = ring.memory();
         ring.complete(&memory, head, length);
+        ring.flush();
     }
 
     fn finish(&mut self, ring: Option<&mut Ring>, Done { queue, head, length }: Done) {
         self.away[queue] -= 1;
-        self.counters.answered_bytes.add(u64::from(length));
-        if let Some(ring) = ring {
-            let memory = ring.memory();
-            ring.complete(&memory, head, length);
+        match ring {
+            Some(ring) => self.answer(ring, head, length),
+            None => self.counters.answered_bytes.add(u64::from(length)),
         }
     }
 }
@@ -114,11 +120,7 @@ impl Model for Queues {
         let mut finished = std::mem::take(&mut self.late);
         finished.extend(self.pool.finished());
         for done in finished {
-            let queue = done.queue;
-            self.finish(rings[queue].as_mut(), done);
-            if let Some(ring) = &mut rings[queue] {
-                ring.flush();
-            }
+            self.finish(rings[done.queue].as_mut(), done);
         }
         let mut more = false;
         for (index, ring) in rings.iter_mut().enumerate() {
@@ -126,10 +128,8 @@ impl Model for Queues {
                 continue;
             }
             if let Some(ring) = ring {
-                let left = self.serve(index, ring);
-                ring.flush();
-                self.kicked[index] = left;
-                more |= left;
+                self.kicked[index] = self.serve(index, ring);
+                more |= self.kicked[index];
             }
         }
         more
