@@ -17,7 +17,7 @@ use tests_harness::{Engine, Layer, Stage, TestImage, wait_until};
 /// What makes this program the guest's end.
 pub(crate) const GUEST: &str = "guest-files";
 
-const ROUNDS: usize = 3;
+const ROUNDS: usize = 9;
 const GUEST_IMAGE: &str = "files:1";
 /// The folder with both shared ones, in the environment of the second run of this program.
 const FOLDER: &str = "ENGINE_BENCH_FILES";

@@ -18,11 +18,13 @@ use super::initramfs::{MODULES, module};
 use super::word;
 use crate::boot::mib;
 
-/// What the guest sends on a connection, and what it is sent.
-pub(super) const STREAM_BYTES: usize = 8 << 20;
+/// What the guest sends on a connection, and what it is sent: so much that it takes some seconds.
+const NETWORK_BYTES: usize = 8 << 20;
+const VSOCK_BYTES: usize = 64 << 20;
 pub(super) const CHUNK_BYTES: usize = 256 << 10;
-/// The first byte of a connection.
-pub(super) const SEND: u8 = b's';
+/// What the guest says first on a connection: whether it sends or is sent something, and how many chunks.
+pub(super) const WISH_BYTES: usize = 3;
+const SEND: u8 = b's';
 const RECEIVE: u8 = b'r';
 
 /// A port of the host's that `engine-vmm` lets a guest connect to.
@@ -163,31 +165,39 @@ fn network() -> Result<()> {
         ensure!(status.success(), "ip {words}: {status}");
     }
     let port = port.parse()?;
-    stream("network", || TcpStream::connect((peer.as_str(), port)))
+    stream("network", NETWORK_BYTES, || TcpStream::connect((peer.as_str(), port)))
 }
 
 fn vsock() -> Result<()> {
-    stream("vsock", || VsockStream::connect_with_cid_port(VMADDR_CID_HOST, VSOCK_PORT))
+    stream("vsock", VSOCK_BYTES, || VsockStream::connect_with_cid_port(VMADDR_CID_HOST, VSOCK_PORT))
+}
+
+/// Whether the guest sends, and how many chunks.
+pub(super) fn wished([what, chunks @ ..]: [u8; WISH_BYTES]) -> (bool, u16) {
+    (what == SEND, u16::from_le_bytes(chunks))
 }
 
 /// Bytes to the host on one connection, and from it on a second one.
-fn stream<S: Read + Write>(name: &str, connect: impl Fn() -> io::Result<S>) -> Result<()> {
-    let connect = || connect().context("cannot reach the host");
+fn stream<S: Read + Write>(name: &str, bytes: usize, connect: impl Fn() -> io::Result<S>) -> Result<()> {
+    let chunks = u16::try_from(bytes / CHUNK_BYTES)?;
+    let [low, high] = chunks.to_le_bytes();
+    let begin = |what| -> Result<(S, Instant)> {
+        let mut stream = connect().context("cannot reach the host")?;
+        stream.write_all(&[what, low, high])?;
+        Ok((stream, Instant::now()))
+    };
+    let rate = |begin: Instant| mib(bytes as u64) / begin.elapsed().as_secs_f64();
     let mut buffer = vec![0x5a; CHUNK_BYTES];
-    let mut stream = connect()?;
-    stream.write_all(&[SEND])?;
-    let begin = Instant::now();
-    for _ in 0..STREAM_BYTES / CHUNK_BYTES {
+    let (mut stream, begun) = begin(SEND)?;
+    for _ in 0..chunks {
         stream.write_all(&buffer)?;
     }
     stream.read_exact(&mut [0]).context("the host did not take all")?;
-    figure(&format!("{name}, outwards, MiB/s"), mib(STREAM_BYTES as u64) / begin.elapsed().as_secs_f64());
-    let mut stream = connect()?;
-    stream.write_all(&[RECEIVE])?;
-    let begin = Instant::now();
-    for _ in 0..STREAM_BYTES / CHUNK_BYTES {
+    figure(&format!("{name}, outwards, MiB/s"), rate(begun));
+    let (mut stream, begun) = begin(RECEIVE)?;
+    for _ in 0..chunks {
         stream.read_exact(&mut buffer).context("the host did not send all")?;
     }
-    figure(&format!("{name}, inwards, MiB/s"), mib(STREAM_BYTES as u64) / begin.elapsed().as_secs_f64());
+    figure(&format!("{name}, inwards, MiB/s"), rate(begun));
     Ok(())
 }

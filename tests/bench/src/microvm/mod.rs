@@ -193,11 +193,11 @@ fn play_twice<S: Read + Write>(mut accept: impl FnMut() -> Result<S>) -> Result<
 }
 
 fn play(mut stream: impl Read + Write) -> Result<()> {
-    let mut what = [0];
-    stream.read_exact(&mut what)?;
+    let mut wish = [0; guest::WISH_BYTES];
+    stream.read_exact(&mut wish)?;
+    let (sends, chunks) = guest::wished(wish);
     let mut buffer = vec![0; guest::CHUNK_BYTES];
-    let sends = what[0] == guest::SEND;
-    for _ in 0..guest::STREAM_BYTES / guest::CHUNK_BYTES {
+    for _ in 0..chunks {
         if sends {
             stream.read_exact(&mut buffer)?;
         } else {
