@@ -186,7 +186,7 @@ fn stream<S: Read + Write>(name: &str, bytes: usize, connect: impl Fn() -> io::R
         stream.write_all(&[what, low, high])?;
         Ok((stream, Instant::now()))
     };
-    let rate = |begin: Instant| mib(bytes as u64) / begin.elapsed().as_secs_f64();
+    let rate = |begun: Instant| mib(bytes as u64) / begun.elapsed().as_secs_f64();
     let mut buffer = vec![0x5a; CHUNK_BYTES];
     let (mut stream, begun) = begin(SEND)?;
     for _ in 0..chunks {
