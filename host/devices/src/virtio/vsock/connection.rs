@@ -99,6 +99,19 @@ struct Pending {
     shutdown: u32,
 }
 
+/// Whether the guest, out of room for what the host says, is to be asked for news.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Hunger {
+    /// It has room, or nothing waits for it.
+    None,
+    /// The muxer looks again in a while, and the guest has said nothing since.
+    Waiting,
+    /// The muxer looks again, and the guest has made room meanwhile.
+    Relieved,
+    /// It was asked, and has not said anything new.
+    Asked,
+}
+
 /// What came of trying to read the host socket into guest buffers.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Received {
@@ -130,8 +143,7 @@ pub(super) struct Connection {
     sent: Wrapping<u32>,
     guest_buffer_bytes: u32,
     guest_forwarded: Wrapping<u32>,
-    /// The guest has been asked for news since it last gave any.
-    asked_for_credit: bool,
+    hunger: Hunger,
     readable: bool,
     /// The host's peer has gone entirely; nobody will read what the guest sends.
     hung_up: bool,
@@ -163,7 +175,7 @@ impl Connection {
             sent: Wrapping(0),
             guest_buffer_bytes: 0,
             guest_forwarded: Wrapping(0),
-            asked_for_credit: false,
+            hunger: Hunger::None,
             readable: true,
             hung_up: false,
             is_tcp,
@@ -242,7 +254,10 @@ impl Connection {
         let news = (header.buffer_bytes, Wrapping(header.forwarded));
         if news != (self.guest_buffer_bytes, self.guest_forwarded) {
             (self.guest_buffer_bytes, self.guest_forwarded) = news;
-            self.asked_for_credit = false;
+            self.hunger = match self.hunger {
+                Hunger::Waiting | Hunger::Relieved => Hunger::Relieved,
+                Hunger::None | Hunger::Asked => Hunger::None,
+            };
         }
     }
 
@@ -391,24 +406,41 @@ impl Connection {
     /// Whether there is something to send to the guest now.
     pub fn has_output(&self) -> bool {
         let Pending { request, response, credit_update, credit_request, shutdown } = self.pending;
-        request || response || credit_update || credit_request || shutdown != 0 || self.may_read()
+        let control = request || response || credit_update || credit_request || shutdown != 0;
+        control || (self.may_read() && self.credit() > 0)
     }
 
-    /// Whether reading the host socket makes sense: something may be there and the guest has room.
+    /// Whether something may be there to be read from the host socket, for which the guest needs room.
     fn may_read(&self) -> bool {
         self.phase == Phase::Established
             && !self.pending.response
             && self.to_guest == ToGuest::Open
             && (self.readable || !self.preface.is_empty())
-            && (self.credit() > 0 || !self.asked_for_credit)
+    }
+
+    fn lacks_room(&self) -> bool {
+        self.may_read() && self.credit() == 0
+    }
+
+    /// Whether the muxer is to look again in a while, by [`Self::look_again`], because the guest has no room for what may wait.
+    /// Linux says by itself when it has some; to ask each time would interrupt it for nothing.
+    pub fn begins_to_hunger(&mut self) -> bool {
+        let begins = self.hunger == Hunger::None && self.lacks_room();
+        if begins {
+            self.hunger = Hunger::Waiting;
+        }
+        begins
+    }
+
+    /// Takes note that a while has passed; a guest that has said nothing all the time is asked, once.
+    pub fn look_again(&mut self) {
+        let is_silent = self.hunger == Hunger::Waiting && self.lacks_room();
+        self.pending.credit_request |= is_silent;
+        self.hunger = if is_silent { Hunger::Asked } else { Hunger::None };
     }
 
     /// The next packet without data, if one waits. Taking it means sending it.
     pub fn next_control(&mut self, guest: Cid) -> Option<Header> {
-        if self.may_read() && self.credit() == 0 {
-            self.asked_for_credit = true;
-            self.pending.credit_request = true;
-        }
         let pending = &mut self.pending;
         let (operation, flags) = if std::mem::take(&mut pending.request) {
             (Operation::Request, 0)

@@ -35,6 +35,9 @@ const MAX_RESETS: usize = MAX_REPLIES + 2 * MAX_CONNECTIONS;
 /// How long a guest may take to accept a stream.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How long a guest without room for more may say nothing before it is asked.
+const CREDIT_PATIENCE: Duration = Duration::from_secs(1);
+
 /// Host ports of streams that the host opens. Clear of the ports anybody listens on.
 const FIRST_EPHEMERAL_PORT: u32 = 0x8000_0000;
 const LAST_EPHEMERAL_PORT: u32 = u32::MAX - 1;
@@ -67,6 +70,8 @@ pub(super) struct Muxer {
     replies: VecDeque<Header>,
     /// Streams that wait for the guest's answer, oldest first: time-out, slot, generation.
     requested: VecDeque<(Instant, usize, u32)>,
+    /// Streams whose guest has no room for more: when to look again, slot, generation. Each at most once, by its own mark.
+    hungry: VecDeque<(Instant, usize, u32)>,
     next_port: u32,
     throttle: Throttle,
 }
@@ -84,6 +89,7 @@ impl Muxer {
             line: VecDeque::new(),
             replies: VecDeque::new(),
             requested: VecDeque::new(),
+            hungry: VecDeque::new(),
             next_port: FIRST_EPHEMERAL_PORT,
             throttle: Throttle::default(),
         }
@@ -227,11 +233,20 @@ impl Muxer {
 
     /// When [`Self::tick`] has something to do.
     pub fn deadline(&self) -> Option<Instant> {
-        self.requested.front().map(|(at, ..)| *at)
+        let first = |waiting: &VecDeque<(Instant, usize, u32)>| waiting.front().map(|(at, ..)| *at);
+        first(&self.requested).into_iter().chain(first(&self.hungry)).min()
     }
 
-    /// Gives up on streams the guest did not answer in time.
+    /// Gives up on streams the guest did not answer in time, and asks after those it has no room for.
     pub fn tick(&mut self, now: Instant) {
+        while let Some((_, slot, generation)) = self.hungry.pop_front_if(|(at, ..)| *at <= now) {
+            if self.slots[slot].generation == generation
+                && let Some(connection) = self.slots[slot].connection.as_mut()
+            {
+                connection.look_again();
+                self.conclude(slot, Verdict::Keep);
+            }
+        }
         while let Some(&(at, slot, generation)) = self.requested.front() {
             let waiting = self.slots[slot].generation == generation
                 && self.slots[slot].connection.as_ref().is_some_and(Connection::is_requested);
@@ -255,6 +270,9 @@ impl Muxer {
             Verdict::Keep => {
                 if connection.has_output() {
                     self.enqueue(slot);
+                } else if connection.begins_to_hunger() {
+                    let generation = self.slots[slot].generation;
+                    self.hungry.push_back((Instant::now() + CREDIT_PATIENCE, slot, generation));
                 }
                 return;
             }
@@ -375,6 +393,7 @@ impl Muxer {
         self.line.clear();
         self.replies.clear();
         self.requested.clear();
+        self.hungry.clear();
     }
 }
 
