@@ -1,9 +1,12 @@
 //! Shared folders, ours beside virtiofsd's, in one guest on QEMU's software processor and by one program.
 //!
 //! The machine gets a second virtio-fs device, which virtiofsd serves with its own defaults; a privileged container has both, the
-//! folder of the one bound, that of the other mounted. Time is measured inside, in turn (A B A B), and medians are compared.
+//! folder of the one bound, that of the other mounted. One program inside does a little in the one and the same in the other, many
+//! times: these computers are at times twice as fast as some seconds before. The ratio is the median of those of each time. Beside
+//! it is told what can be counted: how much of a processor each server took, and how often it was woken.
 
 use crate::boot::{median, mib};
+use crate::idle::work;
 use crate::through::{QEMU, real_qemu};
 use anyhow::{Context, Result, bail, ensure};
 use std::fs::{self, File};
@@ -17,17 +20,22 @@ use tests_harness::{Engine, Layer, Stage, TestImage, wait_until};
 /// What makes this program the guest's end.
 pub(crate) const GUEST: &str = "guest-files";
 
-const ROUNDS: usize = 9;
+/// How often each is measured; who is first changes.
+const ROUNDS: usize = 25;
 const GUEST_IMAGE: &str = "files:1";
 /// The folder with both shared ones, in the environment of the second run of this program.
 const FOLDER: &str = "ENGINE_BENCH_FILES";
+/// The number of virtiofsd's process, likewise.
+const PEER: &str = "ENGINE_BENCH_VIRTIOFSD";
 /// What virtiofsd's device is found by.
 const TAG: &str = "virtiofsd";
+/// Whose folder, below the one with both as in the container.
+const SIDES: [&str; 2] = ["ours", "peer"];
 
 /// What is measured: its name, what a figure counts, and how many of that one run does.
 const ROWS: [(&str, &str, f64); 8] = [
     ("metadata", "calls/s", METADATA_FILES as f64 * 7.0),
-    ("untar", "files/s", (TREE_FOLDERS * TREE_FILES) as f64),
+    ("untar", "files/s", (UNTAR_FOLDERS * TREE_FILES) as f64),
     ("packages", "files/s", (PACKAGES * PACKAGE_FILES) as f64),
     ("walk-cold", "files/s", (TREE_FOLDERS * TREE_FILES) as f64),
     ("walk-later", "files/s", (TREE_FOLDERS * TREE_FILES) as f64),
@@ -35,12 +43,11 @@ const ROWS: [(&str, &str, f64); 8] = [
     ("write", "MiB/s", mib_of(STREAM_BYTES)),
     ("read", "MiB/s", mib_of(STREAM_BYTES)),
 ];
-/// The rows with one large file.
-const STREAMS: [&str; 2] = ["write", "read"];
-const METADATA_FILES: usize = 150;
+const METADATA_FILES: usize = 50;
+const UNTAR_FOLDERS: usize = 5;
 const TREE_FOLDERS: usize = 20;
 const TREE_FILES: usize = 20;
-const PACKAGES: usize = 12;
+const PACKAGES: usize = 4;
 const PACKAGE_FILES: usize = 20;
 const STREAM_BYTES: usize = 48 << 20;
 const CHUNK_BYTES: usize = 1 << 20;
@@ -68,31 +75,36 @@ pub(crate) fn measure(names: &[String]) -> Result<()> {
         let said = engine.engine(["logs", "files"])?.ok()?;
         Ok(said.contains("READY").then_some(()))
     })?;
-    println!("{:<14} {:<8} {:>10} {:>10}   ratio", "shared folders", "", "ours", "virtiofsd");
+    let virtiofsd = std::env::var(PEER).ok().and_then(|pid| pid.parse().ok()).context("whose virtiofsd?")?;
+    let servers = [engine.processes().find("engine-vmm")?.pid, virtiofsd];
+    println!("{:<11} {:<8} {:>9} {:>9}  ratio   servers' processor time, woken", "", "", "ours", "virtiofsd");
     for (name, unit, count) in ROWS {
         if !names.is_empty() && !names.iter().any(|wanted| wanted == name) {
             continue;
         }
-        let mut figures = [const { Vec::<f64>::new() }; 2];
-        for round in 0..ROUNDS {
-            for (side, figures) in ["ours", "peer"].iter().zip(&mut figures) {
-                let place = format!("{side}/{name}-{round}");
-                prepare(&folder.join(&place), name)?;
-                let said =
-                    engine.engine(["exec", "files", "/bench", GUEST, &format!("/{place}"), name])?.ok()?;
-                let seconds: f64 =
-                    said.trim().parse().with_context(|| format!("{name} in {side}: {said}"))?;
-                figures.push(count / seconds);
-                // Trees stay: what the host deletes, ours repeats inside, in the middle of the other's turn.
-                if STREAMS.contains(&name) {
-                    fs::remove_dir_all(folder.join(&place))?;
-                }
-            }
+        for side in SIDES {
+            prepare(&folder.join(side).join(name), name)?;
         }
-        let [ours, peer] = figures.map(|figures| median(figures.into_iter()));
-        let ratio = ours / peer;
+        let before = [work(servers[0])?, work(servers[1])?];
+        let said = engine.engine(["exec", "files", "/bench", GUEST, name])?.ok()?;
+        let after = [work(servers[0])?, work(servers[1])?];
+        let seconds = said.lines().map(|line| {
+            let (ours, peer) = line.split_once(' ').context("no two figures")?;
+            Ok((ours.parse()?, peer.parse()?))
+        });
+        let seconds: Vec<(f64, f64)> =
+            seconds.collect::<Result<_>>().with_context(|| format!("{name}: {said}"))?;
+        ensure!(seconds.len() == ROUNDS, "{name}: {said}");
+        let ours = count / median(seconds.iter().map(|(ours, _)| *ours));
+        let peer = count / median(seconds.iter().map(|(_, peer)| *peer));
+        let ratio = median(seconds.iter().map(|(ours, peer)| peer / ours));
         let kept = if ratio >= 1.0 { "kept" } else { "MISSED" };
-        println!("{name:<14} {unit:<8} {ours:>10.1} {peer:>10.1}   {ratio:.2}  promised >= 1: {kept}");
+        let ran = [0, 1].map(|side| Duration::from_nanos(after[side].ran - before[side].ran).as_millis());
+        let woken = [0, 1].map(|side| after[side].slept - before[side].slept);
+        println!(
+            "{name:<11} {unit:<8} {ours:>9.1} {peer:>9.1}   {ratio:.2}   {} ms to {}, {} to {}   promised >= 1: {kept}",
+            ran[0], ran[1], woken[0], woken[1]
+        );
     }
     engine.finish()
 }
@@ -110,7 +122,7 @@ impl Drop for Peer {
 
 fn run_again() -> Result<()> {
     let folder = tempfile::Builder::new().prefix("files-").tempdir()?;
-    for side in ["ours", "peer"] {
+    for side in SIDES {
         fs::create_dir(folder.path().join(side))?;
     }
     let socket = folder.path().join("socket");
@@ -147,47 +159,82 @@ fn run_again() -> Result<()> {
         .args(std::env::args_os().skip(1))
         .env("PATH", format!("{}:{path}", folder.path().display()))
         .env(FOLDER, folder.path())
+        .env(PEER, child.0.id().to_string())
         .status()?;
     ensure!(status.success(), "the measurement failed: {status}");
     Ok(())
 }
 
-/// Makes the folder for one run, and in it what is there before.
+/// Makes the folder of one row, and in it what is there before.
 fn prepare(folder: &Path, row: &str) -> Result<()> {
     fs::create_dir(folder)?;
     match row {
-        "walk-cold" | "walk-later" | "walk-again" => tar::Archive::new(&archive()?[..]).unpack(folder)?,
+        "walk-cold" | "walk-later" | "walk-again" => {
+            tar::Archive::new(&archive(TREE_FOLDERS)?[..]).unpack(folder)?;
+        }
         "read" => write(folder)?,
         _ => {}
     }
     Ok(())
 }
 
-/// The guest's end: `FOLDER ROW`; prints how many seconds it took.
+/// The guest's end, for one row; prints how many seconds each time took ours and the other.
 pub(crate) fn guest(words: &[String]) -> Result<()> {
-    let [folder, row] = words else { bail!("a folder and a row are wanted") };
-    let folder = PathBuf::from(folder);
-    let took = match row.as_str() {
-        "metadata" => timed(|| metadata(&folder))?,
+    let [row] = words else { bail!("a row is wanted") };
+    let folders = SIDES.map(|side| Path::new("/").join(side).join(row));
+    for round in 0..ROUNDS {
+        let mut seconds = [0.0; SIDES.len()];
+        for turn in 0..SIDES.len() {
+            let side = (round + turn) % SIDES.len();
+            seconds[side] = once(row, &folders[side], round)
+                .with_context(|| format!("in {}", folders[side].display()))?
+                .as_secs_f64();
+        }
+        println!("{} {}", seconds[0], seconds[1]);
+    }
+    Ok(())
+}
+
+/// Does what a row names in `folder`, which all rounds share.
+fn once(row: &str, folder: &Path, round: usize) -> Result<Duration> {
+    let own = folder.join(round.to_string());
+    match row {
+        "metadata" | "untar" | "packages" | "write" => fs::create_dir(&own)?,
+        _ => set_scene(row, folder)?,
+    }
+    match row {
+        "metadata" => timed(|| metadata(&own)),
         "untar" => {
-            let archive = archive()?;
-            timed(|| Ok(tar::Archive::new(&archive[..]).unpack(&folder)?))?
+            let archive = archive(UNTAR_FOLDERS)?;
+            timed(|| Ok(tar::Archive::new(&archive[..]).unpack(&own)?))
         }
-        "packages" => timed(|| packages(&folder))?,
-        "walk-cold" | "walk-later" | "walk-again" => {
-            walk(&folder)?;
-            match row.as_str() {
-                "walk-cold" => fs::write("/proc/sys/vm/drop_caches", "2")?,
-                "walk-later" => std::thread::sleep(LATER),
-                _ => walk(&folder)?,
-            }
-            timed(|| walk(&folder))?
+        "packages" => timed(|| packages(&own)),
+        "write" => {
+            let took = timed(|| write(&own))?;
+            fs::remove_dir_all(&own)?;
+            Ok(took)
         }
-        "write" => timed(|| write(&folder))?,
-        "read" => timed(|| read(&folder))?,
+        "read" => timed(|| read(folder)),
+        _ => timed(|| walk(folder)),
+    }
+}
+
+/// What a row wants to be known or forgotten before.
+fn set_scene(row: &str, folder: &Path) -> Result<()> {
+    const FORGET: &str = "/proc/sys/vm/drop_caches";
+    match row {
+        "read" => fs::write(FORGET, "1")?,
+        "walk-cold" => {
+            walk(folder)?;
+            fs::write(FORGET, "2")?;
+        }
+        "walk-later" => {
+            walk(folder)?;
+            std::thread::sleep(LATER);
+        }
+        "walk-again" => walk(folder)?,
         other => bail!("there is no row `{other}`"),
-    };
-    println!("{}", took.as_secs_f64());
+    }
     Ok(())
 }
 
@@ -212,9 +259,9 @@ fn metadata(folder: &Path) -> Result<()> {
 }
 
 /// A source tree: folders with files of up to 8 KiB.
-fn archive() -> Result<Vec<u8>> {
+fn archive(folders: usize) -> Result<Vec<u8>> {
     let mut builder = tar::Builder::new(Vec::new());
-    for folder in 0..TREE_FOLDERS {
+    for folder in 0..folders {
         for file in 0..TREE_FILES {
             let content = vec![b'x'; 512 * (1 + (folder + file) % 16)];
             let mut header = tar::Header::new_gnu();

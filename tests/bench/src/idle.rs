@@ -19,11 +19,11 @@ const PROMISED: f64 = 0.5;
 
 /// What threads have done since they began, of one process.
 #[derive(Debug, Clone, Copy, Default)]
-struct Work {
+pub(crate) struct Work {
     /// Nanoseconds on a processor.
-    ran: u64,
+    pub ran: u64,
     /// How often one went to sleep by itself, and so was woken: a timer that fires shows here.
-    slept: u64,
+    pub slept: u64,
 }
 
 pub(crate) fn idle(engine: &Engine) -> Result<()> {
@@ -67,7 +67,7 @@ pub(crate) fn idle(engine: &Engine) -> Result<()> {
 }
 
 /// Of all threads that live (`Documentation/scheduler/sched-stats.rst`, the first number of `schedstat`).
-fn work(pid: i32) -> Result<Work> {
+pub(crate) fn work(pid: i32) -> Result<Work> {
     let mut work = Work::default();
     let folder = format!("/proc/{pid}/task");
     for task in std::fs::read_dir(&folder).with_context(|| format!("cannot read `{folder}`"))? {

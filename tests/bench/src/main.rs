@@ -5,7 +5,7 @@
 //! These are on QEMU's software processor. With ENGINE_TEST_STAGE=kvm, in `tests/nested/run --plain`, `boot`, `idle` and `returned` are on KVM.
 //! `bench engine [NAME …]` holds our engine, run natively, against a private dockerd, `bench net [NAME …]` its networks;
 //! `bench net linear` tells whether many networks stay as fast as few, `bench net vm` holds ports and the NAT of the machine
-//! against QEMU's user network and passt, `bench files [ROW …]` shared folders against virtiofsd, `bench microvm` our machine on
+//! against QEMU's user network and passt, `bench files [ROW …]` shared folders against virtiofsd, `bench microvm [PART …]` our machine on
 //! KVM against QEMU's (from the checkout's root); `bench soak [CYCLES]` tells whether its memory grows; `bench client` tells what
 //! of a figure is the stock client's own time.
 #![forbid(unsafe_code)]
@@ -51,7 +51,7 @@ fn main() -> Result<()> {
         Some((group, port)) if group == peer::SERVE => {
             return peer::serve(port.first().map_or("", String::as_str));
         }
-        Some((group, _)) if group == "microvm" => return microvm::measure(),
+        Some((group, names)) if group == "microvm" => return microvm::measure(names),
         Some((group, _)) if group == "client" => return peer::client(),
         Some((group, _)) if group == "returned" => return memory::returned(),
         Some((group, count)) if group == "soak" => return peer::soak(count.first().map(String::as_str)),

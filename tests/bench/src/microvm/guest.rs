@@ -18,9 +18,14 @@ use super::initramfs::{MODULES, module};
 use super::word;
 use crate::boot::mib;
 
+/// What is measured beside the start, by name.
+pub(super) const PARTS: [&str; 3] = ["disk", "network", "vsock"];
+
 /// What the guest sends on a connection, and what it is sent: so much that it takes some seconds.
 const NETWORK_BYTES: usize = 8 << 20;
-const VSOCK_BYTES: usize = 64 << 20;
+const VSOCK_BYTES: usize = 32 << 20;
+/// How often it does either.
+pub(super) const TIMES: usize = 3;
 pub(super) const CHUNK_BYTES: usize = 256 << 10;
 /// What the guest says first on a connection: whether it sends or is sent something, and how many chunks.
 pub(super) const WISH_BYTES: usize = 3;
@@ -72,9 +77,14 @@ fn measure() -> Result<()> {
             Err(error) => return Err(error.into()),
         }
     }
-    disk().context("its disk")?;
-    network().context("its network")?;
-    vsock().context("its vsock")
+    let parts = variable("PARTS")?;
+    let is_wanted = |name| parts.split(',').any(|part| part == name);
+    if is_wanted("disk") {
+        disk().context("its disk")?;
+    }
+    // The host waits for all connections.
+    network(if is_wanted("network") { NETWORK_BYTES } else { 0 }).context("its network")?;
+    vsock(if is_wanted("vsock") { VSOCK_BYTES } else { 0 }).context("its vsock")
 }
 
 fn disk() -> Result<()> {
@@ -158,18 +168,18 @@ fn variable(name: &str) -> Result<String> {
     std::env::var(name).with_context(|| format!("the command line names no {name}"))
 }
 
-fn network() -> Result<()> {
+fn network(bytes: usize) -> Result<()> {
     let (address, peer, port) = (variable("ADDRESS")?, variable("PEER")?, variable("PORT")?);
     for words in [format!("addr add {address}/24 dev eth0"), "link set eth0 up".to_owned()] {
         let status = Command::new("/busybox").arg("ip").args(words.split(' ')).status()?;
         ensure!(status.success(), "ip {words}: {status}");
     }
     let port = port.parse()?;
-    stream("network", NETWORK_BYTES, || TcpStream::connect((peer.as_str(), port)))
+    stream("network", bytes, || TcpStream::connect((peer.as_str(), port)))
 }
 
-fn vsock() -> Result<()> {
-    stream("vsock", VSOCK_BYTES, || VsockStream::connect_with_cid_port(VMADDR_CID_HOST, VSOCK_PORT))
+fn vsock(bytes: usize) -> Result<()> {
+    stream("vsock", bytes, || VsockStream::connect_with_cid_port(VMADDR_CID_HOST, VSOCK_PORT))
 }
 
 /// Whether the guest sends, and how many chunks.
@@ -177,7 +187,7 @@ pub(super) fn wished([what, chunks @ ..]: [u8; WISH_BYTES]) -> (bool, u16) {
     (what == SEND, u16::from_le_bytes(chunks))
 }
 
-/// Bytes to the host on one connection, and from it on a second one.
+/// Bytes to the host on one connection, and from it on a second one, and so on. Of none nothing is said.
 fn stream<S: Read + Write>(name: &str, bytes: usize, connect: impl Fn() -> io::Result<S>) -> Result<()> {
     let chunks = u16::try_from(bytes / CHUNK_BYTES)?;
     let [low, high] = chunks.to_le_bytes();
@@ -186,18 +196,24 @@ fn stream<S: Read + Write>(name: &str, bytes: usize, connect: impl Fn() -> io::R
         stream.write_all(&[what, low, high])?;
         Ok((stream, Instant::now()))
     };
-    let rate = |begun: Instant| mib(bytes as u64) / begun.elapsed().as_secs_f64();
+    let tell = |direction: &str, begun: Instant| {
+        if bytes > 0 {
+            figure(&format!("{name}, {direction}, MiB/s"), mib(bytes as u64) / begun.elapsed().as_secs_f64());
+        }
+    };
     let mut buffer = vec![0x5a; CHUNK_BYTES];
-    let (mut stream, begun) = begin(SEND)?;
-    for _ in 0..chunks {
-        stream.write_all(&buffer)?;
+    for _ in 0..TIMES {
+        let (mut stream, begun) = begin(SEND)?;
+        for _ in 0..chunks {
+            stream.write_all(&buffer)?;
+        }
+        stream.read_exact(&mut [0]).context("the host did not take all")?;
+        tell("outwards", begun);
+        let (mut stream, begun) = begin(RECEIVE)?;
+        for _ in 0..chunks {
+            stream.read_exact(&mut buffer).context("the host did not send all")?;
+        }
+        tell("inwards", begun);
     }
-    stream.read_exact(&mut [0]).context("the host did not take all")?;
-    figure(&format!("{name}, outwards, MiB/s"), rate(begun));
-    let (mut stream, begun) = begin(RECEIVE)?;
-    for _ in 0..chunks {
-        stream.read_exact(&mut buffer).context("the host did not send all")?;
-    }
-    figure(&format!("{name}, inwards, MiB/s"), rate(begun));
     Ok(())
 }

@@ -61,10 +61,13 @@ enum Promise {
 const START: &str = "start to first instruction, s";
 const BEYOND: &str = "beyond the guest's memory, MiB";
 
-/// Measures, here or in a machine in which KVM works.
-pub(crate) fn measure() -> Result<()> {
+/// Measures what is named, or all, here or in a machine in which KVM works.
+pub(crate) fn measure(names: &[String]) -> Result<()> {
+    if let Some(unknown) = names.iter().find(|name| !guest::PARTS.contains(&name.as_str())) {
+        bail!("there is no part `{unknown}`; there are {:?}", guest::PARTS);
+    }
     if let Some(folder) = std::env::var_os(INSIDE) {
-        return compare(Path::new(&folder));
+        return compare(Path::new(&folder), names);
     }
     let folder = tempfile::Builder::new().prefix("microvm-").tempdir()?;
     initramfs::make(folder.path())?;
@@ -76,6 +79,7 @@ pub(crate) fn measure() -> Result<()> {
         .arg(programs.join("vm-image"))
         .arg(&program)
         .args(["--", "microvm"])
+        .args(names)
         .env(INSIDE, folder.path())
         // Each machine has a limit of its own.
         .env("ENGINE_TEST_LIMIT", (LIMIT.as_secs() * 2 * (ROUNDS as u64 + 1)).to_string())
@@ -88,15 +92,15 @@ pub(crate) fn measure() -> Result<()> {
 /// By name, what each round of one machine gave.
 type Figures = BTreeMap<String, Vec<f64>>;
 
-fn compare(folder: &Path) -> Result<()> {
+fn compare(folder: &Path, names: &[String]) -> Result<()> {
     let (mut ours, mut theirs) = (Figures::new(), Figures::new());
     for round in 0..=ROUNDS {
         let ours_first = round % 2 == 1;
         for is_ours in [ours_first, !ours_first] {
             println!("== round {round} of {ROUNDS}: {}", if is_ours { "ours" } else { "microvm" });
             match is_ours {
-                true => run::<Ours>(folder, &mut ours).context("our machine")?,
-                false => run::<Microvm>(folder, &mut theirs).context("QEMU's machine")?,
+                true => run::<Ours>(folder, names, &mut ours).context("our machine")?,
+                false => run::<Microvm>(folder, names, &mut theirs).context("QEMU's machine")?,
             }
         }
         if round == 0 {
@@ -141,14 +145,15 @@ trait Monitor: Sized {
     fn process(&self) -> u32;
 }
 
-fn run<M: Monitor>(folder: &Path, figures: &mut Figures) -> Result<()> {
+fn run<M: Monitor>(folder: &Path, names: &[String], figures: &mut Figures) -> Result<()> {
     let scratch = tempfile::tempdir()?;
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     let port = listener.local_addr()?.port();
-    let network = std::thread::spawn(move || play_twice(|| Ok(listener.accept()?.0)));
+    let network = std::thread::spawn(move || play_all(|| Ok(listener.accept()?.0)));
     let (address, host) = M::NETWORK;
     // What the kernel does not know becomes the first program's environment.
-    let cmdline = format!("{CMDLINE} quiet ADDRESS={address} PEER={host} PORT={port}");
+    let parts = if names.is_empty() { guest::PARTS.join(",") } else { names.join(",") };
+    let cmdline = format!("{CMDLINE} quiet ADDRESS={address} PEER={host} PORT={port} PARTS={parts}");
     let console = scratch.path().join("console");
     let begin = Instant::now();
     let (machine, vsock) = M::start(folder, scratch.path(), &cmdline)?;
@@ -184,9 +189,9 @@ fn run<M: Monitor>(folder: &Path, figures: &mut Figures) -> Result<()> {
     Ok(())
 }
 
-/// The guest's peer: takes one connection's bytes, and sends some on a second one.
-fn play_twice<S: Read + Write>(mut accept: impl FnMut() -> Result<S>) -> Result<()> {
-    for _ in 0..2 {
+/// The guest's peer: takes one connection's bytes, sends some on a second one, and so on.
+fn play_all<S: Read + Write>(mut accept: impl FnMut() -> Result<S>) -> Result<()> {
+    for _ in 0..2 * guest::TIMES {
         play(accept()?)?;
     }
     Ok(())
@@ -265,7 +270,7 @@ impl Monitor for Ours {
                 _ => {}
             }
         };
-        let peer = std::thread::spawn(move || play_twice(&mut accepted));
+        let peer = std::thread::spawn(move || play_all(&mut accepted));
         Ok((Self { process, _control: control }, peer))
     }
 
@@ -284,7 +289,7 @@ impl Monitor for Microvm {
         // By the kernel, which has the other end of QEMU's device.
         let listener =
             VsockListener::bind_with_cid_port(VMADDR_CID_ANY, guest::VSOCK_PORT).context("no vsock")?;
-        let peer = std::thread::spawn(move || play_twice(|| Ok(listener.accept()?.0)));
+        let peer = std::thread::spawn(move || play_all(|| Ok(listener.accept()?.0)));
         let disk = scratch.join("disk");
         std::fs::File::create(&disk)?.set_len(DISK_BYTES)?;
         let process = Command::new(QEMU)
