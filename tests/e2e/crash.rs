@@ -3,11 +3,11 @@
 use crate::Scenario;
 use crate::networks::says;
 use anyhow::{Context, Result, bail, ensure};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::TcpListener;
 use std::process::Command;
 use std::time::{Duration, Instant};
-use tests_harness::{Engine, IMAGE, Layer, TestImage, wait_until};
+use tests_harness::{Engine, Finished, IMAGE, Layer, TestImage, wait_until};
 
 pub(crate) fn native_scenarios() -> Vec<Scenario> {
     vec![
@@ -207,7 +207,8 @@ impl Dice {
 #[derive(Default)]
 struct Acknowledged {
     images: BTreeSet<String>,
-    containers: BTreeSet<String>,
+    /// By name, with the answer.
+    containers: BTreeMap<String, Finished>,
     /// Where each round's container is published, acknowledged or not.
     ports: Vec<(String, String)>,
 }
@@ -217,13 +218,19 @@ impl Acknowledged {
     fn check(&self, engine: &Engine) -> Result<()> {
         let images = engine.engine(["images", "--format", "{{.Repository}}:{{.Tag}}"])?.ok()?;
         let containers = engine.engine(["ps", "-a", "--format", "{{.Names}}"])?.ok()?;
-        for (kind, wanted, listed) in
-            [("image", &self.images, images), ("container", &self.containers, containers)]
-        {
-            let listed: BTreeSet<&str> = listed.lines().collect();
-            if let Some(lost) = wanted.iter().find(|name| !listed.contains(name.as_str())) {
-                bail!("the acknowledged {kind} `{lost}` is lost; there are {listed:?}");
-            }
+        let listed = |text: &str| text.lines().map(str::to_owned).collect::<BTreeSet<_>>();
+        let (images, containers) = (listed(&images), listed(&containers));
+        if let Some(lost) = self.images.iter().find(|name| !images.contains(*name)) {
+            bail!("the acknowledged image `{lost}` is lost; there are {images:?}");
+        }
+        if let Some((name, answer)) = self.containers.iter().find(|(name, _)| !containers.contains(*name)) {
+            // What it was acknowledged as, and what is known of that now: of a name that is gone the container may be there.
+            let now = engine.engine(["inspect", answer.stdout.trim()])?;
+            let again = engine.engine(["ps", "-a", "--no-trunc"])?;
+            bail!(
+                "the acknowledged container `{name}` is lost; there are {containers:?}; acknowledged by {answer:?}; \
+                 its id now: {now:?}; all: {again:?}"
+            );
         }
         if let Some(image) = self.images.last() {
             engine.engine(["run", "--rm", image, "cat", "/noise"]).map(|run| run.code)?;
@@ -276,8 +283,9 @@ fn rounds(engine: &Engine, rounds: u64, moment_ms_max: u64, kill: impl Fn(u64) -
         if pull.finish()?.code == 0 {
             acknowledged.images.insert(reference);
         }
-        if start.finish()?.code == 0 {
-            acknowledged.containers.insert(name);
+        let start = start.finish()?;
+        if start.code == 0 {
+            acknowledged.containers.insert(name, start);
         }
         if engine.stage == tests_harness::Stage::Native {
             engine.boot()?;

@@ -6,7 +6,7 @@
 //! it is told what can be counted: how much of a processor each server took, and how often it was woken.
 
 use crate::boot::{median, mib};
-use crate::idle::work;
+use crate::idle::{Work, work};
 use crate::through::{QEMU, real_qemu};
 use anyhow::{Context, Result, bail, ensure};
 use std::fs::{self, File};
@@ -99,8 +99,10 @@ pub(crate) fn measure(names: &[String]) -> Result<()> {
         let peer = count / median(seconds.iter().map(|(_, peer)| *peer));
         let ratio = median(seconds.iter().map(|(ours, peer)| peer / ours));
         let kept = if ratio >= 1.0 { "kept" } else { "MISSED" };
-        let ran = [0, 1].map(|side| Duration::from_nanos(after[side].ran - before[side].ran).as_millis());
-        let woken = [0, 1].map(|side| after[side].slept - before[side].slept);
+        let since =
+            |side: usize, what: fn(&Work) -> u64| what(&after[side]).saturating_sub(what(&before[side]));
+        let ran = [0, 1].map(|side| Duration::from_nanos(since(side, |work| work.ran)).as_millis());
+        let woken = [0, 1].map(|side| since(side, |work| work.slept));
         println!(
             "{name:<11} {unit:<8} {ours:>9.1} {peer:>9.1}   {ratio:.2}   {} ms to {}, {} to {}   promised >= 1: {kept}",
             ran[0], ran[1], woken[0], woken[1]
