@@ -285,6 +285,7 @@ fn rounds(engine: &Engine, rounds: u64, moment_ms_max: u64, kill: impl Fn(u64) -
         }
         let start = start.finish()?;
         if start.code == 0 {
+            ensure!(!start.stdout.is_empty(), "round {round}: a success that names no container: {start:?}");
             acknowledged.containers.insert(name, start);
         }
         if engine.stage == tests_harness::Stage::Native {

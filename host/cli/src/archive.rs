@@ -14,7 +14,7 @@ pub(crate) async fn download(docker: &Docker, path: &str, output: Option<&Path>)
     }
     let response = docker.stream(Method::GET, path, crate::docker::empty()).await?;
     let Some(output) = output else {
-        return copy(response.into_body(), &mut std::io::stdout().lock()).await;
+        return copy(response.into_body(), &mut crate::output::stdout()).await;
     };
     let folder = output.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let name = output.file_name().with_context(|| format!("`{}` is no file name", output.display()))?;

@@ -119,7 +119,7 @@ impl Container<'_> {
     }
 
     async fn stream_out(&self, path: &str, args: &CpArgs) -> Result<()> {
-        crate::archive::copy(self.opened(path, args).await?.1, &mut io::stdout().lock()).await
+        crate::archive::copy(self.opened(path, args).await?.1, &mut crate::output::stdout()).await
     }
 
     async fn stream_in(&self, path: &str, args: &CpArgs) -> Result<()> {

@@ -70,12 +70,7 @@ fn explain(error: &anyhow::Error) -> ExitCode {
         Some(failed) => (failed.code, failed.inner()),
         None => (1, error),
     };
-    let broken_pipe = error.chain().any(|cause| {
-        cause
-            .downcast_ref::<std::io::Error>()
-            .is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
-    });
-    if broken_pipe {
+    if output::is_unread(error) {
         return ExitCode::SUCCESS;
     }
     output::note(&format!("error: {error}"));

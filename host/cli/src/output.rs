@@ -1,26 +1,73 @@
-//! Data goes to standard output, conversation to standard error.
+//! Data goes to standard output, conversation to standard error. Nobody else writes to them.
 
-use std::io::{self, Write};
+use std::io::{self, ErrorKind, Write};
+
+/// Whoever read our output has seen enough, as `| head` does. A command that meets this ends quietly; a connection to the
+/// engine that breaks is another matter, though the kernel calls both a broken pipe.
+#[derive(Debug)]
+struct NobodyReads;
+
+impl std::fmt::Display for NobodyReads {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("nobody reads the output any more")
+    }
+}
+
+impl std::error::Error for NobodyReads {}
+
+/// Whether it was for want of a reader of our output that something failed.
+pub(crate) fn is_unread(error: &anyhow::Error) -> bool {
+    let inner = |cause: &io::Error| cause.get_ref().is_some_and(|inner| inner.is::<NobodyReads>());
+    error.chain().any(|cause| cause.downcast_ref().is_some_and(inner))
+}
+
+/// One of this process's standard streams.
+struct Stream<W>(W);
+
+impl<W> Stream<W> {
+    fn checked<T>(result: io::Result<T>) -> io::Result<T> {
+        result.map_err(|error| match error.kind() {
+            ErrorKind::BrokenPipe => io::Error::new(ErrorKind::BrokenPipe, NobodyReads),
+            _ => error,
+        })
+    }
+}
+
+impl<W: Write> Write for Stream<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        Self::checked(self.0.write(bytes))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Self::checked(self.0.flush())
+    }
+}
+
+/// Standard output, for data.
+pub(crate) fn stdout() -> impl Write {
+    Stream(io::stdout().lock())
+}
+
+/// Standard error, for what a container writes there.
+pub(crate) fn stderr() -> impl Write {
+    Stream(io::stderr().lock())
+}
 
 /// One line of data.
-pub(crate) fn line(text: &str) -> io::Result<()> {
-    let mut stdout = io::stdout().lock();
-    stdout.write_all(text.as_bytes())?;
-    stdout.write_all(b"\n")?;
-    stdout.flush()
+pub(crate) fn line(line: &str) -> io::Result<()> {
+    text(&format!("{line}\n"))
 }
 
 /// Data as it is.
 pub(crate) fn text(text: &str) -> io::Result<()> {
-    let mut stdout = io::stdout().lock();
+    let mut stdout = stdout();
     stdout.write_all(text.as_bytes())?;
     stdout.flush()
 }
 
 /// One line for the person. Nothing depends on it being read.
-#[expect(clippy::print_stderr, reason = "the one place for conversation")]
 pub(crate) fn note(text: &str) {
-    eprintln!("{text}");
+    let _unread = writeln!(stderr(), "{text}");
 }
 
 /// Asks as Docker does; anything but `y` or `yes` is a no.
@@ -116,6 +163,18 @@ pub(crate) fn short_id(id: &str) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use anyhow::Context as _;
+
+    #[test]
+    fn only_output_that_nobody_reads_ends_quietly() {
+        let broken = || io::Result::<()>::Err(ErrorKind::BrokenPipe.into());
+        let written = Stream::<Vec<u8>>::checked(broken()).context("cannot write to standard output");
+        assert!(is_unread(&written.unwrap_err()));
+        let sent = broken().context("the daemon does not take the request");
+        assert!(!is_unread(&sent.unwrap_err()));
+        let full = Stream::<Vec<u8>>::checked::<()>(Err(ErrorKind::StorageFull.into()));
+        assert!(!is_unread(&full.unwrap_err().into()));
+    }
 
     #[test]
     fn columns_are_as_wide_as_dockers() {

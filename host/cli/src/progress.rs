@@ -32,13 +32,12 @@ impl Steps {
     }
 
     /// To be called now and then; says what is waited for once that has taken a second.
-    #[expect(clippy::print_stderr, reason = "progress belongs on standard error")]
     pub(crate) fn tick(&mut self) {
         if let Some((text, since, said)) = &mut self.step
             && !*said
             && since.elapsed() >= SHOWN_AFTER
         {
-            eprintln!("{text} …");
+            note(&format!("{text} …"));
             *said = true;
         }
     }
@@ -72,13 +71,12 @@ impl Pull {
     }
 
     /// Shows one line of the stream.
-    #[expect(clippy::print_stderr, reason = "progress belongs on standard error")]
     pub(crate) fn show(&mut self, line: &ProgressLine) {
         let status = line.status.as_deref().unwrap_or_default();
         let Some(id) = line.id.as_deref() else {
             match &self.bars {
                 Some(bars) => drop(bars.println(status)),
-                None => eprintln!("{status}"),
+                None => note(status),
             }
             return;
         };
@@ -86,7 +84,7 @@ impl Pull {
             // Without a terminal only what happened to a layer, not how far it is.
             let detail = line.progress_detail.unwrap_or_default();
             if detail.current.is_none() {
-                eprintln!("{id}: {status}");
+                note(&format!("{id}: {status}"));
             }
             return;
         };

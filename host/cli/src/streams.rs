@@ -1,6 +1,7 @@
 //! Joins a hijacked connection, or a log body, with this process's standard streams.
 
 use crate::docker::Hijacked;
+use crate::output;
 use crate::terminal::DetachKeys;
 use anyhow::{Context, Result, bail};
 use bytes::{Buf, Bytes, BytesMut};
@@ -137,8 +138,7 @@ impl Output {
                 }
             }
         }
-        std::io::stdout().flush()?;
-        Ok(())
+        Ok(output::stdout().flush()?)
     }
 
     fn finish(&self) -> Result<()> {
@@ -183,8 +183,8 @@ impl Frames {
 
 fn write_out(stream: Stream, bytes: &[u8]) -> std::io::Result<()> {
     match stream {
-        Stream::Stdin | Stream::Stdout => std::io::stdout().write_all(bytes),
-        Stream::Stderr | Stream::SystemError => std::io::stderr().write_all(bytes),
+        Stream::Stdin | Stream::Stdout => output::stdout().write_all(bytes),
+        Stream::Stderr | Stream::SystemError => output::stderr().write_all(bytes),
     }
 }
 
