@@ -7,6 +7,7 @@
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::Serialize;
@@ -94,7 +95,14 @@ impl Store {
     pub fn open(path: &Path) -> Result<Self, StoreError> {
         let fail = |reason: String| StoreError::Open { path: path.display().to_string(), reason };
         make_whole(path).map_err(|error| fail(error.to_string()))?;
-        let database = match Database::open(path) {
+        // Called over and over while it goes on.
+        let told = AtomicBool::new(false);
+        let repair = move |_: &mut redb::RepairSession| {
+            if !told.swap(true, Ordering::Relaxed) {
+                tracing::info!("the metadata store was not closed: it is repaired");
+            }
+        };
+        let database = match Database::builder().set_repair_callback(repair).open(path) {
             Err(redb::DatabaseError::DatabaseAlreadyOpen) => {
                 return Err(fail("another engine uses this data root".to_owned()));
             }

@@ -82,6 +82,7 @@ impl Containers {
         let records: Vec<Record> =
             service.context.store.all(store::CONTAINERS)?.into_iter().map(|(_, record)| record).collect();
         let known: BTreeSet<String> = records.iter().map(|record| record.id.clone()).collect();
+        tracing::info!(containers = known.len(), "containers found");
         service.sweep_unknown(&known).await?;
 
         let mut restored = tokio::task::JoinSet::new();
@@ -143,8 +144,11 @@ impl Containers {
         let ids = keys.into_iter().chain(folder_names(&self.context.data)?);
         let unknown: BTreeSet<String> = ids.filter(|id| id.len() == 64 && !known.contains(id)).collect();
         for id in unknown {
-            if let Err(error) = run::remove_leavings(&self.context, &id).await {
-                tracing::warn!(container = &id[..12], %error, "left behind");
+            match run::remove_leavings(&self.context, &id).await {
+                Ok(()) => {
+                    tracing::info!(container = &id[..12], "half made or removed: its leavings are gone")
+                }
+                Err(error) => tracing::warn!(container = &id[..12], %error, "left behind"),
             }
         }
         Ok(())
