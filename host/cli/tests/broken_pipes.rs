@@ -1,5 +1,6 @@
 //! Two kinds of broken pipe: who reads the output has seen enough, which is nobody's failure; who was asked is gone, which
 //! is never a success.
+#![forbid(unsafe_code)]
 
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
