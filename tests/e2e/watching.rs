@@ -13,7 +13,11 @@ use tests_harness::{Engine, wait_until};
 use crate::inside::{WATCH, play};
 use crate::volumes::{ok, same};
 
-crate::scenarios![a_watcher_inside_hears_of_changes_outside, a_storm_of_changes_ends_with_what_there_is,];
+crate::scenarios![
+    a_watcher_inside_hears_of_changes_outside,
+    a_watcher_hears_of_the_first_change_after_it_started,
+    a_storm_of_changes_ends_with_what_there_is,
+];
 
 fn folder(engine: &Engine, name: &str) -> Result<PathBuf> {
     let folder = engine.path(&format!("share-{name}"));
@@ -84,6 +88,20 @@ fn a_watcher_inside_hears_of_changes_outside(engine: &Engine) -> Result<()> {
     left.sort();
     ensure!(left == ["folder", "last", "page", "replaced"], "{left:?}");
     ok(engine, &["rm", "-f", "watcher"]).map(drop)
+}
+
+/// Also when the last container that had a folder bound has only just ended.
+fn a_watcher_hears_of_the_first_change_after_it_started(engine: &Engine) -> Result<()> {
+    let folder = folder(engine, "first")?;
+    for round in 0..4 {
+        play(engine, &["-d", "--name", "first"], &folder, &[WATCH, "/app"])?;
+        hears(engine, "first", &["READY"])?;
+        let name = format!("file-{round}");
+        fs::write(folder.join(&name), "")?;
+        hears(engine, "first", &[&format!("CREATE {name}")])?;
+        ok(engine, &["rm", "-f", "first"])?;
+    }
+    Ok(())
 }
 
 fn a_storm_of_changes_ends_with_what_there_is(engine: &Engine) -> Result<()> {

@@ -2,8 +2,10 @@
 //! who watches. How and why: `guest_protocol::changes`, and the decision on shared folders.
 //!
 //! One thread repeats; the host knows it by its number, and answers it without doing anything. It has the bound folders open,
-//! which is what the host watches. Another thread reads what the host sends. Without a bound folder there is no stream and no
-//! second thread. Files: `repeat` makes the events, `watchers` finds out who would hear them.
+//! which is what the host watches: a container starts when that is so, and hears of every change from its first moment on.
+//! Another thread reads what the host sends. The first bound folder opens the stream, and it stays: before another one the
+//! host waits for what may still be under way on this one. Files: `repeat` makes the events, `watchers` finds out who would
+//! hear them.
 
 mod repeat;
 mod watchers;
@@ -22,16 +24,22 @@ use guest_protocol::changes::{self, BATCH_BYTES_MAX, Change, DONE};
 use guest_protocol::{port, share};
 use rustix::fs::{OFlags, ResolveFlags};
 use socket2::{Domain, SockAddr, Socket, Type};
+use tokio::sync::oneshot;
 
 use repeat::Repeater;
 use watchers::Watchers;
 
 /// How long the host may take to begin, and to take a byte of ours.
 const HOST_TIME_MAX: Duration = Duration::from_secs(15);
+/// How long a container waits until the host watches what it binds. Without that it is of use too.
+const BIND_TIME_MAX: Duration = Duration::from_secs(5);
+
+/// Dropped when the host watches a folder, or cannot.
+type Followed = oneshot::Sender<()>;
 
 /// What the repeating thread is told.
 enum Order {
-    Bind { container: String, source: PathBuf },
+    Bind { container: String, source: PathBuf, followed: Followed },
     End { container: String },
     Batch { stream: Arc<Socket>, changes: Vec<Change> },
     Ended { stream: Arc<Socket> },
@@ -58,11 +66,28 @@ impl Changes {
         Ok(Self { orders: Some(orders) })
     }
 
-    /// A container that starts has this bound, a path of the machine.
-    pub fn bind(&self, container: &str, source: &Path) {
-        if source.starts_with(share::MOUNT) {
-            self.order(Order::Bind { container: container.to_owned(), source: source.to_owned() });
+    /// A container that starts has this bound, a path of the machine. Waits until changes in it are told.
+    pub async fn bind(&self, container: &str, source: &Path) {
+        let Some(wait) = self.note(container, source) else { return };
+        if tokio::time::timeout(BIND_TIME_MAX, wait).await.is_err() {
+            tracing::warn!(
+                source = %source.display(),
+                "the host does not watch a bound folder after {BIND_TIME_MAX:?}: the container starts, and may miss changes"
+            );
         }
+    }
+
+    /// A container that runs already has this bound. Its changes are told soon.
+    pub fn bound(&self, container: &str, source: &Path) {
+        let _soon = self.note(container, source);
+    }
+
+    fn note(&self, container: &str, source: &Path) -> Option<oneshot::Receiver<()>> {
+        let (followed, wait) = oneshot::channel();
+        source.starts_with(share::MOUNT).then(|| {
+            self.order(Order::Bind { container: container.to_owned(), source: source.to_owned(), followed });
+            wait
+        })
     }
 
     /// A container has ended.
@@ -92,9 +117,10 @@ impl Thread {
     fn run(mut self, queue: &Receiver<Order>) {
         while let Ok(order) = queue.recv() {
             match order {
-                Order::Bind { container, source } => {
+                Order::Bind { container, source, followed } => {
                     self.bound.entry(container).or_default().insert(source);
                     self.follow();
+                    drop(followed);
                 }
                 Order::End { container } => {
                     if self.bound.remove(&container).is_some() {
@@ -124,12 +150,10 @@ impl Thread {
     fn follow(&mut self) {
         let wanted: BTreeSet<&PathBuf> = self.bound.values().flatten().collect();
         self.open.retain(|path, _| wanted.contains(path));
-        if wanted.is_empty() {
-            return self.forget();
-        }
         let missing: Vec<PathBuf> =
             wanted.into_iter().filter(|path| !self.open.contains_key(*path)).cloned().collect();
         if self.stream.is_none()
+            && !missing.is_empty()
             && let Err(error) = self.connect()
         {
             tracing::warn!(%error, "the host does not tell what changes in shared folders");
@@ -254,6 +278,24 @@ mod tests {
 
     fn pair() -> (Socket, Socket) {
         Socket::pair(Domain::UNIX, Type::STREAM, None).unwrap()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_container_waits_until_what_it_binds_is_followed() {
+        let (orders, queue) = mpsc::channel();
+        let changes = Changes { orders: Some(orders) };
+        let source = Path::new(share::MOUNT).join("home/src");
+        let mut bind = std::pin::pin!(changes.bind("c", &source));
+        assert!(tokio::time::timeout(BIND_TIME_MAX / 2, &mut bind).await.is_err(), "nobody follows it yet");
+        drop(queue.recv().unwrap());
+        bind.await;
+        // A thread that has no answer keeps no container from starting.
+        changes.bind("c", &source).await;
+        let Order::Bind { followed, .. } = queue.recv().unwrap() else { panic!("another order") };
+        assert!(followed.is_closed());
+        // What is the machine's own is not the thread's business.
+        changes.bind("c", Path::new("/var/lib/x")).await;
+        assert!(queue.try_recv().is_err());
     }
 
     #[test]

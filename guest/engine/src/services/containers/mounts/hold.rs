@@ -165,7 +165,7 @@ pub async fn restore(context: &Arc<Context>, views: &[View]) {
         }
         if view.live.is_some() {
             let places = view.record.mounts.iter().filter_map(|point| point.place.as_ref());
-            places.for_each(|place| context.shares.changes.bind(&view.record.id, place));
+            places.for_each(|place| context.shares.changes.bound(&view.record.id, place));
         }
     }
     let known = views.iter().map(|view| view.record.id.clone()).collect();

@@ -90,7 +90,7 @@ pub async fn make_ready(context: &Arc<Context>, record: &Record, undo: &mut Undo
         }
         if point.kind == MountKind::Bind {
             source = bind_source(&context.shares, point).await?;
-            context.shares.changes.bind(&record.id, &source);
+            context.shares.changes.bind(&record.id, &source).await;
         }
         sources.push((number, source));
     }
