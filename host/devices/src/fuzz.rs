@@ -23,7 +23,7 @@ use crate::virtio::device::{
 use crate::virtio::mmio::{MmioDevice, SavedQueue, SavedTransport};
 use crate::virtio::ring::{Addresses, Ring};
 use crate::virtio::worker::{Model, Rings};
-use crate::virtio::{balloon, block, console, net, rng, vsock};
+use crate::virtio::{balloon, block, console, mem, net, rng, vsock};
 
 const MEMORY_BYTES: usize = 1 << 18;
 const SIZE: u16 = 16;
@@ -270,6 +270,30 @@ pub fn balloon(data: &[u8]) {
     feed(data, DeviceKind::Balloon, 4, u64::MAX, &mut model, |_| {});
 }
 
+/// Feeds a device of memory that comes and goes; only what the guest may use is taken from it.
+pub fn mem(mut data: &[u8]) {
+    let (wanted, usable) = (byte(&mut data), byte(&mut data));
+    let mut model = mem::model(mem_backend(usable.min(MEM_BLOCKS)));
+    model.message(mem::wish(u64::from(wanted) * mem::BLOCK_BYTES, u64::from(usable) * mem::BLOCK_BYTES));
+    feed(data, DeviceKind::Mem, 1, u64::MAX, &mut model, |_| {});
+}
+
+/// As many blocks as there are behind the guest's memory.
+const MEM_BLOCKS: u8 = 200;
+
+/// Of its blocks the first `usable` may be given back.
+fn mem_backend(usable: u8) -> mem::Backend {
+    const START: u64 = 1 << 32;
+    let discard = move |start: GuestAddress, length| {
+        let end = start.0.checked_add(length).expect("a range over the end of all addresses");
+        let usable = START..=START + u64::from(usable) * mem::BLOCK_BYTES;
+        assert!(length > 0 && usable.contains(&start.0) && usable.contains(&end), "not usable memory");
+        assert!(start.0.is_multiple_of(mem::BLOCK_BYTES) && length.is_multiple_of(mem::BLOCK_BYTES));
+    };
+    let bytes = u64::from(MEM_BLOCKS) * mem::BLOCK_BYTES;
+    mem::Backend { start: GuestAddress(START), bytes, discard: Box::new(discard) }
+}
+
 /// Feeds a device of `queues` queues, either with chains of two buffers or with memory and rings as they come. `meanwhile`
 /// is what happens on the host between two chains.
 fn feed(
@@ -463,7 +487,7 @@ pub fn saved(mut data: &[u8]) {
         data = rest;
         part.to_vec()
     };
-    let state = DeviceState { config: part(64), model: part(8) };
+    let state = DeviceState { config: part(64), model: part(33) };
     let Ok(poll) = mio::Poll::new() else { return };
     match which & 7 {
         1 | 2 => {
@@ -492,6 +516,12 @@ pub fn saved(mut data: &[u8]) {
                 feed(data, DeviceKind::Balloon, 4, u64::MAX, &mut model, |_| {});
             }
         }
+        6 => {
+            let mut model = mem::model(mem_backend(MEM_BLOCKS));
+            if model.restore(&state).is_ok() {
+                feed(data, DeviceKind::Mem, 1, u64::MAX, &mut model, |_| {});
+            }
+        }
         _ => {
             let mut model = rng::model();
             if model.restore(&state).is_ok() {
@@ -515,6 +545,7 @@ mod tests {
             rng(&data);
             console(&data);
             balloon(&data);
+            mem(&data);
             net(&data);
             mmio(&data);
             saved(&data);

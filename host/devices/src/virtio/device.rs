@@ -45,6 +45,8 @@ pub enum DeviceKind {
     Balloon = 5,
     /// A socket device (§5.10).
     Vsock = 19,
+    /// Memory that comes and goes (§5.15).
+    Mem = 24,
     /// A file system (§5.11).
     FileSystem = 26,
 }
@@ -65,6 +67,7 @@ impl fmt::Display for DeviceKind {
             Self::Rng => "rng",
             Self::Balloon => "balloon",
             Self::Vsock => "vsock",
+            Self::Mem => "mem",
             Self::FileSystem => "fs",
         })
     }

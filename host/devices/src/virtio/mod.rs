@@ -6,6 +6,7 @@ pub mod buffers;
 pub mod console;
 pub mod device;
 pub mod fs;
+pub mod mem;
 pub mod mmio;
 pub mod net;
 pub mod rng;

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use super::*;
 use crate::virtio::balloon::{self, Balloon};
 use crate::virtio::console::Console;
+use crate::virtio::mem::{self, Mem};
 use crate::virtio::net::{self, Net};
 use crate::virtio::rng::Rng;
 
@@ -321,6 +322,15 @@ fn balloon_subject() -> Subject {
     }
 }
 
+fn mem_subject() -> Subject {
+    let make = || {
+        let backend =
+            mem::Backend { start: GuestAddress(4 << 30), bytes: 64 << 20, discard: Box::new(|_, _| {}) };
+        Box::new(Mem::new(backend).unwrap()) as Box<dyn VirtioDevice>
+    };
+    Subject { make: Box::new(make), outcome: Box::new(Vec::new), queues: &[0], repeatable: true }
+}
+
 fn console_subject() -> Subject {
     let (host, guest) = UnixStream::pair().unwrap();
     host.set_nonblocking(true).unwrap();
@@ -344,7 +354,8 @@ fn rng_subject() -> Subject {
     Subject { make: Box::new(make), outcome: Box::new(Vec::new), queues: &[0], repeatable: false }
 }
 
-const SUBJECTS: [fn() -> Subject; 4] = [block_subject, balloon_subject, console_subject, rng_subject];
+const SUBJECTS: [fn() -> Subject; 5] =
+    [block_subject, balloon_subject, mem_subject, console_subject, rng_subject];
 
 #[derive(Clone, Debug)]
 enum Step {
