@@ -8,7 +8,8 @@ crate::scenarios![
     the_state_is_told,
     every_thread_of_the_vm_process_is_confined,
     two_first_calls_boot_one_machine,
-    a_machine_takes_on_other_settings
+    a_machine_takes_on_other_settings,
+    a_machine_takes_on_other_memory
 ];
 
 /// Stops the machine, or the natively run engine, cleanly and starts it again.
@@ -177,4 +178,73 @@ fn a_machine_takes_on_other_settings(engine: &Engine) -> Result<()> {
     grown(&["machine", "set", "cpus=none"])?.fails_with(1, "`none` is not a number of CPUs")?;
     grown(&["machine", "shutdown"])?.ok()?;
     Processes::of(&engine.path("grown")).expect_none()
+}
+
+/// A machine of ours has more memory at once when it is asked to, and gives that back. QEMU's has it when it starts next.
+fn a_machine_takes_on_other_memory(engine: &Engine) -> Result<()> {
+    if engine.stage == Stage::Native {
+        return Ok(());
+    }
+    let call = |arguments: &[&str]| {
+        let mut command = engine.command(arguments);
+        command.env("ENGINE_HOME", engine.path("larger")).env_remove("ENGINE_MACHINE_MEMORY_MIB");
+        run(command)
+    };
+    let set = |memory: &str, said: &str| -> Result<()> {
+        let set = call(&["machine", "set", &format!("memory={memory}")])?;
+        ensure!(set.code == 0 && set.stderr.contains(said), "{set:?}");
+        Ok(())
+    };
+    let figure = |name: &str| -> Result<u64> {
+        let template = format!("{{{{.{name}}}}}");
+        Ok(call(&["machine", "info", "-f", &template])?.ok()?.parse()?)
+    };
+    let total_mib = || Ok::<_, anyhow::Error>(figure("guest.memory_total_bytes")? >> 20);
+    set("512m", "`memory` counts from the machine's next start\n")?;
+    call(&["machine", "start"])?.ok()?;
+    let small = total_mib()?;
+    ensure!(small < 512, "{small}");
+    if engine.stage == Stage::Qemu {
+        set("1g", "the machine was started with 512 MiB, which QEMU does not change while it runs")?;
+        ensure!(total_mib()? == small);
+        call(&["machine", "stop"])?.ok()?;
+        call(&["machine", "start"])?.ok()?;
+        ensure!(total_mib()? > small + 400, "{small} MiB became {}", total_mib()?);
+        return call(&["machine", "shutdown"])?.ok().map(drop);
+    }
+    let archive = TestImage::busybox()?.archive(IMAGE)?;
+    let mut load = engine.command(["load"]);
+    load.env("ENGINE_HOME", engine.path("larger"));
+    Timed::new(load).input(archive).run()?.ok()?;
+    call(&["run", "-d", "--name", "user", "--tmpfs", "/large:size=700m", IMAGE, "sleep", "1000"])?.ok()?;
+    let in_user = |text: &str| call(&["exec", "user", "sh", "-c", text])?.ok();
+
+    set("1152m", "the machine has 1152 MiB of memory now\n")?;
+    ensure!(total_mib()? >= small + 640, "{small} MiB became {}", total_mib()?);
+    let seen: u64 = in_user("awk '/MemTotal/ { print $2 }' /proc/meminfo")?.parse()?;
+    ensure!(seen >> 10 >= small + 640, "a container sees {seen} KiB");
+    // More than the machine had, and found as it was.
+    let write =
+        "head -c 10485760 /dev/urandom > /large/0 && for i in $(seq 59); do cp /large/0 /large/$i; done";
+    in_user(write)?;
+    in_user("for i in $(seq 59); do cmp /large/0 /large/$i || exit; done")?;
+    let full = figure("memory_held_bytes")?;
+    ensure!(full > 600 << 20, "{full} bytes are held while 600 MiB are in use");
+
+    in_user("rm /large/*")?;
+    set("640m", "the machine has 640 MiB of memory now\n")?;
+    ensure!(total_mib()? < small + 160, "{small} MiB became {}", total_mib()?);
+    let held = figure("memory_held_bytes")?;
+    ensure!(held < full - (400 << 20), "{full} bytes were held, and {held} are");
+    set(
+        "256m",
+        "was started with 512 MiB, and has 512 MiB now; so `memory` counts from the machine's next start",
+    )?;
+    ensure!(total_mib()? <= small, "{small} MiB became {}", total_mib()?);
+    set("2g", "the machine has 2048 MiB of memory now\n")?;
+    call(&["machine", "stop"])?.ok()?;
+    call(&["machine", "start"])?.ok()?;
+    ensure!(total_mib()? > 1800, "{}", total_mib()?);
+    call(&["machine", "shutdown"])?.ok()?;
+    Processes::of(&engine.path("larger")).expect_none()
 }

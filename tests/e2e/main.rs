@@ -48,7 +48,7 @@ const WHOLE: &str = "ENGINE_TEST_WHOLE";
 
 /// What the stage `kvm` runs when nothing is named: there a container takes ten seconds to start, and the machine's own
 /// ways are what is new.
-const ON_OUR_MACHINE: [&str; 14] = [
+const ON_OUR_MACHINE: [&str; 15] = [
     "run::the_bundled_image_greets",
     "exec::commands_run_in_a_running_container",
     "images::an_image_is_pulled_and_run",
@@ -62,6 +62,7 @@ const ON_OUR_MACHINE: [&str; 14] = [
     "borrowed::a_removed_image_is_no_longer_on_the_hosts_disk",
     "life::every_thread_of_the_vm_process_is_confined",
     "life::data_survives_a_clean_restart",
+    "life::a_machine_takes_on_other_memory",
     "crash::a_killed_vm_process_is_replaced",
 ];
 

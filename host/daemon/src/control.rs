@@ -215,11 +215,18 @@ impl Control {
             Some(count) => Some(live::use_processors(&self.supervisor, count).await),
             None => None,
         };
+        let memory = match changes.memory_mib.filter(|_| at_once(memory_variable)) {
+            Some(mib) => {
+                let _gone = client.send(&Reply::Progress { text: "setting the memory".to_owned() }).await;
+                Some(live::use_memory(&self.supervisor, mib).await)
+            }
+            None => None,
+        };
 
         let (mut now, mut later, mut overridden) = (Vec::new(), Vec::new(), Vec::new());
         for (name, set, variable, taken) in [
             ("cpus", changes.cpus.is_some(), cpus_variable, cpus),
-            ("memory", changes.memory_mib.is_some(), memory_variable, None),
+            ("memory", changes.memory_mib.is_some(), memory_variable, memory),
             ("disk", changes.disk_gib.is_some(), disk_variable, disk),
             ("backend", changes.backend.is_some(), backend_variable, None),
         ] {

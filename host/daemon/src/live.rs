@@ -2,7 +2,7 @@
 
 use guest_protocol::{Failure, Request, Response};
 
-use crate::supervisor::Handle;
+use crate::supervisor::{Handle, MemorySize};
 
 /// What became of one setting.
 #[derive(Debug, PartialEq, Eq)]
@@ -33,6 +33,30 @@ fn disk_taken(disk_gib: u64, answer: Result<Response, Failure>) -> Taken {
             Taken::Now(format!("the disk has {disk_gib} GiB now, with room for {mib} MiB of files"))
         }
         other => Taken::Later(unexpected(other)),
+    }
+}
+
+/// Has the running machine use this much memory. It cannot have less than it was started with.
+pub(crate) async fn use_memory(supervisor: &Handle, memory_mib: u32) -> Taken {
+    memory_taken(memory_mib, supervisor.set_memory(memory_mib).await.flatten())
+}
+
+fn memory_taken(memory_mib: u32, answer: Result<MemorySize, String>) -> Taken {
+    let wanted = u64::from(memory_mib);
+    match answer {
+        Ok(MemorySize { now_mib, .. }) if now_mib == wanted => {
+            Taken::Now(format!("the machine has {wanted} MiB of memory now"))
+        }
+        Ok(MemorySize { now_mib, started_mib }) if memory_mib < started_mib => {
+            Taken::Later(format!("the machine was started with {started_mib} MiB, and has {now_mib} MiB now"))
+        }
+        Ok(MemorySize { now_mib, .. }) if now_mib > wanted => Taken::Later(format!(
+            "the machine has {now_mib} MiB now, and gives more back when nothing in it needs that any more"
+        )),
+        Ok(MemorySize { now_mib, .. }) => {
+            Taken::Later(format!("the machine has {now_mib} MiB now, and its kernel took no more"))
+        }
+        Err(why) => Taken::Later(why),
     }
 }
 
@@ -81,6 +105,17 @@ mod tests {
         let why = "the machine could not follow: resize2fs ended with status 1: no";
         assert_eq!(disk(Err(failure)), Taken::Later(why.into()));
         assert!(matches!(disk(Ok(Response::Done)), Taken::Later(why) if why.contains("Done")));
+
+        let memory = |wanted, now_mib| memory_taken(wanted, Ok(MemorySize { now_mib, started_mib: 1024 }));
+        assert_eq!(memory(2048, 2048), Taken::Now("the machine has 2048 MiB of memory now".into()));
+        let later = |wanted, now_mib| match memory(wanted, now_mib) {
+            Taken::Later(why) => why,
+            Taken::Now(sentence) => panic!("{sentence}"),
+        };
+        assert_eq!(later(512, 1024), "the machine was started with 1024 MiB, and has 1024 MiB now");
+        assert!(later(2048, 3000).starts_with("the machine has 3000 MiB now, and gives more back"));
+        assert_eq!(later(2048, 1024), "the machine has 1024 MiB now, and its kernel took no more");
+        assert_eq!(memory_taken(1, Err("why".into())), Taken::Later("why".into()));
 
         let processors =
             |count, online| processors_taken(count, Ok(Response::Processors { online, present: 4 }));

@@ -48,6 +48,18 @@ const INFO_TIME_MAX: Duration = Duration::from_secs(5);
 /// How long the VM process may take to make the disk's file larger, which is one call.
 const GROW_TIME_MAX: Duration = Duration::from_secs(30);
 
+/// How long the guest may take to follow to another size of its memory, which goes on meanwhile.
+const MEMORY_TIME_MAX: Duration = Duration::from_secs(90);
+
+/// What a machine has of memory once it was asked to have another size.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct MemorySize {
+    /// What it has now.
+    pub(crate) now_mib: u64,
+    /// What it was started with, which is the least.
+    pub(crate) started_mib: u32,
+}
+
 /// Asks the supervisor. Cheap to clone.
 #[derive(Clone)]
 pub(crate) struct Handle {
@@ -65,6 +77,7 @@ enum Message {
     },
     Guest(Request, session::Reply),
     GrowDisk(u64, oneshot::Sender<Result<(), String>>),
+    SetMemory(u32, oneshot::Sender<Result<MemorySize, String>>),
     Usage(oneshot::Sender<Usage>),
     Backend(oneshot::Sender<Option<BackendChoice>>),
     /// From the VM process of that generation.
@@ -122,6 +135,13 @@ impl Handle {
         tokio::time::timeout(GROW_TIME_MAX, asked).await.unwrap_or_else(|_| Err(silent()))
     }
 
+    /// Has the running machine use more or less memory. `Ok(Err)` is why it has what it had; with `Err` nobody knows.
+    pub(crate) async fn set_memory(&self, memory_mib: u32) -> Result<Result<MemorySize, String>, String> {
+        let asked = self.ask(|reply| Message::SetMemory(memory_mib, reply));
+        let silent = || format!("the machine was still at it after {} s", MEMORY_TIME_MAX.as_secs());
+        tokio::time::timeout(MEMORY_TIME_MAX, asked).await.unwrap_or_else(|_| Err(silent()))
+    }
+
     /// What the machine uses; `None` when it does not run or the VM process does not answer in time.
     pub(crate) async fn usage(&self) -> Option<Usage> {
         tokio::time::timeout(INFO_TIME_MAX, self.ask(Message::Usage)).await.ok()?.ok()
@@ -168,6 +188,8 @@ pub(crate) struct Supervisor {
     measurements: Vec<oneshot::Sender<Usage>>,
     /// Who waits for the VM process to make the disk larger, in the order of asking.
     growths: VecDeque<oneshot::Sender<Result<(), String>>>,
+    /// Who waits for the machine to have another size of memory, in the order of asking.
+    sizes: VecDeque<oneshot::Sender<Result<MemorySize, String>>>,
     session: Option<mpsc::Sender<Ask>>,
     /// What the engine in the running machine is told.
     engine_settings: Option<EngineSettings>,
@@ -200,6 +222,7 @@ impl Supervisor {
             shares: Arc::default(),
             measurements: Vec::new(),
             growths: VecDeque::new(),
+            sizes: VecDeque::new(),
             session: None,
             engine_settings: None,
             requests,
@@ -249,6 +272,12 @@ impl Supervisor {
                 if let Some(vmm) = &self.vmm {
                     vmm.send(Command::GrowDisk { size_bytes }, None);
                     self.growths.push_back(reply);
+                }
+            }
+            Message::SetMemory(memory_mib, reply) => {
+                if let Some(vmm) = &self.vmm {
+                    vmm.send(Command::SetMemory { memory_mib }, None);
+                    self.sizes.push_back(reply);
                 }
             }
             Message::Usage(reply) => {
@@ -426,8 +455,12 @@ impl Supervisor {
                     }
                 }
             }
-            Report::Event(Event::DiskGrown { .. }, _) => self.grown(Ok(())),
-            Report::Event(Event::DiskRefused { message }, _) => self.grown(Err(message)),
+            Report::Event(Event::DiskGrown { .. }, _) => answer(&mut self.growths, Ok(())),
+            Report::Event(Event::DiskRefused { message }, _) => answer(&mut self.growths, Err(message)),
+            Report::Event(Event::MemorySet { memory_mib, started_mib }, _) => {
+                answer(&mut self.sizes, Ok(MemorySize { now_mib: memory_mib, started_mib }));
+            }
+            Report::Event(Event::MemoryRefused { message }, _) => answer(&mut self.sizes, Err(message)),
             Report::Event(Event::DiskWaits { waits }, _) => {
                 let trouble = waits.then(|| full(&self.state_dir.home().machine_disk(MACHINE)));
                 match &trouble {
@@ -443,6 +476,7 @@ impl Supervisor {
                 self.backend = None;
                 self.measurements.clear();
                 self.growths.clear();
+                self.sizes.clear();
                 if let Some(leases) = self.leases.take() {
                     tokio::spawn(async move { leases.close().await });
                 }
@@ -456,14 +490,6 @@ impl Supervisor {
                 };
                 self.handle(Input::VmmExited(Some(reason)));
             }
-        }
-    }
-
-    fn grown(&mut self, outcome: Result<(), String>) {
-        if let Some(reply) = self.growths.pop_front()
-            && reply.send(outcome).is_err()
-        {
-            debug!("who asked for a larger disk has given up");
         }
     }
 
@@ -539,6 +565,15 @@ impl Supervisor {
 }
 
 /// What is told of a VM process that ended without a word.
+/// Answers whoever has waited longest.
+fn answer<T>(waiting: &mut VecDeque<oneshot::Sender<T>>, outcome: T) {
+    if let Some(reply) = waiting.pop_front()
+        && reply.send(outcome).is_err()
+    {
+        debug!("who asked for another size has given up");
+    }
+}
+
 fn unexpected_end(status: String) -> String {
     // SIGSYS.
     match status.contains("signal: 31") {

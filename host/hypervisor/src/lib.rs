@@ -14,6 +14,7 @@ pub mod kvm;
 pub mod memory;
 pub mod process;
 pub mod qemu;
+pub mod reserve;
 pub mod threads;
 pub mod vcpu;
 

@@ -1,4 +1,4 @@
-//! Guest RAM: one sealed memory file, mapped shared.
+//! Guest RAM: a sealed memory file, mapped shared.
 //!
 //! A file, so that pages given back by the guest can be punched out of it and another process could be handed it; sealed,
 //! so that nobody who is handed it can shrink it under our feet. It is left out of core dumps: a guest's memory holds
@@ -10,41 +10,56 @@ use std::os::unix::fs::MetadataExt;
 
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 use vm_memory::{
-    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
-    MmapRegion,
+    FileOffset, GuestAddress, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionMmap, MmapRegion,
 };
 
 use crate::arch::native::layout;
+
+/// The RAM of a machine, to which may be added while it runs. Clones are the same RAM.
+pub type Ram = GuestMemoryAtomic<GuestMemoryMmap>;
 
 /// Why there is no guest memory.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot get {mib} MiB of guest memory: {step}")]
 pub struct MemoryError {
-    mib: u32,
+    mib: u64,
     step: &'static str,
     #[source]
     source: io::Error,
 }
 
+impl MemoryError {
+    /// The error of this step towards so many bytes.
+    pub(crate) fn of(bytes: u64, step: &'static str) -> impl Fn(io::Error) -> Self {
+        move |source| Self { mib: bytes >> 20, step, source }
+    }
+}
+
 /// Allocates guest RAM. Pages come into being when they are first touched.
 pub fn allocate(mib: u32) -> Result<GuestMemoryMmap, MemoryError> {
-    let failed = |step| move |source: io::Error| MemoryError { mib, step, source };
     let bytes = u64::from(mib) << 20;
+    let failed = |step| MemoryError::of(bytes, step);
     let file = sealed_file(bytes).map_err(failed("the memory file cannot be made"))?;
     let mut regions = Vec::new();
     let mut offset = 0;
     for (start, size) in layout::ram_ranges(bytes) {
-        let part = FileOffset::new(file.try_clone().map_err(failed("no descriptor is free"))?, offset);
-        let mapping = MmapRegion::from_file(part, size as usize)
-            .map_err(|error| failed("it cannot be mapped")(io::Error::other(error)))?;
-        leave_out_of_dumps(&mapping).map_err(failed("it cannot be kept out of core dumps"))?;
-        let region = GuestRegionMmap::new(mapping, GuestAddress(start))
-            .ok_or_else(|| failed("it does not fit the address space")(io::ErrorKind::InvalidInput.into()))?;
-        regions.push(region);
+        let file = file.try_clone().map_err(failed("no descriptor is free"))?;
+        regions.push(map(FileOffset::new(file, offset), start, size)?);
         offset += size;
     }
     GuestMemoryMmap::from_regions(regions)
         .map_err(|error| failed("its parts do not fit together")(io::Error::other(error)))
+}
+
+/// Maps a part of a memory file, which the guest finds at `start`.
+pub(crate) fn map(part: FileOffset, start: u64, size: u64) -> Result<GuestRegionMmap, MemoryError> {
+    let failed = |step| MemoryError::of(size, step);
+    let mapping = MmapRegion::from_file(part, size as usize)
+        .map_err(|error| failed("it cannot be mapped")(io::Error::other(error)))?;
+    leave_out_of_dumps(&mapping).map_err(failed("it cannot be kept out of core dumps"))?;
+    GuestRegionMmap::new(mapping, GuestAddress(start))
+        .ok_or_else(|| failed("it does not fit the address space")(io::ErrorKind::InvalidInput.into()))
 }
 
 /// How many bytes of RAM a guest has.
@@ -54,9 +69,9 @@ pub fn size(memory: &GuestMemoryMmap) -> u64 {
 
 /// How many bytes of RAM the host holds for the guest now: those it has touched and not given back.
 pub fn held(memory: &GuestMemoryMmap) -> io::Result<u64> {
-    // All regions are parts of one file.
-    let file = memory.iter().find_map(|region| region.file_offset()).map(|part| part.file().metadata());
-    file.transpose().map(|metadata| metadata.map_or(0, |metadata| metadata.blocks() * 512))
+    // Regions are parts of one file or of several; each file's first part stands for it.
+    let parts = memory.iter().filter_map(|region| region.file_offset());
+    parts.filter(|part| part.start() == 0).map(|part| Ok(part.file().metadata()?.blocks() * 512)).sum()
 }
 
 /// Gives the host back what lies in a range of RAM; the guest finds zeroes there when it touches it next. Returns the
@@ -90,7 +105,8 @@ fn page_bytes() -> u64 {
     u64::try_from(bytes).unwrap_or(4096)
 }
 
-fn sealed_file(bytes: u64) -> io::Result<File> {
+/// A memory file that neither shrinks nor grows.
+pub(crate) fn sealed_file(bytes: u64) -> io::Result<File> {
     let fd = rustix::fs::memfd_create(c"guest-memory", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
     rustix::fs::ftruncate(&fd, bytes)?;
     rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;

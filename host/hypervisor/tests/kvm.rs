@@ -14,12 +14,11 @@ use guest::{COPY_REGISTER, COUNT, COUNTER, NOTIFY, POWER_OFF, PRINT_OK, RESET};
 use host_hypervisor::arch::slots::Registers;
 use host_hypervisor::kvm::probe::{Usability, probe};
 use host_hypervisor::kvm::{Machine, Slot, Spec};
-use host_hypervisor::memory;
+use host_hypervisor::memory::{self, Ram};
+use host_hypervisor::reserve::Reserve;
 use host_hypervisor::vcpu::End;
 use libtest_mimic::{Arguments, Failed, Trial};
-#[cfg(target_arch = "aarch64")]
-use vm_memory::GuestAddress;
-use vm_memory::{Bytes, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 type Test = fn() -> Result<(), Failed>;
@@ -27,6 +26,7 @@ type Test = fn() -> Result<(), Failed>;
 const TESTS: &[(&str, Test)] = &[
     ("processors_pause_and_resume_a_thousand_times", pause_and_resume),
     ("a_machine_stops_at_any_moment", stop_at_any_moment),
+    ("a_running_machine_gets_more_memory", growth),
     ("the_serial_line_prints_and_the_machine_resets", print_and_reset),
     ("a_machine_powers_itself_off", power_off),
     ("registers_of_a_slot_are_read_and_written", slot_registers),
@@ -75,6 +75,7 @@ impl Write for Output {
 struct Built {
     machine: Machine,
     memory: GuestMemoryMmap,
+    ram: Ram,
     output: Output,
 }
 
@@ -85,10 +86,11 @@ fn guest(code: &[u8], cpus: u32, slots: Vec<Slot>) -> Built {
     std::fs::write(&kernel, guest::kernel(code)).unwrap();
     std::fs::write(&initramfs, b"initramfs").unwrap();
     let memory = memory::allocate(32).unwrap();
+    let ram = Ram::new(memory.clone());
     let output = Output::default();
     let machine = Machine::build(Spec {
         cpus,
-        memory: memory.clone(),
+        memory: ram.clone(),
         kernel: &kernel,
         initramfs: &initramfs,
         cmdline: "",
@@ -96,7 +98,7 @@ fn guest(code: &[u8], cpus: u32, slots: Vec<Slot>) -> Built {
         slots,
     })
     .unwrap();
-    Built { machine, memory, output }
+    Built { machine, memory, ram, output }
 }
 
 fn end_of(code: &[u8]) -> (End, Vec<u8>) {
@@ -149,6 +151,33 @@ fn stop_at_any_moment() -> Result<(), Failed> {
             drop(running);
         }
     }
+    Ok(())
+}
+
+fn growth() -> Result<(), Failed> {
+    let guest = guest(COUNT, 2, Vec::new());
+    let reserve = Reserve::new(32, 1024)?.ok_or("nothing can be added")?;
+    let (start, block) = (reserve.start(), reserve.rounded(1));
+    let mut growth = guest.machine.growth(reserve);
+    let running = guest.machine.start()?;
+    let reached = |bytes: u64| guest.ram.memory().address_in_range(GuestAddress(start.0 + bytes - 1));
+    assert!(!reached(1));
+    for (asked, granted) in [(1, block), (block, block), (3 * block + 1, 4 * block), (0, 4 * block)] {
+        assert_eq!(growth.grant(asked)?, granted);
+        assert!(reached(granted) && !reached(granted + 1));
+    }
+    assert_eq!(memory::held(&guest.ram.memory())?, memory::held(&guest.memory)?);
+    guest.ram.memory().write_obj(7_u64, start)?;
+    assert!(memory::held(&guest.ram.memory())? > memory::held(&guest.memory)?);
+    // What runs goes on.
+    let before = count(&guest.memory);
+    while count(&guest.memory) == before {
+        std::thread::yield_now();
+    }
+    running.control().stop();
+    assert_eq!(running.wait(), End::Stopped);
+    // Harmless once it has ended.
+    growth.grant(5 * block)?;
     Ok(())
 }
 

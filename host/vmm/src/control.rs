@@ -19,6 +19,8 @@
 //!                           <-   Measured(usage)
 //!   GrowDisk{size_bytes}    ->
 //!                           <-   DiskGrown{size_bytes} | DiskRefused{message}
+//!   SetMemory{memory_mib}   ->
+//!                           <-   MemorySet{memory_mib, started_mib} | MemoryRefused{message}
 //!                           <-   DiskWaits{waits}
 //!   Stop | Kill | end of file ->
 //!                           <-   Stopped{reason}, end of file
@@ -75,6 +77,12 @@ pub enum Command {
         /// What it is to have.
         size_bytes: u64,
     },
+    /// Have the running machine use this much memory, or as near to that as its guest comes. Answered by
+    /// [`Event::MemorySet`] or [`Event::MemoryRefused`], in the order of asking.
+    SetMemory {
+        /// All that it is to have, in MiB.
+        memory_mib: u32,
+    },
     /// Power off: ask the guest through its power port, kill it when that takes too long.
     Stop,
     /// End the machine at once.
@@ -116,6 +124,18 @@ pub enum Event {
     /// The disk is as large as it was.
     DiskRefused {
         /// Why it could not grow.
+        message: String,
+    },
+    /// What became of [`Command::SetMemory`]. A guest that could not follow further may still do so.
+    MemorySet {
+        /// What the machine has now, in MiB.
+        memory_mib: u64,
+        /// What it was started with, which is the least that it can have.
+        started_mib: u32,
+    },
+    /// The machine's memory is as it was.
+    MemoryRefused {
+        /// Why, as a clause.
         message: String,
     },
     /// There is no space left for the data disk's file, so what the guest writes waits; or it waits no more.
@@ -358,6 +378,8 @@ mod tests {
             Event::Measured(Usage { open_streams: 2, memory_held_bytes: Some(1 << 40), ..Usage::default() }),
             Event::DiskGrown { size_bytes: 1 << 40 },
             Event::DiskRefused { message: "no".into() },
+            Event::MemorySet { memory_mib: 1 << 33, started_mib: 512 },
+            Event::MemoryRefused { message: "no".into() },
             Event::DiskWaits { waits: true },
             Event::Stopped { reason: StopReason::PoweredOff },
             Event::Stopped {

@@ -22,18 +22,20 @@ use std::thread::JoinHandle;
 use guest_protocol::forward::Header;
 use host_devices::virtio::block::GrowError;
 use host_hypervisor::kvm;
-use host_hypervisor::memory::{self, MemoryError};
+use host_hypervisor::memory::{self, MemoryError, Ram};
 use host_hypervisor::qemu::{self, Launch, LaunchError, Monitor, MonitorEvent};
+use host_hypervisor::reserve::Reserve;
 use host_hypervisor::threads::Control;
 use host_hypervisor::vcpu::End;
 
 use crate::attach::{
-    self, AttachError, Attached, Connector, ConsoleTail, Context, Disk, InProcess, MemoryMeter, Plug, Qemu,
+    self, AttachError, Attached, Connector, ConsoleTail, Context, Disk, Hotplug, InProcess, MemoryMeter,
+    Plug, Qemu,
 };
 use crate::backend::{Backend, Provider};
 use crate::confine::{Class, ConfineError, Confinement};
 use crate::control::{Command, Usage};
-use crate::spec::MachineSpec;
+use crate::spec::{self, MachineSpec};
 
 /// What happens to a machine, from all its threads.
 #[derive(Debug)]
@@ -53,6 +55,8 @@ pub enum Signal {
     ResolversChanged,
     /// What became of [`Running::grow_disk`]: the disk's size in bytes.
     DiskGrown(Result<u64, GrowError>),
+    /// What became of [`Running::set_memory`]: the bytes that the guest has beside those of its start.
+    MemoryPlugged(u64),
     /// Whether what the guest writes waits, because there is no space left for the data disk's file.
     DiskWaits(bool),
     /// The guest's kernel has panicked, with this message.
@@ -136,6 +140,7 @@ pub struct Built {
 struct Reach {
     connector: Option<Connector>,
     disk: Option<Disk>,
+    hotplug: Option<Hotplug>,
     resolvers: Option<host_net::Teller>,
     opener: Option<host_net::Opener>,
 }
@@ -143,7 +148,7 @@ struct Reach {
 /// What will run the machine.
 enum Prepared {
     Qemu { launch: Box<Launch>, monitor: UnixStream },
-    InProcess(Box<kvm::Machine>),
+    InProcess(Box<kvm::Machine>, Option<Reserve>),
 }
 
 /// The machine runs.
@@ -151,6 +156,7 @@ pub struct Running {
     killer: Killer,
     reach: Reach,
     meter: Meter,
+    growth: Option<kvm::Growth>,
     threads: Vec<JoinHandle<()>>,
     parts: Parts,
 }
@@ -226,7 +232,10 @@ pub fn build(
     let mut context = Context {
         plug: match &backend.provider {
             Provider::Qemu(_) => Plug::Qemu(Qemu::new().map_err(BuildError::Sockets)?),
-            Provider::InProcess => Plug::InProcess(InProcess::new(memory::allocate(spec.memory_mib)?)),
+            Provider::InProcess => {
+                let ram = Ram::new(memory::allocate(spec.memory_mib)?);
+                Plug::InProcess(InProcess::new(ram, Reserve::new(spec.memory_mib, spec::host_mib())?))
+            }
         },
         signals: signals.clone(),
         called_off: &has_stopped,
@@ -234,12 +243,13 @@ pub fn build(
         connector: None,
         disk: None,
         memory: None,
+        hotplug: None,
         resolvers: None,
         opener: None,
         console: None,
     };
     let mut parts = Parts { attached: Vec::new(), console: None };
-    for attachment in attach::attachments(spec) {
+    for attachment in attach::attachments(spec, &context.plug) {
         let name = attachment.name();
         let context = &mut context;
         let waiting = || stopped.store(called_off(), Ordering::Relaxed);
@@ -249,12 +259,16 @@ pub fn build(
     parts.console = context.console;
     let prepared = match (context.plug, &backend.provider) {
         (Plug::Qemu(plug), Provider::Qemu(program)) => prepare_qemu(spec, backend, plug, program)?,
-        (Plug::InProcess(plug), _) => Prepared::InProcess(Box::new(prepare_kvm(spec, plug)?)),
+        (Plug::InProcess(mut plug), _) => {
+            let reserve = plug.reserve.take();
+            Prepared::InProcess(Box::new(prepare_kvm(spec, plug)?), reserve)
+        }
         (Plug::Qemu(_), Provider::InProcess) => unreachable!("the plug was made for the provider"),
     };
     let reach = Reach {
         connector: context.connector,
         disk: context.disk,
+        hotplug: context.hotplug,
         resolvers: context.resolvers,
         opener: context.opener,
     };
@@ -308,7 +322,7 @@ impl Built {
                     tracing::warn!(%error, "cannot tell what memory QEMU holds");
                 });
                 let meter = Meter::Qemu(meter.ok());
-                let mut running = Running::new(killer, self.reach, meter, self.parts);
+                let mut running = Running::new(killer, self.reach, meter, None, self.parts);
                 Confinement::without_files(Class::Driver).enter()?;
                 let signals = self.signals.clone();
                 running.thread("qemu-wait", move || {
@@ -322,14 +336,15 @@ impl Built {
                 })?;
                 Ok(running)
             }
-            Prepared::InProcess(machine) => {
+            Prepared::InProcess(machine, reserve) => {
+                let growth = reserve.map(|reserve| machine.growth(reserve));
                 let machine = Confinement::without_files(Class::Processor)
                     .run(|| machine.start(), || {})?
                     .map_err(StartError::Thread)?;
                 tracing::info!("the processors run");
                 let killer = Killer::Processors(machine.control());
                 let meter = Meter::InProcess(self.memory);
-                let mut running = Running::new(killer, self.reach, meter, self.parts);
+                let mut running = Running::new(killer, self.reach, meter, growth, self.parts);
                 Confinement::without_files(Class::Driver).enter()?;
                 send(&self.signals, Signal::Monitor(MonitorEvent::Ready));
                 running.thread("vcpu-wait", move || {
@@ -355,8 +370,8 @@ fn send(signals: &Sender<Signal>, signal: Signal) {
 }
 
 impl Running {
-    fn new(killer: Killer, reach: Reach, meter: Meter, parts: Parts) -> Self {
-        Self { killer, reach, meter, threads: Vec::new(), parts }
+    fn new(killer: Killer, reach: Reach, meter: Meter, growth: Option<kvm::Growth>, parts: Parts) -> Self {
+        Self { killer, reach, meter, growth, threads: Vec::new(), parts }
     }
 
     fn thread(&mut self, name: &str, body: impl FnOnce() + Send + 'static) -> Result<(), StartError> {
@@ -390,6 +405,14 @@ impl Running {
     /// the machine has none.
     pub fn grow_disk(&self, size_bytes: u64) -> bool {
         self.reach.disk.as_ref().inspect(|disk| disk.grow(size_bytes)).is_some()
+    }
+
+    /// Has the guest use `bytes` beside the memory of its start, or as near to that as it can; what it uses then comes as
+    /// [`Signal::MemoryPlugged`]. `false` when the machine's memory stays as it is.
+    pub fn set_memory(&mut self, bytes: u64) -> Result<bool, kvm::GrowError> {
+        let (Some(growth), Some(hotplug)) = (&mut self.growth, &self.reach.hotplug) else { return Ok(false) };
+        hotplug.request(bytes, growth.grant(bytes)?);
+        Ok(true)
     }
 
     /// What the machine uses now.

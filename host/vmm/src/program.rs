@@ -166,7 +166,7 @@ impl Start<'_> {
     fn machine(mut self, spec: &MachineSpec, signals: mpsc::Sender<Signal>) -> StopReason {
         match self.start(spec, signals) {
             Ok((running, backend)) => {
-                Driver::new(running, self.inbox, self.daemon, &backend, spec.boot_timeout()).until_stopped()
+                Driver::new(running, self.inbox, self.daemon, &backend, spec).until_stopped()
             }
             Err(_) if self.inbox.called_off() => StopReason::Killed,
             Err(error) => StopReason::Failed { message: format!("{error:#}"), console_tail: String::new() },
@@ -232,6 +232,8 @@ struct Driver<'a> {
     inbox: Inbox,
     daemon: &'a mut Daemon,
     backend: &'a Backend,
+    /// The memory it was started with, in MiB.
+    started_mib: u32,
     stage: Stage,
     cause: Option<Cause>,
     shutdown: Option<MonitorEvent>,
@@ -253,14 +255,15 @@ impl<'a> Driver<'a> {
         inbox: Inbox,
         daemon: &'a mut Daemon,
         backend: &'a Backend,
-        boot_timeout: Duration,
+        spec: &MachineSpec,
     ) -> Self {
-        let now = Instant::now();
+        let (now, boot_timeout) = (Instant::now(), spec.boot_timeout());
         Self {
             running,
             inbox,
             daemon,
             backend,
+            started_mib: spec.memory_mib,
             stage: Stage::Launching,
             cause: None,
             shutdown: None,
@@ -309,6 +312,12 @@ impl<'a> Driver<'a> {
                 tracing::warn!(why = message, "the disk does not grow");
                 self.daemon.tell(&Event::DiskRefused { message }, None);
             }
+            Signal::MemoryPlugged(bytes) => {
+                let started_mib = self.started_mib;
+                let memory_mib = u64::from(started_mib) + (bytes >> 20);
+                tracing::info!(memory_mib, "the machine's memory is set");
+                self.daemon.tell(&Event::MemorySet { memory_mib, started_mib }, None);
+            }
             Signal::DiskWaits(waits) => self.daemon.tell(&Event::DiskWaits { waits }, None),
             Signal::ResolversChanged => self.daemon.tell(&Event::ResolversChanged, None),
             Signal::Panicked(line) => {
@@ -341,9 +350,25 @@ impl<'a> Driver<'a> {
                     self.daemon.tell(&Event::DiskRefused { message }, None);
                 }
             }
+            Command::SetMemory { memory_mib } => self.set_memory(memory_mib),
             Command::Stop => self.stop(STOP_TIME_MAX),
             Command::Kill => self.end(Cause::Kill, Duration::ZERO),
         }
+    }
+
+    fn set_memory(&mut self, memory_mib: u32) {
+        let more = u64::from(memory_mib.saturating_sub(self.started_mib)) << 20;
+        let message = match self.running.set_memory(more) {
+            Ok(true) => return,
+            Ok(false) => format!(
+                "the machine was started with {} MiB, which {} does not change while it runs",
+                self.started_mib,
+                self.backend.title()
+            ),
+            Err(error) => format!("{:#}", anyhow::Error::from(error)),
+        };
+        tracing::warn!(why = message, "the memory stays as it is");
+        self.daemon.tell(&Event::MemoryRefused { message }, None);
     }
 
     fn ready(&mut self) {

@@ -199,8 +199,7 @@ pub fn check_size(cpus: u32, memory_mib: u32, disk_bytes: u64) -> Result<(), Spe
     if memory_mib < MEMORY_MIB_MIN {
         return Err(SpecError::MemoryTooSmall { memory_mib });
     }
-    let info = rustix::system::sysinfo();
-    let host_mib = (info.totalram as u64).saturating_mul(u64::from(info.mem_unit)) / (1024 * 1024);
+    let host_mib = host_mib();
     if u64::from(memory_mib) > host_mib {
         return Err(SpecError::MemoryTooLarge { memory_mib, host_mib });
     }
@@ -208,6 +207,12 @@ pub fn check_size(cpus: u32, memory_mib: u32, disk_bytes: u64) -> Result<(), Spe
         return Err(SpecError::DiskTooSmall { size_bytes: disk_bytes });
     }
     Ok(())
+}
+
+/// What a machine can have at most: all memory of this host, in MiB.
+pub(crate) fn host_mib() -> u64 {
+    let info = rustix::system::sysinfo();
+    (info.totalram as u64).saturating_mul(u64::from(info.mem_unit)) / (1024 * 1024)
 }
 
 fn check_readable(what: &'static str, path: &Path) -> Result<(), SpecError> {

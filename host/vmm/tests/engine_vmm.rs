@@ -230,6 +230,24 @@ fn the_disk_of_a_running_machine_grows_as_far_as_it_may() {
 }
 
 #[test]
+fn memory_that_cannot_change_is_refused_with_the_reason() {
+    let mut vmm = Vmm::start("exec sleep 600");
+    vmm.qemu();
+    vmm.send(&control::Command::SetMemory { memory_mib: 1024 });
+    let refused = loop {
+        match vmm.events.recv_timeout(LIMIT).expect("an answer") {
+            Event::MemoryRefused { message } => break message,
+            Event::Stage { .. } | Event::Running { .. } => {}
+            event => panic!("{event:?}"),
+        }
+    };
+    assert!(refused.starts_with("the machine was started with "), "{refused}");
+    assert!(refused.ends_with(" MiB, which QEMU does not change while it runs"), "{refused}");
+    vmm.send(&control::Command::Kill);
+    assert_eq!(vmm.stopped(), StopReason::Killed);
+}
+
+#[test]
 fn a_second_machine_cannot_have_the_same_disk() {
     let mut first = Vmm::start("exec sleep 600");
     first.qemu();

@@ -15,8 +15,10 @@ use crate::tree::Node;
 use crate::{cpio, report};
 
 /// Kernel parameters that belong to this root, whatever machine boots it: messages to the console that the machine keeps, a
-/// panic ends the machine instead of hanging it, and cgroup v2 only.
-const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 cgroup_no_v1=all";
+/// panic ends the machine instead of hanging it, and cgroup v2 only. Memory that comes while the machine runs is used at once,
+/// and for what can be moved, as far as the rest suffices for the kernel itself, so that it can be taken back.
+const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 cgroup_no_v1=all memhp_default_state=online \
+                            memory_hotplug.online_policy=auto-movable";
 /// Kind of folder in the cache.
 const KIND: &str = "vm-image";
 

@@ -7,15 +7,17 @@ use std::sync::Arc;
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
-use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::vcpu::KvmVcpu;
-use super::{Error, os_error, setup, sys};
+use super::{Error, Growth, os_error, setup, sys};
 use crate::arch::boot::Parameters;
 use crate::arch::native::board::Board;
 use crate::arch::native::{boot, layout};
 use crate::arch::slots::{self, Registers};
+use crate::memory::Ram;
+use crate::reserve::Reserve;
 use crate::threads::Threads;
 
 /// Where the guest's serial line goes.
@@ -26,7 +28,7 @@ pub struct Spec<'a> {
     /// How many processors.
     pub cpus: u32,
     /// Its RAM, from [`memory::allocate`](crate::memory::allocate).
-    pub memory: GuestMemoryMmap,
+    pub memory: Ram,
     /// A kernel of this architecture: on x86-64 a vmlinux or a bzImage, on arm64 an Image.
     pub kernel: &'a Path,
     /// The initial root file system.
@@ -53,16 +55,16 @@ pub struct Slot {
 pub struct Machine {
     // Dropped in this order: the processors, the machine, and its memory last.
     vcpus: Vec<KvmVcpu>,
-    vm: VmFd,
+    vm: Arc<VmFd>,
     board: Arc<Board>,
-    memory: GuestMemoryMmap,
+    memory: Ram,
 }
 
 /// A machine whose processors run. Keeps everything that they use until they have ended.
 pub struct Running {
     threads: Threads,
-    _vm: VmFd,
-    _memory: GuestMemoryMmap,
+    _vm: Arc<VmFd>,
+    _memory: Ram,
 }
 
 impl Machine {
@@ -71,7 +73,8 @@ impl Machine {
         let kvm = Kvm::new().map_err(|error| Error::Open(os_error(error)))?;
         check_capabilities(&kvm)?;
         let vm = kvm.create_vm().map_err(setup("create a virtual machine"))?;
-        map_memory(&vm, &spec.memory)?;
+        let memory = spec.memory.memory();
+        map_memory(&vm, &memory)?;
         let vcpus = sys::create_processors(&kvm, &vm, spec.cpus)?;
         let serial_interrupt = eventfd()?;
         vm.register_irqfd(&serial_interrupt, layout::SERIAL_GSI).map_err(setup("wire the serial line"))?;
@@ -81,7 +84,7 @@ impl Machine {
         let parameters = Parameters { cmdline: spec.cmdline, cpus: spec.cpus, slots: &places };
         let mut kernel = open("kernel", spec.kernel)?;
         let mut initramfs = open("initramfs", spec.initramfs)?;
-        let entry = boot::load(&spec.memory, &mut kernel, &mut initramfs, parameters)?;
+        let entry = boot::load(&memory, &mut kernel, &mut initramfs, parameters)?;
         if let Some(first) = vcpus.first() {
             let failed =
                 |error| Error::Vcpu { index: 0, step: "its first instruction", source: os_error(error) };
@@ -90,7 +93,12 @@ impl Machine {
         let registers = spec.slots.into_iter().map(|slot| slot.registers).collect();
         let board = Arc::new(Board::new(spec.console, serial_interrupt, registers));
         let vcpus = vcpus.into_iter().map(KvmVcpu::new).collect();
-        Ok(Self { vcpus, vm, board, memory: spec.memory })
+        Ok(Self { vcpus, vm: Arc::new(vm), board, memory: spec.memory })
+    }
+
+    /// Adds RAM of this reserve to the machine, from any thread and for as long as it runs.
+    pub fn growth(&self, reserve: Reserve) -> Growth {
+        Growth::new(Arc::clone(&self.vm), self.memory.clone(), reserve)
     }
 
     /// Lets all processors run, each on a thread of its own.
@@ -128,19 +136,30 @@ fn check_capabilities(kvm: &Kvm) -> Result<(), Error> {
 }
 
 fn map_memory(vm: &VmFd, memory: &GuestMemoryMmap) -> Result<(), Error> {
-    for (slot, region) in (0..).zip(memory.iter()) {
-        let region = kvm_userspace_memory_region {
-            slot,
-            flags: 0,
-            guest_phys_addr: region.start_addr().0,
-            memory_size: region.len(),
-            userspace_addr: region.as_ptr() as u64,
-        };
-        // SAFETY: the range is one whole mapping that `memory` owns, and `Machine` and `Running` keep a clone of
-        // `memory` until the processors have ended. Everybody in this process accesses it as volatile memory only.
-        unsafe { vm.set_user_memory_region(region) }.map_err(setup("give memory to a virtual machine"))?;
+    for (slot, region) in memory.iter().enumerate() {
+        // SAFETY: the range is one whole mapping that `memory` owns, and `Machine` and `Running` keep the RAM, of which
+        // nothing is ever taken out, until the processors have ended.
+        unsafe { map_region(vm, slot, region) }?;
     }
     Ok(())
+}
+
+/// Gives a machine a range of its memory. Everybody in this process accesses it as volatile memory only.
+///
+/// # Safety
+///
+/// The region's mapping must stay until the machine's processors have ended.
+pub(super) unsafe fn map_region(vm: &VmFd, slot: usize, region: &GuestRegionMmap) -> Result<(), Error> {
+    let region = kvm_userspace_memory_region {
+        // There are not as many as there are descriptors, let alone numbers.
+        slot: slot as u32,
+        flags: 0,
+        guest_phys_addr: region.start_addr().0,
+        memory_size: region.len(),
+        userspace_addr: region.as_ptr() as u64,
+    };
+    // SAFETY: the range is mapped, and stays so as the caller promises.
+    unsafe { vm.set_user_memory_region(region) }.map_err(setup("give memory to a virtual machine"))
 }
 
 /// Connects a device's descriptors to its slot.

@@ -5,6 +5,7 @@
 
 #[cfg(target_arch = "aarch64")]
 mod aarch64;
+mod growth;
 mod kick;
 mod machine;
 pub mod probe;
@@ -17,6 +18,7 @@ use aarch64 as sys;
 #[cfg(target_arch = "x86_64")]
 use x86_64 as sys;
 
+pub use growth::{GrowError, Growth};
 pub use machine::{Console, Machine, Running, Slot, Spec};
 
 use std::io;

@@ -7,9 +7,9 @@ use std::sync::Arc;
 
 use host_devices::counter::Counter;
 use host_devices::virtio::balloon::{Backend, Balloon};
-use host_hypervisor::memory;
+use host_hypervisor::memory::{self, Ram};
 use host_hypervisor::qemu::Device;
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::{GuestAddress, GuestAddressSpace};
 
 use super::{Attached, Context, Plug};
 use crate::confine::{Class, Confinement};
@@ -19,14 +19,14 @@ pub(super) struct Attachment;
 /// Tells what a machine in this process holds of the host's memory, from any thread.
 #[derive(Clone)]
 pub(crate) struct MemoryMeter {
-    memory: GuestMemoryMmap,
+    memory: Ram,
     given_back: Arc<Counter>,
 }
 
 impl MemoryMeter {
     /// Bytes held for the guest now.
     pub(crate) fn held(&self) -> io::Result<u64> {
-        memory::held(&self.memory)
+        memory::held(&self.memory.memory())
     }
 
     /// Bytes given back since the machine started; the same page counts every time.
@@ -62,9 +62,9 @@ impl super::Attachment for Attachment {
 }
 
 /// Gives ranges back; says once that the host does not take them.
-fn discard(meter: MemoryMeter) -> impl FnMut(GuestAddress, u64) + Send {
+pub(super) fn discard(meter: MemoryMeter) -> impl FnMut(GuestAddress, u64) + Send {
     let mut told = false;
-    move |start, length| match memory::give_back(&meter.memory, start, length) {
+    move |start, length| match memory::give_back(&meter.memory.memory(), start, length) {
         Ok(bytes) => meter.given_back.add(bytes),
         Err(error) if !told => {
             told = true;

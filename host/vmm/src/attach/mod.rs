@@ -8,6 +8,7 @@ mod balloon;
 mod block;
 mod console;
 mod fs;
+mod mem;
 mod net;
 mod plug;
 mod rng;
@@ -20,6 +21,7 @@ use std::sync::mpsc::{Receiver, Sender};
 pub(crate) use balloon::MemoryMeter;
 pub(crate) use block::Disk;
 pub(crate) use console::ConsoleTail;
+pub(crate) use mem::Hotplug;
 pub(crate) use plug::{InProcess, Plug, Qemu};
 pub(crate) use vsock::Connector;
 
@@ -82,6 +84,8 @@ pub(crate) struct Context<'a> {
     pub disk: Option<Disk>,
     /// What a machine in this process holds of the host's memory, once it has a balloon.
     pub memory: Option<MemoryMeter>,
+    /// Has the guest use more or less memory, once it can.
+    pub hotplug: Option<Hotplug>,
     /// Tells the NAT about the host's resolvers, once there is one.
     pub resolvers: Option<host_net::Teller>,
     /// Gives the NAT connections for the guest, once there is one.
@@ -91,7 +95,7 @@ pub(crate) struct Context<'a> {
 }
 
 /// Everything a machine with this spec has, in the order of attaching.
-pub(crate) fn attachments(spec: &MachineSpec) -> Vec<Box<dyn Attachment>> {
+pub(crate) fn attachments(spec: &MachineSpec, plug: &Plug) -> Vec<Box<dyn Attachment>> {
     let mut list: Vec<Box<dyn Attachment>> = vec![
         // The disk first: its lock says whether this machine may exist at all.
         Box::new(block::Attachment { disk: spec.disk.clone() }),
@@ -101,6 +105,9 @@ pub(crate) fn attachments(spec: &MachineSpec) -> Vec<Box<dyn Attachment>> {
         Box::new(fs::Attachment::new(spec.shares.clone())),
         Box::new(balloon::Attachment),
     ];
+    if let Plug::InProcess(InProcess { reserve: Some(reserve), .. }) = plug {
+        list.push(Box::new(mem::Attachment { start: reserve.start(), bytes: reserve.bytes() }));
+    }
     match spec.network {
         NetworkSpec::Nat => list.push(Box::new(net::Attachment::new())),
         NetworkSpec::None => {}

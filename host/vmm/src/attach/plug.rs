@@ -7,11 +7,12 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use host_devices::virtio::mmio::MmioDevice;
-use host_devices::virtio::{Life, Memory, VirtioDevice, vhost_user};
+use host_devices::virtio::{Life, VirtioDevice, vhost_user};
 use host_hypervisor::arch::slots::Registers;
 use host_hypervisor::kvm::{Console, Slot};
+use host_hypervisor::memory::Ram;
 use host_hypervisor::qemu::{Device, PassedFds};
-use vm_memory::GuestMemoryMmap;
+use host_hypervisor::reserve::Reserve;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::Attached;
@@ -35,7 +36,9 @@ pub(crate) struct Qemu {
 /// What a machine in this process will consist of.
 pub(crate) struct InProcess {
     /// Its RAM.
-    pub memory: GuestMemoryMmap,
+    pub memory: Ram,
+    /// What it can get while it runs.
+    pub reserve: Option<Reserve>,
     /// Its virtio-mmio slots.
     pub slots: Vec<Slot>,
     /// Where its serial line goes, once there is a console.
@@ -43,8 +46,8 @@ pub(crate) struct InProcess {
 }
 
 impl InProcess {
-    pub fn new(memory: GuestMemoryMmap) -> Self {
-        Self { memory, slots: Vec::new(), console: None }
+    pub fn new(memory: Ram, reserve: Option<Reserve>) -> Self {
+        Self { memory, reserve, slots: Vec::new(), console: None }
     }
 }
 
@@ -114,7 +117,7 @@ impl InProcess {
     ) -> Result<Box<dyn Attached>, Box<dyn Error + Send + Sync>> {
         let life = device.life();
         let interrupt = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
-        let device = MmioDevice::new(device, Memory::new(self.memory.clone()), interrupt.try_clone()?)?;
+        let device = MmioDevice::new(device, self.memory.clone(), interrupt.try_clone()?)?;
         let kicks = device.kicks().iter().map(EventFd::try_clone).collect::<io::Result<_>>()?;
         let device = Arc::new(device);
         self.slots.push(Slot { registers: Arc::new(Window(device.clone())), kicks, interrupt });
@@ -224,7 +227,7 @@ mod tests {
         let ram = memory::allocate(16).unwrap();
         let discard = Box::new(|start: GuestAddress, _| panic!("no place for {:#x}", start.0));
         let device = Balloon::new(balloon::Backend { discard }).unwrap();
-        let mut machine = InProcess::new(ram.clone());
+        let mut machine = InProcess::new(Ram::new(ram.clone()), None);
         let attached = machine.serve("balloon", Box::new(device)).unwrap();
         let slot = machine.slots.remove(0);
         let write = |offset, value: u32| slot.registers.write(offset, &value.to_le_bytes());

@@ -206,6 +206,8 @@ const FIONBIO: u64 = 0x5421;
 const KVM_REQUESTS: u64 = 0xae00;
 /// The byte they have it in.
 const REQUEST_TYPE: u64 = 0xff00;
+/// `KVM_SET_USER_MEMORY_REGION`, by which a running machine gets more memory.
+const KVM_SET_MEMORY: u64 = 0x4020_ae46;
 /// File locks of open file descriptions, advisory locks and copies are `fcntl` and allowed; requests to copy blocks of one
 /// file into another (`FICLONE`, `FICLONERANGE`, `FS_IOC_*FLAGS`) are of types 0x94 and `f`.
 const FILE_REQUESTS: [u64; 2] = [0x9400, 0x6600];
@@ -238,7 +240,8 @@ impl Class {
                     requests.push(masked(1, REQUEST_TYPE, kind)?);
                 }
             }
-            Self::Device | Self::Network | Self::Driver => {}
+            Self::Driver => requests.push(masked(1, u64::from(u32::MAX), KVM_SET_MEMORY)?),
+            Self::Device | Self::Network => {}
         }
         let requests: Result<Vec<_>, _> =
             requests.into_iter().map(|condition| SeccompRule::new(vec![condition])).collect();
