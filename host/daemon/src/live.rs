@@ -44,8 +44,9 @@ pub(crate) async fn use_memory(supervisor: &Handle, memory_mib: u32) -> Taken {
 fn memory_taken(memory_mib: u32, answer: Result<MemorySize, String>) -> Taken {
     let wanted = u64::from(memory_mib);
     match answer {
-        Ok(MemorySize { now_mib, .. }) if now_mib == wanted => {
-            Taken::Now(format!("the machine has {wanted} MiB of memory now"))
+        // It comes in blocks of 2 MiB.
+        Ok(MemorySize { now_mib, .. }) if now_mib == wanted || now_mib == wanted + 1 => {
+            Taken::Now(format!("the machine has {now_mib} MiB of memory now"))
         }
         Ok(MemorySize { now_mib, started_mib }) if memory_mib < started_mib => {
             Taken::Later(format!("the machine was started with {started_mib} MiB, and has {now_mib} MiB now"))
@@ -108,6 +109,7 @@ mod tests {
 
         let memory = |wanted, now_mib| memory_taken(wanted, Ok(MemorySize { now_mib, started_mib: 1024 }));
         assert_eq!(memory(2048, 2048), Taken::Now("the machine has 2048 MiB of memory now".into()));
+        assert_eq!(memory(2047, 2048), Taken::Now("the machine has 2048 MiB of memory now".into()));
         let later = |wanted, now_mib| match memory(wanted, now_mib) {
             Taken::Later(why) => why,
             Taken::Now(sentence) => panic!("{sentence}"),
