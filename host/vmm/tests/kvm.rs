@@ -210,8 +210,8 @@ fn boot_and_try_devices() -> Result<(), Failed> {
     let mut vmm = Vmm::start("quiet")?;
     assert_eq!(vmm.stopped()?, StopReason::PoweredOff, "{}", vmm.console());
     let console = vmm.console();
-    // Block, random numbers, vsock, file system, balloon, network card.
-    for line in ["2 processors", "6 devices", "16 random bytes", &format!("disk {WRITTEN}")] {
+    // Block, random numbers, vsock, file system, balloon, memory that grows, network card.
+    for line in ["2 processors", "7 devices", "16 random bytes", &format!("disk {WRITTEN}")] {
         assert!(console.contains(&format!("guest: {line}")), "no `{line}` in:\n{console}");
     }
     let disk = std::fs::File::open(vmm.folder.path().join("disk.raw"))?;
